@@ -226,8 +226,8 @@ class MultimodalData:
 
     Attributes:
         train, valid, test: the usual splits.
-        unlabelled: a pool for self-supervised training beside (or instead of) train, or None. Its samples may
-            carry labels and lack modalities; what makes it a pool is that pre-training ignores both.
+        unlabelled: a pool for self-supervised training beside train (or train itself), or None. Its samples
+            may carry labels and lack modalities.
         cross_validation: the samples to evaluate by k-fold cross-validation where the splits are no fair test
             (see `folds`), or None where they are.
         name: of the corpus.
@@ -252,6 +252,13 @@ class MultimodalData:
                     f"MultimodalData: every split must have the features {given[0].features}, "
                     f"got {other.features}"
                 )
+        ids = torch.cat([d.ids for d in {id(d): d for d in given}.values()])
+        unique, counts = torch.unique(ids, return_counts=True)
+        if len(unique) != len(ids):
+            raise UserError(
+                "MultimodalData: ids must be unique over the splits, or a sample is trained and tested on "
+                f"(give ids= to MultimodalDataset), got {int(unique[counts.argmax()])} twice"
+            )
         for split in ("train", "valid", "test"):
             if getattr(self, split) is None:
                 setattr(self, split, MultimodalDataset.empty(given[0].features))
@@ -264,6 +271,13 @@ class MultimodalData:
     @property
     def modalities(self) -> tuple[str, ...]:
         return self.train.modalities
+
+    def pretraining(self, train: MultimodalDataset | None = None) -> MultimodalDataset:
+        """What self-supervised training sees: `train` (default the split) and the unlabelled pool."""
+        train = self.train if train is None else train
+        if self.unlabelled is None or self.unlabelled is train:
+            return train
+        return MultimodalDataset.concatenate([train, self.unlabelled])
 
     def splits(self) -> dict[str, MultimodalDataset]:
         """Name -> data set of the splits that hold samples."""
@@ -316,9 +330,12 @@ def _labels(labels, size: int) -> Tensor:
 
 
 def _ids(ids, size: int | None) -> Tensor:
-    ids = torch.arange(size) if ids is None else torch.as_tensor(np.asarray(ids)).to(torch.int64)
-    if ids.ndim != 1 or (size is not None and len(ids) != size):
-        raise UserError(f"MultimodalDataset: ids must be ({size},), got shape {tuple(ids.shape)}")
+    ids = torch.arange(size) if ids is None else torch.as_tensor(np.asarray(ids))
+    if ids.ndim != 1 or ids.dtype.is_floating_point or (size is not None and len(ids) != size):
+        raise UserError(
+            f"MultimodalDataset: ids must be ({size},) integers, got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    ids = ids.to(torch.int64)
     unique, counts = torch.unique(ids, return_counts=True)
     if len(unique) != len(ids):
         raise UserError(f"MultimodalDataset: ids must be unique, got {int(unique[counts.argmax()])} twice")
