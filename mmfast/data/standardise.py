@@ -42,6 +42,9 @@ class Standardiser:
     """
 
     def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
         self._mean: dict[str, Tensor] = {}
         self._scale: dict[str, Tensor] = {}
         self._steps: dict[str, int] = {}
@@ -55,7 +58,7 @@ class Standardiser:
         """
         if len(dataset) == 0:
             raise UserError("Standardiser.fit: the training split must hold samples, got none")
-        self.__init__()
+        self._forget()
         for modality in dataset.modalities:
             flat = dataset.flat(modality)
             self._steps[modality] = len(flat)

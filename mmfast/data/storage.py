@@ -19,7 +19,6 @@ Samples of cross_validation keep the ids they have elsewhere; an unlabelled spli
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -63,22 +62,17 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = None
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
+        with partial.open("wb") as file:
             np.savez(file, **arrays)
             file.flush()
             os.fsync(file.fileno())
-        # A temporary file is private; the result gets what any new file here would get.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
+        partial.replace(path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"save: {path} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"save: {path} cannot be written ({error.strerror or error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def is_saved(path: Path) -> bool:
