@@ -118,7 +118,9 @@ def test_permutations_are_uniform():
     plan = SeqAug(1.0, p=1).draw(torch.zeros(24_000, 4, 1), seed=1)
     (step,) = plan.steps()
     codes = (step["order"] * torch.tensor([64, 16, 4, 1])).sum(1)
-    orders = {sum(v * w for v, w in zip(p, (64, 16, 4, 1), strict=True)) for p in itertools.permutations(range(4))}
+    orders = {
+        sum(v * w for v, w in zip(p, (64, 16, 4, 1), strict=True)) for p in itertools.permutations(range(4))
+    }
     values, counts = codes.unique(return_counts=True)
     assert set(values.tolist()) == orders
     assert stats.chisquare(counts.numpy()).pvalue > 1e-4
@@ -331,7 +333,9 @@ BAD_CALLS = {
     "SeqAug: x must be (B, L, F), got shape (5, 3)": lambda: SeqAug()(X[0]),
     "SeqAug: x must be one of float32, float64, bfloat16, float16, got int64": lambda: SeqAug()(X.long()),
     "TimeMask: values must be a tensor (B, L, F) or a dict of them, got list": lambda: TimeMask()([X]),
-    "TimeMask: values must be a tensor (B, L, F) or a dict of them, got an empty dict": lambda: TimeMask()({}),
+    "TimeMask: values must be a tensor (B, L, F) or a dict of them, got an empty dict": lambda: TimeMask()(
+        {}
+    ),
     "TimeMask: values['audio'] must have the dtype of values['text'], torch.float32, got torch.float64": (
         lambda: TimeMask()({"text": X, "audio": X.double()})
     ),
@@ -347,10 +351,16 @@ BAD_CALLS = {
     "Chain: lengths must name modalities of values (text), got 'audio'": (
         lambda: Chain([])({"text": X}, {"audio": torch.tensor([1, 2])})
     ),
-    "Chain: lengths must be integers of shape (2,), got float32 of shape (2,)": lambda: Chain([])(X, torch.ones(2)),
-    "Chain: lengths must be a tensor, or a dict beside a dict of values, got list": lambda: Chain([])(X, [5, 5]),
+    "Chain: lengths must be integers of shape (2,), got float32 of shape (2,)": lambda: Chain([])(
+        X, torch.ones(2)
+    ),
+    "Chain: lengths must be a tensor, or a dict beside a dict of values, got list": lambda: Chain([])(
+        X, [5, 5]
+    ),
     "augment: lengths of modality 0 must be in [0, 5], got 6": lambda: Chain([])(X, torch.tensor([6, 1])),
-    "Chain: ids must be int64 of shape (2,), got float32 of shape (2,)": lambda: Chain([])(X, ids=torch.ones(2)),
+    "Chain: ids must be int64 of shape (2,), got float32 of shape (2,)": lambda: Chain([])(
+        X, ids=torch.ones(2)
+    ),
     "Chain: seed must be one int64, got int64 of shape (2,)": lambda: Chain([])(X, seed=torch.tensor([1, 2])),
     "Chain: padding must be 'back' or 'front', got 'left'": lambda: Chain([])(X, padding="left"),
 }
@@ -381,4 +391,6 @@ def test_forked_workers_can_augment():
 
 
 def test_public_names():
-    assert {"SeqAug", "TimeMask", "FeatureMask", "GaussianNoise", "Chain", "TwoViews", "Plan"} <= set(mmfast.__all__)
+    assert {"SeqAug", "TimeMask", "FeatureMask", "GaussianNoise", "Chain", "TwoViews", "Plan"} <= set(
+        mmfast.__all__
+    )
