@@ -1,4 +1,4 @@
-# make demo   set up .venv, run the main job on synthetic data, print the result table, write a report
+# make demo   set up .venv, run the main job on synthetic data, print the result table, write runs/demo/report.html
 # make test   set up .venv, run the whole test suite
 # make bench  set up .venv, run the kernel benchmarks
 # make lint   check style; make format mends it
@@ -12,7 +12,7 @@ CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 .PHONY: demo test bench lint format clean
 
 demo: $(READY)
-	$(BIN)/mmfast experiment --preset demo --out demo
+	$(BIN)/mmfast experiment --preset demo
 
 test: $(READY)
 	$(BIN)/python -m pytest python_tests
@@ -41,4 +41,4 @@ $(READY): pyproject.toml setup.py constraints.txt $(CXX_FILES)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build demo mmfast.egg-info mmfast/_build.json mmfast/_C.*
+	rm -rf $(VENV) build runs mmfast.egg-info mmfast/_build.json mmfast/_C.*
