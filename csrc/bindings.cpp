@@ -80,12 +80,59 @@ T* ptr(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// barlow_twins: see cpu/kernels.h.
+bool cpu_is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+int barlow_twins_standardise(int dtype, uintptr_t z_a, int64_t stride_a, uintptr_t z_b, int64_t stride_b,
+                             int64_t rows, int64_t columns, bool center, double eps, uintptr_t hat,
+                             uintptr_t statistics, int threads) {
+  return KERNEL(barlow_twins_standardise)(dtype, ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows,
+                                          columns, center, eps, ptr<void>(hat), ptr<void>(statistics),
+                                          threads);
+}
+
+void barlow_twins_gram_energy(bool wide, uintptr_t gram_a, uintptr_t gram_b, uintptr_t statistics,
+                              int64_t rows, int64_t columns, double lambd, bool grad_a, bool grad_b,
+                              uintptr_t kept, uintptr_t loss, uintptr_t components, int threads) {
+  KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(gram_a), ptr<void>(gram_b), ptr<void>(statistics), rows,
+                                   columns, lambd, grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
+                                   ptr<void>(components), threads);
+}
+
+void barlow_twins_correlation_energy(bool wide, uintptr_t p, uintptr_t statistics, int64_t rows,
+                                     int64_t columns, double lambd, uintptr_t loss, uintptr_t components,
+                                     int threads) {
+  KERNEL(barlow_twins_correlation_energy)(wide, ptr<void>(p), ptr<void>(statistics), rows, columns, lambd,
+                                          ptr<void>(loss), ptr<void>(components), threads);
+}
+
+void barlow_twins_standardise_backward(int dtype, uintptr_t m_a, uintptr_t m_b, uintptr_t hat,
+                                       uintptr_t statistics, uintptr_t upstream, int64_t rows,
+                                       int64_t columns, double lambd, bool with_diagonal, uintptr_t grad_a,
+                                       uintptr_t grad_b, int threads) {
+  KERNEL(barlow_twins_standardise_backward)(dtype, ptr<void>(m_a), ptr<void>(m_b), ptr<void>(hat),
+                                            ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd,
+                                            with_diagonal, ptr<void>(grad_a), ptr<void>(grad_b), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "mmfast's compiled kernels on raw addresses; use mmfast.ops, which checks its arguments.";
   m.def("isas", &isas, "Instruction sets compiled in and usable here, slowest first.");
   m.def("use_isa", &use_isa, "Switch the instruction set of all CPU kernels; returns the previous one.");
+  m.def("cpu_is_intel", &cpu_is_intel);
+  const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.def("barlow_twins_standardise", &barlow_twins_standardise, unlocked);
+  m.def("barlow_twins_gram_energy", &barlow_twins_gram_energy, unlocked);
+  m.def("barlow_twins_correlation_energy", &barlow_twins_correlation_energy, unlocked);
+  m.def("barlow_twins_standardise_backward", &barlow_twins_standardise_backward, unlocked);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_device_count", &mmfast::cuda_device_count, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_error_string", &mmfast::cuda_error_string);

@@ -2,6 +2,7 @@
 
 from mmfast.backends import backend, info
 from mmfast.errors import UserError
+from mmfast.losses import BarlowTwinsLoss
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "backend", "info"]
+__all__ = ["BarlowTwinsLoss", "UserError", "backend", "info"]
