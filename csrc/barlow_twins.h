@@ -7,9 +7,6 @@
 
 namespace MMFAST_NS {
 
-MMFAST_HD float square_root(float x) { return __builtin_sqrtf(x); }
-MMFAST_HD double square_root(double x) { return __builtin_sqrt(x); }
-
 // r; 0 for a column without any variance where eps is 0, NaN where v is not finite.
 template <class C>
 MMFAST_HD C inverse_deviation(C v, C eps) {

@@ -10,20 +10,21 @@
 namespace MMFAST_NS {
 namespace {
 
-// Masks and blends work on bit patterns, noise on the numbers they stand for.
+// Masks and blends work on bit patterns, noise on the numbers they stand for (setup.py:
+// -fno-strict-aliasing).
 template <int kBytes>
 struct Bits;
 template <>
 struct Bits<2> {
-  typedef uint16_t type __attribute__((may_alias));
+  typedef uint16_t type;
 };
 template <>
 struct Bits<4> {
-  typedef uint32_t type __attribute__((may_alias));
+  typedef uint32_t type;
 };
 template <>
 struct Bits<8> {
-  typedef uint64_t type __attribute__((may_alias));
+  typedef uint64_t type;
 };
 
 // A step that fired, and its words of the plan behind `fired`.
@@ -147,8 +148,7 @@ void run_chain(Rows<typename Bits<sizeof(C)>::type> in, typename Bits<sizeof(C)>
         in = {out, width};
       }
       if constexpr (sizeof(C) >= sizeof(float)) {
-        typedef C __attribute__((may_alias)) Number;
-        add_noise((Number*)out, (const Number*)in.data, n, width, step, seed, id,
+        add_noise((C*)out, (const C*)in.data, n, width, step, seed, id,
                   stream_tag(view, modality, fired[i].position, kNoise), wanted + i * n);
       }
     } else if (step.kind == kMaskSteps) {
