@@ -1,0 +1,325 @@
+"""Utterances in memory: one data set, and the splits that belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mmfast.data.batch import PADDINGS, Sample, canonical
+from mmfast.errors import UserError
+
+SPLITS = ("train", "valid", "test", "unlabelled")
+
+
+class MultimodalDataset(Dataset):
+    """Unpadded feature sequences of several modalities, held in memory.
+
+    All steps of a modality lie in one (steps, F) tensor; a sample is a slice of it, and subsets share it.
+
+    Args:
+        values: modality -> one (n, F) array or tensor per sample; n may be 0 (missing). Kept as float32. NaN
+            and inf are legal (`Standardiser` repairs them); float64 beyond float32's range becomes inf.
+        labels: one number per sample, NaN for none; default all NaN.
+        ids: one unique int64 per sample; default 0, 1, 2, ...
+        names: one string per sample; default the ids.
+
+    Raises:
+        UserError: sizes that do not fit together, infinite labels, repeated ids.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Sequence],
+        labels=None,
+        ids=None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        flat, lengths = {}, {}
+        for modality, samples in values.items():
+            arrays = [_float32(s, f"values[{modality!r}][{i}]", 2) for i, s in enumerate(samples)]
+            if not arrays:
+                raise UserError(
+                    f"MultimodalDataset: values[{modality!r}] must hold at least one sample, got none; "
+                    "use MultimodalDataset.empty for an empty data set"
+                )
+            for i, array in enumerate(arrays):
+                if array.shape[1] != arrays[0].shape[1]:
+                    raise UserError(
+                        f"MultimodalDataset: values[{modality!r}][{i}] must have "
+                        f"{arrays[0].shape[1]} features as the first sample, got {array.shape[1]}"
+                    )
+            flat[modality] = torch.cat(arrays)
+            lengths[modality] = [len(a) for a in arrays]
+        self._set(flat, lengths, labels, ids, names)
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Tensor], lengths, labels=None, ids=None, names=None):
+        """From modality -> (sum of lengths, F) of all samples' steps, and modality -> (N,) lengths."""
+        self = cls.__new__(cls)
+        values = {m: _float32(v, f"values[{m!r}]", 2) for m, v in values.items()}
+        self._set(values, lengths, labels, ids, names)
+        return self
+
+    @classmethod
+    def from_padded(
+        cls, values: Mapping[str, Tensor], lengths, padding="back", labels=None, ids=None, names=None
+    ):
+        """From modality -> (N, L, F), padded "back" or "front", and modality -> (N,) lengths up to L."""
+        if padding not in PADDINGS:
+            raise UserError(f'MultimodalDataset: padding must be "back" or "front", got {padding!r}')
+        flat, counts = {}, {}
+        for modality, value in values.items():
+            value = _float32(value, f"values[{modality!r}]", 3)
+            n, steps = value.shape[:2]
+            counts[modality] = count = _lengths(lengths, modality, n)
+            if n and int(count.max()) > steps:
+                raise UserError(
+                    f"MultimodalDataset: lengths[{modality!r}] must be at most the {steps} steps of its "
+                    f"values, got {int(count.max())}"
+                )
+            position = torch.arange(steps)
+            real = position < count[:, None] if padding == "back" else position >= steps - count[:, None]
+            flat[modality] = value[real]
+        return cls.from_flat(flat, counts, labels, ids, names)
+
+    @classmethod
+    def empty(cls, features: Mapping[str, int]):
+        """No samples, with the given feature sizes."""
+        return cls.from_flat({m: torch.empty(0, f) for m, f in features.items()}, {m: [] for m in features})
+
+    @classmethod
+    def concatenate(cls, datasets: Sequence[MultimodalDataset]):
+        """All samples of several data sets with the same features; ids must stay unique."""
+        first = datasets[0]
+        for other in datasets[1:]:
+            if other.features != first.features:
+                raise UserError(
+                    f"MultimodalDataset.concatenate: features must be {first.features} as in the first, "
+                    f"got {other.features}"
+                )
+        return cls.from_flat(
+            {m: torch.cat([d.flat(m) for d in datasets]) for m in first.modalities},
+            {m: torch.cat([d.lengths(m) for d in datasets]) for m in first.modalities},
+            torch.cat([d.labels for d in datasets]),
+            torch.cat([d.ids for d in datasets]),
+            [name for d in datasets for name in d.names],
+        )
+
+    def _set(self, values, lengths, labels, ids, names) -> None:
+        if not values:
+            raise UserError("MultimodalDataset: values must hold at least one modality, got none")
+        self._values, self._starts, self._lengths = {}, {}, {}
+        size = None
+        for modality in canonical(values):
+            value = values[modality]
+            count = _lengths(lengths, modality, size)
+            size = len(count)
+            if int(count.sum()) != len(value):
+                raise UserError(
+                    f"MultimodalDataset: lengths[{modality!r}] must add up to the {len(value)} steps "
+                    f"of its values, got {int(count.sum())}"
+                )
+            self._values[modality] = value
+            self._lengths[modality] = count
+            self._starts[modality] = count.cumsum(0) - count
+        self._labels = _labels(labels, size)
+        self._ids = _ids(ids, size)
+        self._names = np.array(
+            [str(i) for i in self._ids.tolist()] if names is None else list(names), dtype=str
+        )
+        if len(self._names) != size:
+            raise UserError(
+                f"MultimodalDataset: names must be {size} strings, one per sample, got {len(self._names)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample; its tensors are views of the data set's memory."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"MultimodalDataset: index must be below {len(self)}, got {index}")
+        values = {}
+        for modality, flat in self._values.items():
+            start = int(self._starts[modality][index])
+            values[modality] = flat[start : start + int(self._lengths[modality][index])]
+        return Sample(values, float(self._labels[index]), int(self._ids[index]), str(self._names[index]))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self._values)
+
+    @property
+    def features(self) -> dict[str, int]:
+        """Modality -> feature size F."""
+        return {m: v.shape[1] for m, v in self._values.items()}
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) float32, NaN for samples without a label."""
+        return self._labels
+
+    @property
+    def ids(self) -> Tensor:
+        """(N,) int64."""
+        return self._ids
+
+    @property
+    def names(self) -> list[str]:
+        return self._names.tolist()
+
+    def lengths(self, modality: str) -> Tensor:
+        """(N,) int64 real steps of one modality, 0 where it is missing."""
+        if modality not in self._lengths:
+            raise UserError(
+                f"MultimodalDataset.lengths: modality must be one of {list(self._lengths)}, got {modality!r}"
+            )
+        return self._lengths[modality]
+
+    def flat(self, modality: str) -> Tensor:
+        """(sum of lengths, F): the steps of all samples, one after another; read-only by convention."""
+        count, flat = self.lengths(modality), self._values[modality]
+        packed = count.cumsum(0) - count
+        if len(flat) == int(count.sum()) and torch.equal(packed, self._starts[modality]):
+            return flat
+        shift = torch.repeat_interleave(self._starts[modality] - packed, count)
+        return flat[shift + torch.arange(len(shift))]
+
+    def subset(self, indices) -> MultimodalDataset:
+        """The samples at `indices` (or of a boolean mask), in that order, sharing this data set's memory."""
+        indices = torch.as_tensor(np.asarray(indices))
+        if indices.dtype != torch.bool:
+            indices = indices.to(torch.int64)
+        out = self._share()
+        out._starts = {m: v[indices] for m, v in self._starts.items()}
+        out._lengths = {m: v[indices] for m, v in self._lengths.items()}
+        out._labels = self._labels[indices]
+        out._ids = _ids(self._ids[indices], None)
+        out._names = self._names[indices.numpy()]
+        return out
+
+    def with_labels(self, labels) -> MultimodalDataset:
+        """The same samples with other labels ((N,), NaN for none)."""
+        out = self._share()
+        out._labels = _labels(labels, len(self))
+        return out
+
+    def map(self, function: Callable[[str, Tensor], Tensor]) -> MultimodalDataset:
+        """A new data set with `function(modality, steps (T, F))` in place of each modality's steps."""
+        values = {m: function(m, self.flat(m)) for m in self.modalities}
+        return self.from_flat(values, self._lengths, self._labels, self._ids, self._names)
+
+    def _share(self) -> MultimodalDataset:
+        out = self.__class__.__new__(self.__class__)
+        out.__dict__.update(self.__dict__)
+        return out
+
+
+@dataclass
+class MultimodalData:
+    """The splits of one corpus. A split that is not given is an empty data set, so all can be iterated.
+
+    Attributes:
+        train, valid, test: the usual splits.
+        unlabelled: a pool for self-supervised training beside (or instead of) train, or None. Its samples may
+            carry labels and lack modalities; what makes it a pool is that pre-training ignores both.
+        cross_validation: the samples to evaluate by k-fold cross-validation where the splits are no fair test
+            (see `folds`), or None where they are.
+        name: of the corpus.
+        label_range: smallest and largest possible label.
+    """
+
+    train: MultimodalDataset | None = None
+    valid: MultimodalDataset | None = None
+    test: MultimodalDataset | None = None
+    unlabelled: MultimodalDataset | None = None
+    cross_validation: MultimodalDataset | None = None
+    name: str = "data"
+    label_range: tuple[float, float] = (-3.0, 3.0)
+
+    def __post_init__(self) -> None:
+        given = [d for d in (self.train, self.valid, self.test, self.unlabelled) if d is not None]
+        if not given:
+            raise UserError("MultimodalData: at least one split must be given, got none")
+        for other in (*given[1:], self.cross_validation):
+            if other is not None and other.features != given[0].features:
+                raise UserError(
+                    f"MultimodalData: every split must have the features {given[0].features}, "
+                    f"got {other.features}"
+                )
+        for split in ("train", "valid", "test"):
+            if getattr(self, split) is None:
+                setattr(self, split, MultimodalDataset.empty(given[0].features))
+
+    @property
+    def features(self) -> dict[str, int]:
+        """Modality -> feature size F."""
+        return self.train.features
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.train.modalities
+
+    def splits(self) -> dict[str, MultimodalDataset]:
+        """Name -> data set of the splits that hold samples."""
+        named = {name: getattr(self, name) for name in SPLITS}
+        return {name: split for name, split in named.items() if split is not None and len(split)}
+
+
+def _float32(value, name: str, ndim: int) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = np.asarray(value)
+        if value.dtype.kind not in "fiu":
+            raise TypeError(f"MultimodalDataset: {name} must hold numbers, got dtype {value.dtype}")
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if value.ndim != ndim:
+        shape = "(n, F)" if ndim == 2 else "(N, L, F)"
+        raise UserError(f"MultimodalDataset: {name} must be {shape}, got shape {tuple(value.shape)}")
+    return value.detach().to("cpu", torch.float32)
+
+
+def _lengths(lengths, modality: str, size: int | None) -> Tensor:
+    if modality not in lengths:
+        raise UserError(
+            f"MultimodalDataset: lengths must name the modality {modality!r}, got {list(lengths)}"
+        )
+    count = torch.as_tensor(np.asarray(lengths[modality]))
+    if count.numel() == 0:
+        count = count.to(torch.int64)
+    if count.ndim != 1 or count.dtype.is_floating_point or (size is not None and len(count) != size):
+        wanted = "(N,)" if size is None else f"({size},)"
+        raise UserError(
+            f"MultimodalDataset: lengths[{modality!r}] must be {wanted} integers, "
+            f"got {count.dtype} of shape {tuple(count.shape)}"
+        )
+    if len(count) and int(count.min()) < 0:
+        raise UserError(
+            f"MultimodalDataset: lengths[{modality!r}] must not be negative, got {int(count.min())}"
+        )
+    return count.to(torch.int64)
+
+
+def _labels(labels, size: int) -> Tensor:
+    if labels is None:
+        return torch.full((size,), float("nan"))
+    labels = torch.as_tensor(np.asarray(labels)).to(torch.float32)
+    if labels.shape != (size,):
+        raise UserError(f"MultimodalDataset: labels must be ({size},), got shape {tuple(labels.shape)}")
+    if torch.isinf(labels).any():
+        raise UserError("MultimodalDataset: labels must be finite, or NaN for none, got inf")
+    return labels
+
+
+def _ids(ids, size: int | None) -> Tensor:
+    ids = torch.arange(size) if ids is None else torch.as_tensor(np.asarray(ids)).to(torch.int64)
+    if ids.ndim != 1 or (size is not None and len(ids) != size):
+        raise UserError(f"MultimodalDataset: ids must be ({size},), got shape {tuple(ids.shape)}")
+    unique, counts = torch.unique(ids, return_counts=True)
+    if len(unique) != len(ids):
+        raise UserError(f"MultimodalDataset: ids must be unique, got {int(unique[counts.argmax()])} twice")
+    return ids
