@@ -34,7 +34,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
 
 # No -ffast-math: NaN and infinities must stay visible. The two relaxations only drop errno and FP traps.
-CXX_FLAGS = "-std=c++17 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall".split()
+CXX_FLAGS = (
+    "-std=c++17 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall".split()
+)
 NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden".split()
 
 
@@ -80,7 +82,9 @@ def find_nvcc():
     if not nvcc:
         raise RuntimeError("nvcc was not found on PATH, in NVCC or in CUDA_HOME")
     # nvcc may be a wrapper script, so its own dry run is what knows where the toolkit is.
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True).stderr
+    dry = subprocess.run(
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True
+    ).stderr
     top = next((ln.split("TOP=")[1].strip() for ln in dry.splitlines() if "TOP=" in ln), None)
     for lib in ("lib64", "lib", "targets/x86_64-linux/lib"):
         if top and (Path(top) / lib / "libcudart_static.a").exists():
@@ -106,6 +110,13 @@ class BuildKernels(build_ext):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
 
+    def copy_extensions_to_source(self):
+        """In-place and editable builds: the library, if there is one, and the build record."""
+        built = Path(self.build_lib) / self.get_ext_filename("mmfast._C")
+        for path in (built, built.with_name("_build.json")):
+            if path.exists():
+                shutil.copy2(path, ROOT / "mmfast" / path.name)
+
     def attempt(self, record, kind, required):
         """The record after one try at the build, with CUDA or without; a failure is recorded or raised."""
         try:
@@ -113,7 +124,9 @@ class BuildKernels(build_ext):
         except (OSError, RuntimeError, subprocess.CalledProcessError, StopIteration, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
             if required:
-                raise SystemExit(f"setup.py: MMFAST_{kind.upper()}=1, but the build failed: {error}") from error
+                raise SystemExit(
+                    f"setup.py: MMFAST_{kind.upper()}=1, but the build failed: {error}"
+                ) from error
             print(f"mmfast: no {kind} kernels: {reason}", file=sys.stderr)
             return record | {kind: {"built": False, "reason": reason}}
 
@@ -165,13 +178,22 @@ class BuildKernels(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(build.text(target, link_flags))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        print(f"mmfast: compiling {len(build.objects)} files{' with CUDA' if with_cuda else ''}", file=sys.stderr)
+        print(
+            f"mmfast: compiling {len(build.objects)} files{' with CUDA' if with_cuda else ''}",
+            file=sys.stderr,
+        )
         run = subprocess.run(
-            [Path(ninja.BIN_DIR) / "ninja", *jobs], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [Path(ninja.BIN_DIR) / "ninja", *jobs],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         if run.returncode:
             print(run.stdout, file=sys.stderr)
-            cause = next((ln for ln in run.stdout.splitlines() if "error" in ln.lower()), "see the output above")
+            cause = next(
+                (ln for ln in run.stdout.splitlines() if "error" in ln.lower()), "see the output above"
+            )
             raise RuntimeError(f"the compiler failed: {cause}")
         return record
 
