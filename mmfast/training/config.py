@@ -6,23 +6,35 @@ it contradicts itself or its code. This module imports neither torch nor Lightni
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Literal
+
+from mmfast.errors import UserError
 
 
 @dataclass
 class SyntheticConfig:
-    """The built-in generator, used when ``data.path`` is ``synthetic``.
+    """The built-in generator of MOSEI-like utterances, used when ``data.path`` is ``synthetic``.
 
     Args:
-        samples: Number of samples in all three splits together.
-        unlabelled: Share of the samples without a label, in [0, 1]; they go to the pre-training pool.
+        samples: Number of samples in all; about 71 % train, 8 % valid, 20 % test.
         seed: Seed of the data, apart from the seed of the run: all runs see the same data.
+        labelled: Share of the training samples that have a label, in [0, 1].
+        missing: Probability that a modality of a sample is missing.
+        corrupt: Share of audio cells that are NaN or -inf.
+        max_length: Longest utterance in words.
+        features: Modality to feature size; text 300, audio 74, visual 35 when left out.
     """
 
-    samples: int = 1000
-    unlabelled: float = 0.5
+    samples: int = 2000
     seed: int = 0
+    labelled: float = 1.0
+    missing: float = 0.05
+    corrupt: float = 1e-3
+    max_length: int = 50
+    features: dict[str, int] | None = None
 
 
 @dataclass
@@ -31,15 +43,17 @@ class DataConfig:
 
     Args:
         path: ``synthetic``, or a file or folder of features that ``mmfast inspect`` recognises.
-        modalities: Names of the modalities to use; all of the data set's when left out.
         label_share: Share of the labelled training and validation samples whose labels are used, in (0, 1]. The choice
             is seeded by ``run.seed``; pre-training always sees all inputs, and the test split is never reduced.
+        folds: Number of folds for data that ask for cross-validation instead of having a fair test split.
+        fold: Which of them is tested, from 0; validation samples are a fifth of the others.
         synthetic: Options of the generator.
     """
 
     path: str = "synthetic"
-    modalities: list[str] | None = None
     label_share: float = 1.0
+    folds: int = 5
+    fold: int = 0
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -52,7 +66,9 @@ class ModelConfig:
         dropout: Dropout of the encoder, in [0, 1).
         bidirectional: ``false`` (thesis text), ``fusion`` (what the thesis code ran: only the last LSTM) or ``true`` (M3).
         attention: Self-attention after each modality's LSTM.
-        masking: Probability of M3's modality masking during supervised training and pre-training; 0 switches it off.
+        pooling: ``sum`` over real steps (M3), ``mean`` over them, or the ``last`` step.
+        masking: Probability of M3's modality masking in training of both phases; 0 switches it off.
+        masking_mode: Hide one modality at each ``step``, or one for the whole ``sequence``.
         projector: Widths of the projector's layers. The last one is the embedding size D.
     """
 
@@ -60,7 +76,9 @@ class ModelConfig:
     dropout: float = 0.2
     bidirectional: bool | Literal["fusion"] = False
     attention: bool = True
+    pooling: Literal["sum", "mean", "last"] = "sum"
     masking: float = 0.0
+    masking_mode: Literal["step", "sequence"] = "step"
     projector: list[int] = field(default_factory=lambda: [1000, 1000, 1000])
 
 
@@ -149,6 +167,7 @@ class RunConfig:
         accelerator: Lightning's name of the device, such as ``auto``, ``cpu`` or ``gpu``.
         precision: Lightning's name of the precision, such as ``32-true`` or ``bf16-mixed``.
         tensorboard: Write TensorBoard event files beside the CSV log.
+        threads: CPU threads; torch's choice when left out. Bits of a result may depend on it.
         progress: Progress bar: ``auto`` shows it on a terminal only.
     """
 
@@ -157,6 +176,7 @@ class RunConfig:
     accelerator: str = "auto"
     precision: str = "32-true"
     tensorboard: bool = True
+    threads: int | None = None
     progress: Literal["auto", "on", "off"] = "auto"
 
 
@@ -171,3 +191,52 @@ class Config:
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+# (path of the field, what it must be, whether a value is so); types are the parser's business.
+RULES = (
+    ("data.label_share", "in (0, 1]", lambda v: 0 < v <= 1),
+    ("data.folds", "at least 2", lambda v: v >= 2),
+    ("pretraining.lr", "positive", _positive),
+    ("pretraining.epochs", "positive", _positive),
+    ("pretraining.batch_size", "at least 2, for a loss over one sample is undefined", lambda v: v >= 2),
+    ("supervised.lr", "positive", _positive),
+    ("supervised.linear_lr", "positive", lambda v: v is None or v > 0),
+    ("supervised.epochs", "positive", _positive),
+    ("supervised.batch_size", "positive", _positive),
+    ("supervised.patience", "positive", _positive),
+    ("supervised.plateau_patience", "at least 0", lambda v: v >= 0),
+    ("supervised.plateau_factor", "in (0, 1)", lambda v: 0 < v < 1),
+    ("run.threads", "positive", lambda v: v is None or v > 0),
+    ("run.seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
+)
+
+
+def check(config: Config) -> None:
+    """Refuse settings out of range that no component checks for itself.
+
+    Raises:
+        UserError: names the first such setting, its rule and its value.
+    """
+    for path, rule, holds in RULES:
+        value = attrgetter(path)(config)
+        if not holds(value):
+            raise UserError(f"config: {path} must be {rule}, got {value}")
+
+
+def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> str | None:
+    """Dotted name of the first setting in which two nested mappings differ, or None."""
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        a, b = ours.get(key), theirs.get(key)
+        inner = tuple(name.removeprefix(f"{key}.") for name in ignore)
+        if key in ignore or a == b:
+            continue
+        if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+            return key
+        if (name := first_difference(a, b, inner)) is not None:
+            return f"{key}.{name}"
+    return None

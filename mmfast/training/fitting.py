@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mmfast.training.checkpoint import AtomicCheckpointIO, FolderCheckpoint, read_checkpoint
 from mmfast.training.config import RunConfig
+from mmfast.training.history import History
 
 LAST, BEST, LOGS = "last.ckpt", "best.ckpt", "logs"
 
@@ -29,7 +30,7 @@ def fit(
     epochs: int,
     monitor: str | None = None,
     patience: int = 0,
-) -> None:
+) -> list[dict[str, float]]:
     """Train, or go on where ``folder/last.ckpt`` stopped, to the same weights bit by bit.
 
     A checkpoint is written at the end of each epoch (``last.ckpt``), so a killed run repeats at most one epoch. That
@@ -44,10 +45,14 @@ def fit(
         monitor: logged quantity, lower is better, by which ``best.ckpt`` is kept and training stops.
         patience: epochs without improvement before it stops.
 
+    Returns:
+        What was logged in each epoch, over all sittings.
+
     Raises:
         KeyboardInterrupt: Ctrl-C; what was reached is kept.
     """
-    callbacks: list[Callback] = []
+    history = History()
+    callbacks: list[Callback] = [history]
     if monitor is not None:
         callbacks += [
             EarlyStopping(monitor, patience=patience, check_on_train_epoch_end=True),
@@ -65,7 +70,7 @@ def fit(
         checkpoint = read_checkpoint(start)
         if _finished(checkpoint, epochs, patience):
             module.load_state_dict(checkpoint["state_dict"])
-            return
+            return checkpoint["callbacks"][history.state_key]["epochs"]
         # Lightning makes the first iterator before it tells the sampler the epoch.
         train.batch_sampler.set_epoch(checkpoint["epoch"] + 1)
     with _quiet(), _interruptible():
@@ -83,6 +88,7 @@ def fit(
             use_distributed_sampler=False,
         )
         trainer.fit(module, train, valid, ckpt_path=start, weights_only=True)
+    return history.epochs
 
 
 def _finished(checkpoint: dict, epochs: int, patience: int) -> bool:

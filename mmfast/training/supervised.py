@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from mmfast.data import MultimodalBatch
+from mmfast.data import MultimodalBatch, MultimodalDataset
 from mmfast.training.checkpoint import RECORD
 from mmfast.training.config import SupervisedConfig
+from mmfast.training.predictions import encode
 from mmfast.training.pretraining import check_finite
 from mmfast.training.seeds import derive
 
@@ -42,6 +45,8 @@ class Supervised(pl.LightningModule):
         self.encoder, self.head = encoder, head
         self.settings, self.freeze_encoder, self.seed, self.record = settings, freeze, seed, record or {}
         encoder.requires_grad_(not freeze)
+        self._rows: dict[int, int] = {}
+        self._fused: Tensor | None = None
 
     def train(self, mode: bool = True) -> Supervised:
         super().train(mode)
@@ -51,7 +56,28 @@ class Supervised(pl.LightningModule):
 
     def forward(self, batch: MultimodalBatch) -> Tensor:
         """Predictions (B,)."""
-        return self.head(self.encoder(batch.values, batch.lengths, batch.padding))
+        return self.head(self._encode(batch))
+
+    def _encode(self, batch: MultimodalBatch) -> Tensor:
+        if self._fused is None:
+            return self.encoder(batch.values, batch.lengths, batch.padding)
+        rows = [self._rows[i] for i in batch.ids.tolist()]
+        return self._fused[rows].to(batch.ids.device)
+
+    @contextlib.contextmanager
+    def encoded(self, *datasets: MultimodalDataset) -> Iterator[None]:
+        """Within the context, samples of these data sets are encoded once, now, and not again in every epoch.
+
+        Does nothing unless the encoder is frozen.
+        """
+        if self.freeze_encoder:
+            vectors = [encode(self.encoder, dataset) for dataset in datasets]
+            ids = torch.cat([dataset.ids for dataset in datasets]).tolist()
+            self._rows, self._fused = {i: row for row, i in enumerate(ids)}, torch.cat(vectors)
+        try:
+            yield
+        finally:
+            self._rows, self._fused = {}, None
 
     def configure_optimizers(self) -> dict[str, Any]:
         lr = self.settings.lr
@@ -68,8 +94,10 @@ class Supervised(pl.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Before the epoch's checkpoint is written, so that it holds the schedule's state."""
-        self.log("lr", self.optimizers().param_groups[0]["lr"])
         self.lr_schedulers().step(self.trainer.callback_metrics["valid_loss"])
+
+    def on_train_epoch_start(self) -> None:
+        self.log("lr", self.optimizers().param_groups[0]["lr"])
 
     def on_train_batch_start(self, batch: MultimodalBatch, batch_idx: int) -> None:
         torch.manual_seed(derive(self.seed, "supervised step", self.global_step))

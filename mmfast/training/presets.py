@@ -1,0 +1,16 @@
+"""Named settings to start from, by ``--preset``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Small enough for a minute on two cores: every part at work, none at full size.
+DEMO: dict[str, Any] = {
+    "data": {"synthetic": {"samples": 800, "labelled": 0.4, "max_length": 20}},
+    "model": {"hidden": 32, "projector": [128, 128, 128]},
+    "pretraining": {"epochs": 15, "batch_size": 128},
+    "supervised": {"lr": 1e-3, "linear_lr": 1e-2, "epochs": 30, "patience": 8},
+    "run": {"folder": "runs/demo"},
+}
+
+PRESETS = {"demo": DEMO}
