@@ -2,15 +2,34 @@
 
 from mmfast.data.batch import MODALITIES, MultimodalBatch, Sample, collate
 from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.ict_mmmo import read_ict_mmmo
+from mmfast.data.inspect import Inspection, inspect
+from mmfast.data.load import load
 from mmfast.data.sampler import BucketSampler, make_loader
+from mmfast.data.split import Fold, folds, label_share
+from mmfast.data.standardise import NonFinite, Standardiser, count_nonfinite
+from mmfast.data.storage import save
+from mmfast.data.synthetic import synthetic
 
 __all__ = [
     "MODALITIES",
     "BucketSampler",
+    "Fold",
+    "Inspection",
     "MultimodalBatch",
     "MultimodalData",
     "MultimodalDataset",
+    "NonFinite",
     "Sample",
+    "Standardiser",
     "collate",
+    "count_nonfinite",
+    "folds",
+    "inspect",
+    "label_share",
+    "load",
     "make_loader",
+    "read_ict_mmmo",
+    "save",
+    "synthetic",
 ]

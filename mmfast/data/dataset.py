@@ -77,7 +77,7 @@ class MultimodalDataset(Dataset):
             value = _float32(value, f"values[{modality!r}]", 3)
             n, steps = value.shape[:2]
             counts[modality] = count = _lengths(lengths, modality, n)
-            if n and int(count.max()) > steps:
+            if n and count.max() > steps:
                 raise UserError(
                     f"MultimodalDataset: lengths[{modality!r}] must be at most the {steps} steps of its "
                     f"values, got {int(count.max())}"
@@ -192,9 +192,8 @@ class MultimodalDataset(Dataset):
 
     def subset(self, indices) -> MultimodalDataset:
         """The samples at `indices` (or of a boolean mask), in that order, sharing this data set's memory."""
-        indices = torch.as_tensor(np.asarray(indices))
-        if indices.dtype != torch.bool:
-            indices = indices.to(torch.int64)
+        indices = np.asarray(indices)
+        indices = torch.from_numpy(indices) if indices.dtype == bool else _integers(indices, "indices", None)
         out = self._share()
         out._starts = {m: v[indices] for m, v in self._starts.items()}
         out._lengths = {m: v[indices] for m, v in self._lengths.items()}
@@ -226,8 +225,8 @@ class MultimodalData:
 
     Attributes:
         train, valid, test: the usual splits.
-        unlabelled: a pool for self-supervised training beside (or instead of) train, or None. Its samples may
-            carry labels and lack modalities; what makes it a pool is that pre-training ignores both.
+        unlabelled: a pool for self-supervised training beside train (or train itself), or None. Its samples
+            may carry labels and lack modalities.
         cross_validation: the samples to evaluate by k-fold cross-validation where the splits are no fair test
             (see `folds`), or None where they are.
         name: of the corpus.
@@ -252,6 +251,12 @@ class MultimodalData:
                     f"MultimodalData: every split must have the features {given[0].features}, "
                     f"got {other.features}"
                 )
+        ids = torch.cat([d.ids for d in {id(d): d for d in given}.values()])
+        if (twice := _repeated(ids)) is not None:
+            raise UserError(
+                "MultimodalData: ids must be unique over the splits, lest a sample be trained and tested on "
+                f"(give ids= to MultimodalDataset), got {twice} twice"
+            )
         for split in ("train", "valid", "test"):
             if getattr(self, split) is None:
                 setattr(self, split, MultimodalDataset.empty(given[0].features))
@@ -265,6 +270,14 @@ class MultimodalData:
     def modalities(self) -> tuple[str, ...]:
         return self.train.modalities
 
+    def pretraining(self, train: MultimodalDataset | None = None) -> MultimodalDataset:
+        """What self-supervised training sees: `train` (default the split) and the pool, each sample once."""
+        train = self.train if train is None else train
+        if self.unlabelled is None:
+            return train
+        new = ~torch.isin(self.unlabelled.ids, train.ids)
+        return MultimodalDataset.concatenate([train, self.unlabelled.subset(new)]) if new.any() else train
+
     def splits(self) -> dict[str, MultimodalDataset]:
         """Name -> data set of the splits that hold samples."""
         named = {name: getattr(self, name) for name in SPLITS}
@@ -276,38 +289,42 @@ def _float32(value, name: str, ndim: int) -> Tensor:
         value = np.asarray(value)
         if value.dtype.kind not in "fiu":
             raise TypeError(f"MultimodalDataset: {name} must hold numbers, got dtype {value.dtype}")
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        with np.errstate(over="ignore"):
+            value = torch.from_numpy(np.require(value, np.float32, ["C", "W"]))
     if value.ndim != ndim:
         shape = "(n, F)" if ndim == 2 else "(N, L, F)"
         raise UserError(f"MultimodalDataset: {name} must be {shape}, got shape {tuple(value.shape)}")
     return value.detach().to("cpu", torch.float32)
 
 
+def _integers(value, name: str, size: int | None) -> Tensor:
+    value = np.asarray(value)
+    if value.ndim != 1 or (value.size and value.dtype.kind not in "iu") or size not in (None, len(value)):
+        wanted = "(N,)" if size is None else f"({size},)"
+        raise UserError(
+            f"MultimodalDataset: {name} must be {wanted} integers, got {value.dtype} of shape {value.shape}"
+        )
+    return torch.from_numpy(value.astype(np.int64))
+
+
 def _lengths(lengths, modality: str, size: int | None) -> Tensor:
     if modality not in lengths:
         raise UserError(
-            f"MultimodalDataset: lengths must name the modality {modality!r}, got {list(lengths)}"
+            f"MultimodalDataset: lengths must name {modality!r} as values do, got {list(lengths)}"
         )
-    count = torch.as_tensor(np.asarray(lengths[modality]))
-    if count.numel() == 0:
-        count = count.to(torch.int64)
-    if count.ndim != 1 or count.dtype.is_floating_point or (size is not None and len(count) != size):
-        wanted = "(N,)" if size is None else f"({size},)"
-        raise UserError(
-            f"MultimodalDataset: lengths[{modality!r}] must be {wanted} integers, "
-            f"got {count.dtype} of shape {tuple(count.shape)}"
-        )
-    if len(count) and int(count.min()) < 0:
-        raise UserError(
-            f"MultimodalDataset: lengths[{modality!r}] must not be negative, got {int(count.min())}"
-        )
-    return count.to(torch.int64)
+    count = _integers(lengths[modality], f"lengths[{modality!r}]", size)
+    if (count < 0).any():
+        raise UserError(f"MultimodalDataset: lengths[{modality!r}] must be 0 or more, got {int(count.min())}")
+    return count
 
 
 def _labels(labels, size: int) -> Tensor:
     if labels is None:
         return torch.full((size,), float("nan"))
-    labels = torch.as_tensor(np.asarray(labels)).to(torch.float32)
+    try:
+        labels = torch.from_numpy(np.asarray(labels).astype(np.float32))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"MultimodalDataset: labels must be numbers ({error})") from None
     if labels.shape != (size,):
         raise UserError(f"MultimodalDataset: labels must be ({size},), got shape {tuple(labels.shape)}")
     if torch.isinf(labels).any():
@@ -316,10 +333,12 @@ def _labels(labels, size: int) -> Tensor:
 
 
 def _ids(ids, size: int | None) -> Tensor:
-    ids = torch.arange(size) if ids is None else torch.as_tensor(np.asarray(ids)).to(torch.int64)
-    if ids.ndim != 1 or (size is not None and len(ids) != size):
-        raise UserError(f"MultimodalDataset: ids must be ({size},), got shape {tuple(ids.shape)}")
-    unique, counts = torch.unique(ids, return_counts=True)
-    if len(unique) != len(ids):
-        raise UserError(f"MultimodalDataset: ids must be unique, got {int(unique[counts.argmax()])} twice")
+    ids = torch.arange(size) if ids is None else _integers(ids, "ids", size)
+    if (twice := _repeated(ids)) is not None:
+        raise UserError(f"MultimodalDataset: ids must be unique, got {twice} twice")
     return ids
+
+
+def _repeated(ids: Tensor) -> int | None:
+    unique, counts = torch.unique(ids, return_counts=True)
+    return None if len(unique) == len(ids) else int(unique[counts.argmax()])

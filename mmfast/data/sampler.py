@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class BucketSampler(Sampler[list[int]]):
         rank, world_size: which of how many processes this is.
 
     Raises:
-        UserError: sizes out of range, or too few samples to give every rank one.
+        UserError: sizes out of range, or too few samples for a batch on every rank.
     """
 
     def __init__(
@@ -57,10 +58,8 @@ class BucketSampler(Sampler[list[int]]):
             ("world_size", world_size, 1),
             ("seed", seed, 0),
         ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(
-                    f"BucketSampler: {name} must be an integer of at least {least}, got {value!r}"
-                )
+            if not isinstance(value, Integral) or value < least:
+                raise UserError(f"BucketSampler: {name} must be an integer >= {least}, got {value!r}")
         if rank not in range(world_size):
             raise UserError(f"BucketSampler: rank must lie in [0, world_size = {world_size}), got {rank!r}")
         self._key = _sort_key(dataset)
@@ -73,6 +72,11 @@ class BucketSampler(Sampler[list[int]]):
     def _step_sizes(self, n: int, batch_size: int) -> list[int]:
         full, rest = divmod(n, self._step)
         sizes = [self._step] * full
+        if self._drop_last and rest and not full:
+            raise UserError(
+                f"BucketSampler: drop_last leaves no batch, {n} samples are fewer than "
+                f"batch_size * world_size = {self._step}"
+            )
         if self._drop_last or rest == 0:
             return sizes
         if rest < self._world_size and full and batch_size > 1:
@@ -105,22 +109,19 @@ class BucketSampler(Sampler[list[int]]):
     def batches(self, epoch: int) -> list[list[int]]:
         """This rank's batches of an epoch, as indices into the data set."""
         generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
-        order = torch.randperm(len(self._key), generator=generator) if self._shuffle else None
-        order = self._by_length(order)
-        if self._shuffle:
-            width = self._step * STEPS_PER_BUCKET
-            order = torch.cat([b[torch.randperm(len(b), generator=generator)] for b in order.split(width)])
-        steps = order.split(self._sizes)
-        if self._shuffle:
-            steps = [steps[i] for i in torch.randperm(len(steps), generator=generator).tolist()]
-        return [step.tensor_split(self._world_size)[self._rank].tolist() for step in steps]
 
-    def _by_length(self, order: Tensor | None) -> Tensor:
-        if order is None:
-            order = torch.arange(len(self._key))
+        def permutation(n: int) -> Tensor:
+            return torch.randperm(n, generator=generator) if self._shuffle else torch.arange(n)
+
         # Cut before sorting: any sample may be left out, not only the longest.
-        order = order[: sum(self._sizes)]
-        return order[torch.sort(self._key[order], stable=True).indices]
+        order = permutation(len(self._key))[: sum(self._sizes)]
+        order = order[torch.sort(self._key[order], stable=True).indices]
+        buckets = order.split(self._step * STEPS_PER_BUCKET)
+        order = torch.cat([bucket[permutation(len(bucket))] for bucket in buckets])
+        steps = order.split(self._sizes) if self._sizes else ()
+        mine = (step.tensor_split(self._world_size)[self._rank] for step in steps)
+        batches = [indices.tolist() for indices in mine]
+        return [batches[i] for i in permutation(len(batches)).tolist()]
 
 
 def make_loader(

@@ -1,0 +1,153 @@
+"""A look at data before any training: sizes, lengths, gaps, broken cells, labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.load import load, recognise
+from mmfast.data.standardise import Standardiser, count_nonfinite
+
+
+@dataclass(frozen=True)
+class ModalityReport:
+    """One modality of one split.
+
+    Lengths are those of the samples that have it, 0 if none has. `constant` are the features with one value
+    in the whole split, or no finite one.
+    """
+
+    features: int
+    missing: float
+    shortest: int
+    median: int
+    longest: int
+    nan: int
+    inf: int
+    constant: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split. `histogram` counts labels rounded to whole numbers; the range is NaN without labels."""
+
+    samples: int
+    labelled: int
+    label_min: float
+    label_mean: float
+    label_max: float
+    histogram: dict[int, int]
+    modalities: dict[str, ModalityReport]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found; `str()` of it is for people.
+
+    Attributes:
+        source: the path, or "synthetic".
+        name: of the corpus.
+        label_range: smallest and largest possible label.
+        padding: side of the padding in the files.
+        contents: (key, shape, dtype) of every array in the files.
+        splits: split -> its report.
+    """
+
+    source: str
+    name: str
+    label_range: tuple[float, float]
+    padding: str
+    contents: list[tuple[str, tuple[int, ...], str]]
+    splits: dict[str, SplitReport]
+
+    def __str__(self) -> str:
+        low, high = self.label_range
+        lines = [f"{self.name} ({self.source})", f"labels in [{low:g}, {high:g}]; padding {self.padding}"]
+        if self.contents:
+            width = max(len(key) for key, _, _ in self.contents)
+            lines += ["", "arrays"]
+            lines += [f"  {key:<{width}}  {dtype:<8} {shape}" for key, shape, dtype in self.contents]
+        for split, report in self.splits.items():
+            lines += ["", *_split_lines(split, report)]
+        return "\n".join(lines)
+
+
+def inspect(source) -> Inspection:
+    """Look at "synthetic" or at a path, in any format that `load` reads.
+
+    Raises:
+        UserError: as `load`.
+    """
+    if source == "synthetic":
+        data, contents, padding = load(source), [], "none, generated without"
+    else:
+        path = Path(source)
+        kind = recognise(path)
+        data, contents, padding = kind.read(path), kind.contents(path), kind.padding(path)
+    return Inspection(str(source), data.name, data.label_range, padding, contents, _splits(data))
+
+
+def _splits(data: MultimodalData) -> dict[str, SplitReport]:
+    # A pool that is the training split needs no report of its own.
+    splits = {n: d for n, d in data.splits().items() if n != "unlabelled" or d is not data.train}
+    if data.cross_validation is not None:
+        splits["cross_validation"] = data.cross_validation
+    return {name: _report(dataset) for name, dataset in splits.items()}
+
+
+def _report(dataset: MultimodalDataset) -> SplitReport:
+    labels = dataset.labels[~torch.isnan(dataset.labels)]
+    low, mean, high = (
+        float(f(labels)) if len(labels) else float("nan") for f in (torch.min, torch.mean, torch.max)
+    )
+    values, counts = labels.round().to(torch.int64).unique(return_counts=True)
+    nonfinite, scale = count_nonfinite(dataset), Standardiser().fit(dataset).scale
+    modalities = {}
+    for modality, features in dataset.features.items():
+        lengths = dataset.lengths(modality)
+        real = lengths[lengths > 0]
+        shortest, median, longest = (
+            int(f(real)) if len(real) else 0 for f in (torch.min, torch.median, torch.max)
+        )
+        constant = torch.nonzero(scale[modality] == 0).flatten().tolist() if len(real) else []
+        modalities[modality] = ModalityReport(
+            features=features,
+            missing=float((lengths == 0).float().mean()),
+            shortest=shortest,
+            median=median,
+            longest=longest,
+            nan=nonfinite[modality].nan,
+            inf=nonfinite[modality].inf,
+            constant=tuple(constant),
+        )
+    return SplitReport(
+        samples=len(dataset),
+        labelled=len(labels),
+        label_min=low,
+        label_mean=mean,
+        label_max=high,
+        histogram=dict(zip(values.tolist(), counts.tolist(), strict=True)),
+        modalities=modalities,
+    )
+
+
+def _split_lines(name: str, report: SplitReport) -> list[str]:
+    lines = [f"{name}: {report.samples} samples, {report.labelled} labelled"]
+    if report.labelled:
+        bars = "  ".join(f"{value:+d}: {count}" for value, count in report.histogram.items())
+        lines.append(
+            f"  labels {report.label_min:.2f} to {report.label_max:.2f}, mean {report.label_mean:.2f}; "
+            f"rounded {bars}"
+        )
+    for modality, m in report.modalities.items():
+        text = f"  {modality:<8} F {m.features:<4} missing {m.missing:6.1%}"
+        text += f"  length {m.shortest} / {m.median} / {m.longest} (min / median / max)"
+        text += f"  NaN {m.nan}  inf {m.inf}"
+        if m.constant:
+            shown = ", ".join(map(str, m.constant[:8])) + (", ..." if len(m.constant) > 8 else "")
+            text += f"  constant features {len(m.constant)} ({shown})"
+        lines.append(text)
+    return lines

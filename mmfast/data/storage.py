@@ -1,0 +1,175 @@
+"""mmfast's own file of utterances: one .npz archive, no pickle.
+
+The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
+
+    format                       the string "mmfast-data 1"
+    name                         string, the corpus (optional)
+    label_range                  (2,) float, smallest and largest possible label (optional, -3 and 3)
+    SPLIT/MODALITY/values        (sum of lengths, F) float: the real steps of all samples, one after another
+    SPLIT/MODALITY/lengths       (N,) integer: steps of each sample, 0 where the modality is missing
+    SPLIT/labels                 (N,) float, NaN for none (optional, all NaN)
+    SPLIT/ids                    (N,) integer, unique over train, valid, test and unlabelled (optional)
+    SPLIT/names                  (N,) string (optional, the ids)
+
+SPLIT is train, valid, test, unlabelled or cross_validation; a file needs at least one of the first four, so
+data to predict for may be a single `test`. MODALITY is any name; text, audio and visual are the usual ones.
+Samples of cross_validation keep the ids they have elsewhere; an unlabelled split with train's ids is train.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.errors import UserError
+
+FORMAT = "mmfast-data 1"
+POOLS = ("train", "valid", "test", "unlabelled", "cross_validation")
+
+
+def save(data: MultimodalData | MultimodalDataset, path) -> None:
+    """Write all splits (or one data set, as `test`) to a .npz file.
+
+    The file appears under its name only when it is complete; an older one stays until then.
+
+    Raises:
+        UserError: the path cannot be written, or the disk is full.
+    """
+    if isinstance(data, MultimodalDataset):
+        data = MultimodalData(test=data)
+    arrays = {
+        "format": np.array(FORMAT),
+        "name": np.array(data.name),
+        "label_range": np.array(data.label_range, dtype=np.float64),
+    }
+    for split in POOLS:
+        dataset = getattr(data, split)
+        if dataset is None or len(dataset) == 0:
+            continue
+        arrays[f"{split}/labels"] = dataset.labels.numpy()
+        arrays[f"{split}/ids"] = dataset.ids.numpy()
+        arrays[f"{split}/names"] = np.array(dataset.names)
+        for modality in dataset.modalities:
+            arrays[f"{split}/{modality}/values"] = dataset.flat(modality).numpy()
+            arrays[f"{split}/{modality}/lengths"] = dataset.lengths(modality).numpy()
+    _write(Path(path), arrays)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"save: {path} cannot be written ({error.strerror or error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether the file is an archive with this format's key."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "format.npy" in archive.namelist()
+    except zipfile.BadZipFile:
+        return False
+
+
+def read_saved(path) -> MultimodalData:
+    """Read what `save` wrote, or another program in the same format (see the module's description).
+
+    Raises:
+        UserError: a missing, damaged or foreign file, unknown keys, arrays that do not fit together.
+    """
+    path = Path(path)
+    arrays = _load(path)
+    found = str(arrays.pop("format", "none"))
+    if found != FORMAT:
+        raise UserError(f"{path}: format must be {FORMAT!r}, got {found!r}")
+    splits = _group(path, arrays)
+    try:
+        datasets, first_id = {}, 0
+        for split, content in splits.items():
+            size = len(next(iter(content["lengths"].values()), ()))
+            content.setdefault("ids", np.arange(first_id, first_id + size))
+            datasets[split] = MultimodalDataset.from_flat(**content)
+            first_id = max(first_id, int(datasets[split].ids.max()) + 1 if size else 0)
+        pool, train = datasets.get("unlabelled"), datasets.get("train")
+        if pool is not None and train is not None and torch.equal(pool.ids, train.ids):
+            datasets["unlabelled"] = train
+        return MultimodalData(
+            **datasets,
+            name=str(arrays.get("name", path.stem)),
+            label_range=_range(arrays.get("label_range", (-3.0, 3.0))),
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """(key, shape, dtype) of every array in the file."""
+    return [(key, array.shape, str(array.dtype)) for key, array in _load(path).items()]
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        EOFError,
+        KeyError,
+        MemoryError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UserError(f"{path}: not a readable .npz archive of plain arrays ({error})") from None
+
+
+def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
+    splits: dict[str, dict] = {}
+    for key, array in arrays.items():
+        match key.split("/"):
+            case ["name" | "label_range"]:
+                pass
+            case [split, ("labels" | "ids" | "names") as kind] if split in POOLS:
+                splits.setdefault(split, {"values": {}, "lengths": {}})[kind] = array
+            case [split, modality, ("values" | "lengths") as kind] if split in POOLS and modality:
+                splits.setdefault(split, {"values": {}, "lengths": {}})[kind][modality] = array
+            case _:
+                raise UserError(
+                    f"{path}: keys must be name, label_range, SPLIT/labels, SPLIT/ids, SPLIT/names, "
+                    f"SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, SPLIT in {POOLS}, got {key!r}"
+                )
+    for split, content in splits.items():
+        if content["values"].keys() != content["lengths"].keys():
+            raise UserError(
+                f"{path}: {split} must have values and lengths of the same modalities, "
+                f"got {sorted(content['values'])} and {sorted(content['lengths'])}"
+            )
+    return splits
+
+
+def _range(value) -> tuple[float, float]:
+    low, high = (float(v) for v in np.asarray(value).reshape(-1))
+    if not low < high:
+        raise UserError(f"label_range must be increasing, got {low} and {high}")
+    return low, high
