@@ -1,0 +1,47 @@
+"""The projector between encoder and self-supervised loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from mmfast.errors import UserError
+
+
+class Projector(nn.Sequential):
+    """Linear, BatchNorm, ReLU for every width but the last, then one Linear; no Linear has a bias.
+
+    The projector of Barlow Twins (Zbontar et al. 2021): 2,104,000 parameters for 100-1000-1000-1000.
+
+    Args:
+        in_features: size of the fused vector.
+        widths: sizes of the layers' outputs, at least one; ``out_features`` is the last.
+
+    Call: (B, in_features) -> (B, out_features); in training mode B must be at least 2 (BatchNorm).
+    """
+
+    def __init__(self, in_features: int, widths: Sequence[int] = (1000, 1000, 1000)):
+        sizes = [in_features, *widths]
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise UserError(f"Projector: sizes must be positive, with one width or more, got {sizes}")
+        layers: list[nn.Module] = []
+        for size, width in pairwise(sizes[:-1]):
+            layers += [nn.Linear(size, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        super().__init__(*layers, nn.Linear(sizes[-2], sizes[-1], bias=False))
+        self.in_features, self.out_features = in_features, sizes[-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_vectors("Projector", x, self.in_features)
+        if self.training and len(self) > 1 and len(x) == 1:
+            raise UserError("Projector: a batch must hold at least two samples in training mode, got 1")
+        return super().forward(x)
+
+
+def check_vectors(op: str, x: Tensor, features: int) -> None:
+    """(B, features) with B >= 1."""
+    if x.dim() != 2 or x.shape[1] != features:
+        raise UserError(f"{op}: the input must have the shape (B, {features}), got {tuple(x.shape)}")
+    if len(x) == 0:
+        raise UserError(f"{op}: the batch is empty; it must hold at least one sample")
