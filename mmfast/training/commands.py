@@ -18,16 +18,15 @@ from jsonargparse import ArgumentParser
 from mmfast.cli import Parser
 from mmfast.data import MultimodalDataset, Standardiser, load
 from mmfast.errors import UserError
-from mmfast.metrics import regression_metrics
 from mmfast.training import runs
 from mmfast.training.checkpoint import PRETRAINING, RECORD, read_checkpoint
-from mmfast.training.config import RunConfig
+from mmfast.training.config import ExperimentConfig, RunConfig, check_experiment
 from mmfast.training.files import write_atomically
 from mmfast.training.fitting import BEST, LAST
 from mmfast.training.folder import CONFIG, claim
 from mmfast.training.parsing import config_parser, sections
+from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
-from mmfast.training.predictions import write_predictions
 from mmfast.training.presets import PRESETS
 from mmfast.training.splits import load_data, make_splits, select
 
@@ -77,6 +76,23 @@ def finetune(argv: list[str]) -> None:
         print(f"test, {result['samples']['test']} samples:\n{_lines(result['metrics'])}")
 
 
+def experiment(argv: list[str]) -> None:
+    """``mmfast experiment``: all runs, ``report.html``, ``report.md`` and tables in ``run.folder``."""
+    parser = _training_parser("experiment", "Methodologies over seeds and folds, with a report.", resume=False)
+    parser.add_class_arguments(ExperimentConfig, "experiment")
+    given = _parse(parser, argv)
+    config, settings = sections(given), given.experiment
+    check_experiment(settings)
+    # Here, because plots and baselines need libraries that no other command does.
+    from mmfast.training.experiment import run_experiment
+    from mmfast.training.report import write_report
+
+    with _sitting("experiment", config.run):
+        outcomes = run_experiment(config, settings)
+        report = write_report(config, settings, outcomes)
+    print(f"{report.table}\nreport: {report.path}")
+
+
 def evaluate(argv: list[str]) -> None:
     """``mmfast evaluate``: metrics of a checkpoint on a split."""
     parser = Parser(prog="mmfast evaluate", description="Metrics of a fine-tuned checkpoint.")
@@ -87,7 +103,7 @@ def evaluate(argv: list[str]) -> None:
     dataset = dataset.subset(~dataset.labels.isnan())
     if len(dataset) == 0:
         raise UserError(f"evaluate: the {given.split} split holds no labelled samples")
-    metrics = regression_metrics(predictions_of(module, dataset), dataset.labels)
+    metrics = measure(predictions_of(module, dataset), dataset.labels)
     if given.out:
         write_atomically(given.out, json.dumps(metrics, indent=2) + "\n")
     print(f"{given.split}, {len(dataset)} samples:\n{_lines(metrics)}")
@@ -106,10 +122,11 @@ def predict(argv: list[str]) -> None:
     print(f"{len(dataset)} predictions: {given.out}")
 
 
-def _training_parser(command: str, description: str) -> ArgumentParser:
+def _training_parser(command: str, description: str, resume: bool = True) -> ArgumentParser:
     parser = config_parser(f"mmfast {command}", description)
     parser.add_argument("--preset", choices=list(PRESETS), help="Settings to start from.")
-    parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
+    if resume:
+        parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
     return parser
 
 

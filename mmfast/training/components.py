@@ -20,7 +20,7 @@ from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMas
 
 # name -> (transform, its arguments, p in the first view, p in the second): thesis table 8.2.1.
 STEPS = {
-    "noise": (GaussianNoise, {"mean": 0.0, "std": 0.1}, 0.9, 0.1),
+    "noise": (GaussianNoise, {"mu": 0.0, "sigma": 0.1}, 0.9, 0.1),
     "masking": (TimeMask, {"q": 0.7}, 0.6, 0.6),
     "feature_masking": (FeatureMask, {"q": 0.7}, 0.6, 0.6),
     "seqaug": (SeqAug, {"alpha": {"text": 0.15, "audio": 0.10, "visual": 0.20}}, 0.5, 0.5),
@@ -44,7 +44,7 @@ def make_views(config: AugmentationConfig, modalities: tuple[str, ...]) -> TwoVi
     for number, (view, steps) in enumerate((("view_a", config.view_a), ("view_b", config.view_b))):
         if steps is None:
             steps = [_preset_step(name, number, modalities) for name in config.preset.split("+")]
-        chains.append(Chain(*(_step(step, f"augmentation.{view}", config.apply) for step in steps)))
+        chains.append(Chain([_step(step, f"augmentation.{view}", config.apply) for step in steps]))
     return TwoViews(*chains)
 
 

@@ -193,8 +193,31 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
 
 
+@dataclass
+class ExperimentConfig:
+    """What ``mmfast experiment`` compares; ``run.seed`` and ``data.fold`` then play no part.
+
+    Args:
+        methods: ``FS`` fully supervised; ``SLE`` supervised linear evaluation of a random frozen encoder; ``SSL``
+            pre-training and fine-tuning; ``LE`` linear evaluation of the frozen pre-trained encoder.
+        seeds: One run of everything for each.
+        baselines: Add rows for mean-pooled ridge regression and for a constant prediction.
+        workers: Processes side by side; one for each core when left out, one in all on a GPU. Each uses
+            ``run.threads`` threads, by default 1, so that results do not depend on the number of workers.
+    """
+
+    methods: list[Literal["FS", "SLE", "SSL", "LE"]] = field(default_factory=lambda: ["FS", "SLE", "SSL", "LE"])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    baselines: bool = True
+    workers: int | None = None
+
+
 def _positive(value: float) -> bool:
     return value > 0
+
+
+def _distinct(values: list) -> bool:
+    return len(values) > 0 and len(set(values)) == len(values)
 
 
 # (path of the field, what it must be, whether a value is so); types are the parser's business.
@@ -215,6 +238,12 @@ RULES = (
     ("run.seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
 )
 
+EXPERIMENT_RULES = (
+    ("methods", "at least one, each once", _distinct),
+    ("seeds", "at least one, each once and in [0, 2^63)", lambda v: _distinct(v) and all(0 <= s < 2**63 for s in v)),
+    ("workers", "positive", lambda v: v is None or v > 0),
+)
+
 
 def check(config: Config) -> None:
     """Refuse settings out of range that no component checks for itself.
@@ -222,10 +251,19 @@ def check(config: Config) -> None:
     Raises:
         UserError: names the first such setting, its rule and its value.
     """
-    for path, rule, holds in RULES:
+    _check(config, RULES, "")
+
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """:func:`check` for the settings of an experiment."""
+    _check(config, EXPERIMENT_RULES, "experiment.")
+
+
+def _check(config: Any, rules: tuple, prefix: str) -> None:
+    for path, rule, holds in rules:
         value = attrgetter(path)(config)
         if not holds(value):
-            raise UserError(f"config: {path} must be {rule}, got {value}")
+            raise UserError(f"config: {prefix}{path} must be {rule}, got {value}")
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> str | None:

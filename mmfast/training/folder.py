@@ -17,7 +17,7 @@ from mmfast.training.parsing import load_yaml, save_yaml
 
 CONFIG, ENVIRONMENT, RESULT, PREDICTIONS = "config.yaml", "environment.yaml", "result.json", "predictions.csv"
 # Settings that cannot change a result.
-IDLE = ("run.folder", "run.progress", "run.tensorboard")
+IDLE = ("run.folder", "run.progress", "run.tensorboard", "experiment.workers")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from mmfast.data import MultimodalBatch, MultimodalDataset, make_loader
 from mmfast.errors import UserError
+from mmfast.metrics import regression_metrics
 from mmfast.training.files import write_atomically
 
 BATCH = 256
@@ -38,6 +40,13 @@ def _in_order(module: nn.Module, function: Callable[[MultimodalBatch], Tensor], 
     rows = torch.cat([function(batch.to(device)).float().cpu() for batch in loader])
     module.train(training)
     return rows[torch.argsort(torch.tensor(order))]
+
+
+def measure(predictions: Tensor, truths: Tensor) -> dict[str, float]:
+    """All regression metrics, with correlation 0 and no warning where it is undefined."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return regression_metrics(predictions, truths)
 
 
 def write_predictions(path: Path, dataset: MultimodalDataset, predictions: Tensor) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 
 from mmfast.data import MultimodalDataset, Standardiser, make_loader
 from mmfast.errors import UserError
-from mmfast.metrics import regression_metrics
 from mmfast.training.checkpoint import PRETRAINING, RECORD, SUPERVISED, read_checkpoint
 from mmfast.training.components import make_pretraining, make_supervised
 from mmfast.training.config import Config
@@ -22,7 +21,7 @@ from mmfast.training.fitting import BEST, LAST, fit
 from mmfast.training.folder import PREDICTIONS, load_result, save_result
 from mmfast.training.handover import load_part
 from mmfast.training.parsing import config_of
-from mmfast.training.predictions import predict, write_predictions
+from mmfast.training.predictions import measure, predict, write_predictions
 from mmfast.training.seeds import derive
 from mmfast.training.splits import Splits
 from mmfast.training.supervised import Supervised
@@ -160,4 +159,4 @@ def _test(module: nn.Module, test: MultimodalDataset, folder: Path) -> Mapping[s
         return None
     predictions = predict(module, test)
     write_predictions(folder / PREDICTIONS, test, predictions)
-    return regression_metrics(predictions, test.labels)
+    return measure(predictions, test.labels)
