@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,7 +31,12 @@ def open_hdf5(path: Path):
     except UserError:
         raise
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
-        raise UserError(f"{path}: not a readable HDF5 file, truncated or of another kind ({error})") from None
+        code = getattr(error, "errno", None)
+        # h5py's own text for system errors runs over several lines.
+        reason = os.strerror(code) if code else error
+        raise UserError(
+            f"{path}: not a readable HDF5 file, truncated or of another kind ({reason})"
+        ) from None
 
 
 def describe_hdf5(path: Path) -> list[tuple[str, tuple[int, ...], str]]:

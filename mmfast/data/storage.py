@@ -169,7 +169,7 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
 
 
 def _range(value) -> tuple[float, float]:
-    low, high = (float(v) for v in np.asarray(value).reshape(-1))
-    if not low < high:
-        raise UserError(f"label_range must be increasing, got {low} and {high}")
-    return low, high
+    numbers = np.asarray(value, dtype=np.float64).flatten().tolist()
+    if len(numbers) != 2 or not numbers[0] < numbers[1]:
+        raise UserError(f"label_range must be two increasing numbers, got {numbers}")
+    return numbers[0], numbers[1]
