@@ -34,10 +34,18 @@ if platform.machine() in ("x86_64", "AMD64"):
     ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
 
 # No -ffast-math: NaN and infinities must stay visible. The two relaxations only drop errno and FP traps.
-CXX_FLAGS = (
-    "-std=c++17 -O3 -g0 -fPIC -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math -Wall".split()
-)
-NVCC_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden".split()
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def switch(name):

@@ -1,10 +1,12 @@
 // The only file that knows pybind11: kernels as functions of mmfast._C on integer addresses.
 // Python has checked every argument before it calls; the GIL is released around every kernel.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #define MMFAST_NS mmfast_generic
 #include "cpu/kernels.h"
@@ -75,9 +77,66 @@ std::string use_isa(const std::string& name) {
 #define KERNEL(name) (&mmfast_generic::name)
 #endif
 
+using Address = uintptr_t;
+using Ints = std::vector<int64_t>;
+using Addresses = std::vector<Address>;
+
 template <class T>
-T* ptr(uintptr_t address) {
+T* ptr(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Owns the arrays that an AugmentCall points to. `steps` and `amounts` are rows of (kind, apply, flags, coin,
+// gate) and (amount, spread); `shapes` rows of (L, F, front, address of lengths), one per modality.
+struct AugmentArguments {
+  Ints steps_per_view;
+  std::vector<mmfast::StepSpec> steps;
+  std::vector<mmfast::ModalitySpec> shapes;
+  mmfast::AugmentCall call;
+
+  AugmentArguments(int64_t batch, Ints steps_per_view_, const Ints& step_rows,
+                   const std::vector<double>& amounts, const Ints& shape_rows, Address seed, Address ids,
+                   int64_t plan_stride)
+      : steps_per_view(std::move(steps_per_view_)) {
+    for (size_t i = 0; 5 * i < step_rows.size(); ++i) {
+      const int64_t* row = &step_rows[5 * i];
+      steps.push_back({row[0], row[1], row[2], row[3], row[4], amounts[2 * i], amounts[2 * i + 1]});
+    }
+    for (size_t i = 0; i < shape_rows.size(); i += 4)
+      shapes.push_back(
+          {shape_rows[i], shape_rows[i + 1], shape_rows[i + 2], ptr<const int64_t>(shape_rows[i + 3])});
+    call = {batch,        (int64_t)shapes.size(), (int64_t)steps_per_view.size(), steps_per_view.data(),
+            steps.data(), shapes.data(),          ptr<const uint64_t>(seed),      ptr<const int64_t>(ids),
+            plan_stride};
+  }
+};
+
+void check_memory(int status) {
+  if (status == mmfast_generic::kNoMemory) throw std::bad_alloc();
+}
+
+template <class T>
+std::vector<T*> ptrs(const Addresses& addresses) {
+  std::vector<T*> result;
+  for (Address a : addresses) result.push_back(ptr<T>(a));
+  return result;
+}
+
+void augment_draw(const AugmentArguments& arguments, Address plan, int threads) {
+  check_memory(KERNEL(augment_draw)(arguments.call, ptr<int32_t>(plan), threads));
+}
+
+void augment_apply(const AugmentArguments& arguments, Address plan, int dtype, const Addresses& x,
+                   const Ints& strides, const Addresses& out, bool with_noise, int threads) {
+  check_memory(KERNEL(augment_apply)(arguments.call, ptr<const int32_t>(plan), dtype,
+                                     ptrs<const void>(x).data(), strides.data(), ptrs<void>(out).data(),
+                                     with_noise, threads));
+}
+
+void augment_adjoint(const AugmentArguments& arguments, Address plan, int dtype, const Addresses& grads,
+                     const Addresses& x_grads, int threads) {
+  check_memory(KERNEL(augment_adjoint)(arguments.call, ptr<const int32_t>(plan), dtype,
+                                       ptrs<const void>(grads).data(), ptrs<void>(x_grads).data(), threads));
 }
 
 }  // namespace
@@ -86,6 +145,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "mmfast's compiled kernels on raw addresses; use mmfast.ops, which checks its arguments.";
   m.def("isas", &isas, "Instruction sets compiled in and usable here, slowest first.");
   m.def("use_isa", &use_isa, "Switch the instruction set of all CPU kernels; returns the previous one.");
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  py::class_<AugmentArguments>(m, "AugmentArguments")
+      .def(py::init<int64_t, Ints, const Ints&, const std::vector<double>&, const Ints&, Address, Address,
+                    int64_t>());
+  m.def("augment_draw", &augment_draw, no_gil);
+  m.def("augment_apply", &augment_apply, no_gil);
+  m.def("augment_adjoint", &augment_adjoint, no_gil);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_device_count", &mmfast::cuda_device_count, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_error_string", &mmfast::cuda_error_string);

@@ -15,3 +15,16 @@
 #endif
 
 #include <stdint.h>
+
+namespace MMFAST_NS {
+
+// One instruction on every target; both forms are correctly rounded.
+#ifdef __CUDA_ARCH__
+MMFAST_HD float square_root(float x) { return __fsqrt_rn(x); }
+MMFAST_HD double square_root(double x) { return __dsqrt_rn(x); }
+#else
+MMFAST_HD float square_root(float x) { return __builtin_sqrtf(x); }
+MMFAST_HD double square_root(double x) { return __builtin_sqrt(x); }
+#endif
+
+}  // namespace MMFAST_NS

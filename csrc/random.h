@@ -6,18 +6,23 @@
 // Coordinate i takes word i % 4 of its block. mmfast/ops/random.py is the same stream in plain PyTorch.
 #pragma once
 #include "platform.h"
+#include "scalar.h"
 
 namespace MMFAST_NS {
 
 // What a word is used for; one purpose never shares a counter with another.
 enum Purpose : uint32_t {
-  kCoin = 0,     // does the step fire?
+  kCoin = 0,     // does the step of the chain fire?
   kShare = 1,    // spread of SeqAug's alpha
-  kFeature = 2,  // feature subsets
-  kOrder = 3,    // sort keys of the real time steps
-  kGate = 4,     // SeqAug's gate per time step
-  kNoise = 5,    // Gaussian noise per element
+  kFeature = 2,  // one word per feature: subsets
+  kTime = 3,     // one word per real time step: permutations and masks
+  kGate = 4,     // one word per real time step: SeqAug's step gate
+  kNoise = 5,    // one word per element: Gaussian noise
 };
+
+// Stand-ins in the tag and the id for draws that several modalities or all samples have in common.
+constexpr uint32_t kAllModalities = 255;
+constexpr uint64_t kAllSamples = ~(uint64_t)0;
 
 MMFAST_HD uint32_t stream_tag(uint32_t view, uint32_t modality, uint32_t step, uint32_t purpose) {
   return view << 24 | modality << 16 | step << 8 | purpose;
@@ -27,25 +32,69 @@ struct Words {
   uint32_t w[4];
 };
 
-MMFAST_HD Words philox(uint64_t seed, uint32_t block, uint64_t id, uint32_t tag) {
+MMFAST_HD Words philox(uint64_t seed, uint64_t id, uint32_t tag, uint32_t block) {
   uint32_t c0 = block, c1 = (uint32_t)id, c2 = (uint32_t)(id >> 32), c3 = tag;
   uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     uint64_t p0 = (uint64_t)0xD2511F53u * c0;
     uint64_t p1 = (uint64_t)0xCD9E8D57u * c2;
-    uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
-    uint32_t n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+    c0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0;
     c1 = (uint32_t)p1;
+    c2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
     c3 = (uint32_t)p0;
-    c0 = n0;
-    c2 = n2;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
 }
 
+// A decision of probability p is `word < threshold`, threshold = round(p 2^32): exact on every backend.
+MMFAST_HD bool decide(uint32_t word, uint64_t threshold) { return word < threshold; }
+
 // [0, 1) in 24 bits: exact in fp32 on every backend.
-MMFAST_HD float uniform(uint32_t word) { return (float)(word >> 8) * 0x1p-24f; }
+MMFAST_HD float uniform(uint32_t word) { return (float)(int32_t)(word >> 8) * 0x1p-24f; }
+
+// ln(x) for normal x > 0, within 2 ulp: x = 2^k (1 + f) with f in [-1/3, 1/3), and
+// ln(1 + f) = f - f^2 / 2 + f^3 q(f) with q fitted for the least relative error. No division: it would cost
+// more than all the rest.
+MMFAST_HD float log_positive(float x) {
+  const uint32_t u = as_bits(x);
+  const int32_t k = (int32_t)(u - 0x3F2AAAABu) >> 23;
+  const float f = as_float(u - ((uint32_t)k << 23)) - 1.0f;
+  const float g = f * f;
+  float q = -0.131914765f;
+  q = q * f + 0.139625072f;
+  q = q * f - 0.121151596f;
+  q = q * f + 0.140109077f;
+  q = q * f - 0.166854635f;
+  q = q * f + 0.200100452f;
+  q = q * f - 0.249996886f;
+  q = q * f + 0.333332241f;
+  return f + (g * (q * f - 0.5f) + (float)k * 0.69314718f);
+}
+
+// cos and sin of 2 pi u for u in [0, 1). The reduction to an eighth of a turn is exact.
+MMFAST_HD void cos_sin_turn(float u, float& c, float& s) {
+  int32_t quadrant = (int32_t)(u * 4.0f + 0.5f);
+  float r = (u - (float)quadrant * 0.25f) * 6.2831853f;
+  float z = r * r;
+  float sine = r + r * z * (-0.16666667f + z * (8.3333310e-3f + z * (-1.9840874e-4f + z * 2.7525562e-6f)));
+  float cosine =
+      1.0f +
+      z * (-0.5f + z * (4.1666668e-2f + z * (-1.3888889e-3f + z * (2.4801587e-5f - z * 2.7557319e-7f))));
+  float x = quadrant & 1 ? sine : cosine;
+  float y = quadrant & 1 ? cosine : sine;
+  c = (quadrant + 1) & 2 ? -x : x;
+  s = quadrant & 2 ? -y : y;
+}
+
+// Two standard normals from two words (Box and Muller 1958). 1 - u keeps the logarithm's argument off zero.
+MMFAST_HD void normal_pair(uint32_t w0, uint32_t w1, float& z0, float& z1) {
+  float radius = square_root(-2.0f * log_positive(1.0f - uniform(w0)));
+  float c, s;
+  cos_sin_turn(uniform(w1), c, s);
+  z0 = radius * c;
+  z1 = radius * s;
+}
 
 }  // namespace MMFAST_NS

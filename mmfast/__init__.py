@@ -2,6 +2,19 @@
 
 from mmfast.backends import backend, info
 from mmfast.errors import UserError
+from mmfast.plan import Plan
+from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "backend", "info"]
+__all__ = [
+    "Chain",
+    "FeatureMask",
+    "GaussianNoise",
+    "Plan",
+    "SeqAug",
+    "TimeMask",
+    "TwoViews",
+    "UserError",
+    "backend",
+    "info",
+]

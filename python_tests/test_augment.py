@@ -1,0 +1,309 @@
+"""The augment ops: kernels against the reference, gradients, and good behaviour as operators."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmfast import backends
+from mmfast.ops.augment import augment_apply, augment_draw
+from mmfast.ops.plan import APPLY_NAMES, MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains
+
+TOLERANCE = {  # two roundings of the dtype; noise itself agrees to a few fp32 ulp
+    torch.float32: 2e-6,
+    torch.float64: 2e-6,
+    torch.bfloat16: 1.6e-2,
+    torch.float16: 2e-3,
+}
+
+
+@st.composite
+def steps(draw):
+    kind = draw(st.sampled_from([RESAMPLE, MASK_STEPS, MASK_FEATURES, NOISE]))
+    return Step(
+        kind,
+        p=draw(st.sampled_from([0.3, 0.7, 1.0])),
+        apply=draw(st.sampled_from(APPLY_NAMES)),
+        amount=draw(st.sampled_from([0.0, 0.15, 0.5, 1.0])),
+        spread=draw(st.sampled_from([0.0, 0.01, 0.3])),
+        gate=draw(st.sampled_from([0.0, 0.4, 1.0])) if kind == RESAMPLE else 1.0,
+        flags=draw(st.integers(0, 3 if kind == RESAMPLE else 1)),
+    )
+
+
+@st.composite
+def calls(draw):
+    """A random specification: batch, modalities, lengths, padding side and chains of one or two views."""
+    batch = draw(st.integers(1, 6))
+    shapes = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 70)), min_size=1, max_size=3))
+    views = draw(
+        st.lists(
+            st.lists(st.lists(steps(), min_size=len(shapes), max_size=len(shapes)), max_size=3), min_size=1, max_size=2
+        )
+    )
+    # All modalities of one step are of one kind.
+    views = [[[s._replace(kind=row[0].kind) for s in row] for row in view] for view in views]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    lengths = [
+        torch.randint(0, length + 1, (batch,), generator=generator) if draw(st.booleans()) else None
+        for length, _ in shapes
+    ]
+    ids = torch.randint(-(2**63), 2**63 - 1, (batch,), generator=generator) if draw(st.booleans()) else None
+    seed = torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator)
+    return batch, shapes, views, lengths, ids, seed, draw(st.booleans()), generator
+
+
+def reference(function, *args):
+    with backends.backend("reference"):
+        return function(*args)
+
+
+@given(calls(), st.sampled_from(list(TOLERANCE)))
+def test_kernels_agree_with_the_reference(native, call, dtype):
+    batch, shapes, views, lengths, ids, seed, front, generator = call
+    table = chains(views)
+    xs = [torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes]
+    for isa in native.isas():
+        native.use_isa(isa)
+        plan = augment_draw(seed, ids, lengths, table, batch, shapes)
+        assert torch.equal(plan, reference(augment_draw, seed, ids, lengths, table, batch, shapes))
+        args = (xs, lengths, seed, ids, plan, table, front)
+        close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+        torch.testing.assert_close(augment_apply(*args), reference(augment_apply, *args), **close)
+        grads = [torch.randn(x.shape, generator=generator).to(dtype) for _ in views for x in xs]
+        args = (grads, lengths, seed, ids, plan, *table, front)
+        adjoint = torch.ops.mmfast.augment_adjoint
+        torch.testing.assert_close(adjoint(*args), reference(adjoint, *args), **close)
+
+
+def example(dtype=torch.float64, noise=True):
+    """Two views of two modalities that use every kind of step, with lengths 0, 1 and odd."""
+    resample = Step(RESAMPLE, 1.0, "sample", 0.5, 0.1, gate=0.6)
+    mask = Step(MASK_STEPS, 0.8, "sample", 0.4, flags=1)
+    features = Step(MASK_FEATURES, 1.0, "modality", 0.3)
+    noisy = [[Step(NOISE, 1.0, "batch", 0.2, 0.1)] * 2] if noise else []
+    table = chains([[[resample] * 2, *noisy, [mask] * 2], [[features] * 2, [resample] * 2]])
+    lengths = [torch.tensor([0, 1, 7, 5]), torch.tensor([3, 0, 1, 9])]
+    shapes = [(7, 5), (9, 3)]
+    seed = torch.tensor([11])
+    plan = augment_draw(seed, None, lengths, table, 4, shapes)
+    xs = [torch.randn(4, *shape, dtype=dtype) for shape in shapes]
+    return xs, lengths, seed, None, plan, table
+
+
+def flat(views):
+    return [out for view in views for out in view]
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_gradients_of_every_order(native, front, backend):
+    xs, *rest = example()
+    xs = [x.requires_grad_() for x in xs]
+
+    def f(*xs):
+        return tuple(flat(augment_apply(xs, *rest, front)))
+
+    with backends.backend(backend):
+        assert torch.autograd.gradcheck(f, xs)
+        assert torch.autograd.gradgradcheck(f, xs)
+
+
+def test_adjoint_is_the_transpose():
+    """<A x, g> = <x, A' g> for the linear part, whatever the upstream gradient."""
+    xs, *rest = example(noise=False)
+    xs = [x.requires_grad_() for x in xs]
+    outs = flat(augment_apply(xs, *rest, False))
+    grads = [torch.randn_like(out) * 3 for out in outs]
+    pulled = torch.autograd.grad(outs, xs, grads)
+    left = sum((out * g).sum() for out, g in zip(outs, grads, strict=True))
+    right = sum((x * g).sum() for x, g in zip(xs, pulled, strict=True))
+    torch.testing.assert_close(left, right)
+
+
+def test_masked_elements_have_no_gradient_even_of_infinity():
+    table = chains([[[Step(MASK_STEPS, 1.0, "sample", 1.0, flags=1)], [Step(MASK_FEATURES, 1.0, "sample", 1.0)]]])
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    seed = torch.tensor([0])
+    plan = augment_draw(seed, None, [None], table, 2, [(5, 3)])
+    (out,) = flat(augment_apply([x], [None], seed, None, plan, table, False))
+    out.backward(torch.full_like(out, float("inf")))
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_padding_is_copied_and_takes_no_part(poisoned_memory, front, dtype):
+    xs, lengths, *rest = example(dtype)
+    clean = flat(augment_apply(xs, lengths, *rest, front))
+    dirty = [x.clone() for x in xs]
+    real = []
+    for x, n in zip(dirty, lengths, strict=True):
+        t = torch.arange(x.shape[1])
+        inside = t >= x.shape[1] - n[:, None] if front else t < n[:, None]
+        x[~inside] = float("nan")
+        real.append(inside)
+    outs = flat(augment_apply(dirty, lengths, *rest, front))
+    for out, good, inside in zip(outs, clean, real * 2, strict=True):
+        assert torch.equal(out[inside], good[inside])
+        assert out[~inside].isnan().all()
+
+
+def test_front_and_back_padding_give_the_same_real_steps():
+    xs, lengths, *rest = example()
+    moved = [
+        torch.stack([row.roll(int(row.shape[0] - n), 0) for row, n in zip(x, length, strict=True)])
+        for x, length in zip(xs, lengths, strict=True)
+    ]
+    back, front = flat(augment_apply(xs, lengths, *rest, False)), flat(augment_apply(moved, lengths, *rest, True))
+    for a, b, length in zip(back, front, lengths * 2, strict=True):
+        for row_a, row_b, n in zip(a, b, length, strict=True):
+            assert torch.equal(row_a[:n], row_b[row_b.shape[0] - n :])
+
+
+def test_slices_of_larger_buffers_and_red_zones(poisoned_memory):
+    xs, *rest = example()
+    expected = augment_apply(xs, *rest, False)
+    sliced, buffers = [], []
+    for x in xs:
+        b, length, features = x.shape
+        buffer = torch.full((2 * b + 1, length + 3, features + 4), float("nan"), dtype=x.dtype)
+        buffer[1::2, 2:-1, 1:-3] = x
+        buffers.append((buffer, buffer.clone()))
+        sliced.append(buffer[1::2, 2:-1, 1:-3])
+    torch.testing.assert_close(augment_apply(sliced, *rest, False), expected, rtol=0, atol=0)
+    transposed = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in xs]
+    torch.testing.assert_close(augment_apply(transposed, *rest, False), expected, rtol=0, atol=0)
+    for buffer, before in buffers:
+        assert torch.equal(buffer.view(torch.int64), before.view(torch.int64))
+
+
+def test_kernels_write_nothing_outside_their_outputs(native):
+    """Outputs inside larger buffers, called below the op: the zones around them stay as they are."""
+    xs, lengths, seed, _, plan, table = example(torch.float32)
+    zone = 64
+    shape_rows = [v for x, n in zip(xs, lengths, strict=True) for v in (*x.shape[1:], 0, n.data_ptr())]
+    for front in (0, 1):
+        rows = [front if i % 4 == 2 else v for i, v in enumerate(shape_rows)]
+        arguments = native.AugmentArguments(4, *table, rows, seed.data_ptr(), 0, plan.shape[1])
+        buffers = [torch.full((x.numel() + 2 * zone,), 12345.0) for _ in range(2) for x in xs]
+        starts = [buffer.data_ptr() + 4 * zone for buffer in buffers]
+        strides = [s for x in xs for s in x.stride()[:2]]
+        native.augment_apply(arguments, plan.data_ptr(), 0, [x.data_ptr() for x in xs], strides, starts, True, 2)
+        plans = torch.full((plan.numel() + 2 * zone,), 777, dtype=torch.int32)
+        native.augment_draw(arguments, plans.data_ptr() + 4 * zone, 2)
+        assert torch.equal(plans[zone:-zone].view_as(plan), plan)
+        for buffer in (*buffers, plans):
+            fill = 12345.0 if buffer.is_floating_point() else 777
+            assert (buffer[:zone] == fill).all() and (buffer[-zone:] == fill).all()
+
+
+def big_example():
+    torch.manual_seed(1)
+    rows = [
+        [Step(NOISE, 0.9, "sample", 0.0, 0.1)] * 2,
+        [Step(RESAMPLE, 0.9, "sample", 0.3, 0.01)] * 2,
+        [Step(MASK_STEPS, 0.9, "sample", 0.5, flags=1)] * 2,
+    ]
+    table = chains([rows, rows[::-1]])
+    shapes = [(50, 60), (33, 31)]
+    lengths = [torch.randint(0, length + 1, (64,)) for length, _ in shapes]
+    xs = [torch.randn(64, *shape) for shape in shapes]
+    return xs, lengths, shapes, table, torch.tensor([5])
+
+
+def run(xs, lengths, shapes, table, seed, ids=None):
+    plan = augment_draw(seed, ids, lengths, table, xs[0].shape[0], shapes)
+    return plan, flat(augment_apply(xs, lengths, seed, ids, plan, table, False))
+
+
+def test_results_do_not_depend_on_threads():
+    call = big_example()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(run(*call))
+    finally:
+        torch.set_num_threads(threads)
+    for plan, outs in results[1:]:
+        assert torch.equal(plan, results[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(outs, results[0][1], strict=True))
+
+
+def test_with_ids_a_sample_does_not_depend_on_its_batch():
+    xs, lengths, shapes, table, seed = big_example()
+    # One coin per sample: coins of a whole batch do not depend on the batch either.
+    ids = torch.randperm(1000)[:64]
+    plan, outs = run(xs, lengths, shapes, table, seed, ids)
+    pick = torch.tensor([40, 3, 17])
+    part_plan, part = run([x[pick] for x in xs], [n[pick] for n in lengths], shapes, table, seed, ids[pick])
+    assert torch.equal(part_plan, plan[pick])
+    for a, b in zip(part, outs, strict=True):
+        assert torch.equal(a, b[pick])
+
+
+def test_longer_padding_changes_nothing():
+    xs, lengths, shapes, table, seed = big_example()
+    _, outs = run(xs, lengths, shapes, table, seed)
+    padded = [torch.nn.functional.pad(x, (0, 0, 0, 9)) for x in xs]
+    _, longer = run(padded, lengths, [(length + 9, f) for length, f in shapes], table, seed)
+    for a, b, x, n in zip(outs, longer, xs * 2, lengths * 2, strict=True):
+        real = torch.arange(x.shape[1]) < n[:, None]
+        assert torch.equal(a[real], b[:, :-9][real])
+
+
+@pytest.mark.parametrize("batch, length, features", list(itertools.product([0, 1, 3], [0, 1, 5], [0, 1, 4])))
+def test_empty_and_tiny_shapes(batch, length, features):
+    kinds = [Step(kind, 1.0, "sample", 0.5, 0.1) for kind in (RESAMPLE, MASK_STEPS, MASK_FEATURES, NOISE)]
+    table = chains([[[k] for k in kinds]])
+    x = torch.randn(batch, length, features, requires_grad=True)
+    seed = torch.tensor([1])
+    plan = augment_draw(seed, None, [None], table, batch, [(length, features)])
+    (out,) = flat(augment_apply([x], [None], seed, None, plan, table, False))
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_sequences_longer_than_the_short_sort(native):
+    # Above 256 steps the kernel sorts with another algorithm.
+    table = chains([[[Step(RESAMPLE, 1.0, "sample", 0.5)], [Step(MASK_STEPS, 1.0, "sample", 0.3, flags=1)]]])
+    for length in (255, 256, 257, 700):
+        args = (torch.tensor([2]), None, [torch.tensor([length, length - 1])], table, 2, [(length, 3)])
+        assert torch.equal(augment_draw(*args), reference(augment_draw, *args))
+
+
+def test_opcheck():
+    xs, lengths, seed, _, plan, table = example(torch.float32)
+    ops = torch.ops.mmfast
+    shapes = [v for x in xs for v in x.shape[1:]]
+    torch.library.opcheck(ops.augment_draw, (seed, None, lengths, *table, 4, shapes))
+    torch.library.opcheck(ops.augment_apply, (xs, lengths, seed, None, plan, *table, False, True))
+    torch.library.opcheck(ops.augment_adjoint, (xs * 2, lengths, seed, None, plan, *table, False))
+
+
+def test_cpu_kernels_raise_before_they_touch_memory():
+    xs, lengths, seed, _, plan, table = example(torch.float32)
+    for wrong, text in [
+        (torch.tensor([0, 1, 8, 5]), r"lengths of modality 0 must be in \[0, 7\], got 8"),
+        (torch.tensor([0, -1, 7, 5]), r"lengths of modality 0 must be in \[0, 7\], got -1"),
+        (torch.tensor([0, 1]), r"must be int64 of shape \(4,\), got int64 of shape \(2,\)"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            augment_apply(xs, [wrong, lengths[1]], seed, None, plan, table, False)
+        with pytest.raises(ValueError, match=text):
+            augment_draw(seed, None, [wrong, lengths[1]], table, 4, [(7, 5), (9, 3)])
+
+
+def test_reference_is_used_without_kernels(monkeypatch):
+    call = big_example()
+    _, expected = run(*call)
+    monkeypatch.setattr(backends, "_C", None)
+    assert backends.choose("augment_apply", torch.device("cpu")) == "reference"
+    _, outs = run(*call)
+    for a, b in zip(outs, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
