@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -59,6 +58,16 @@ class Unit(NamedTuple):
     def folder(self, root: Path) -> Path:
         return root / f"seed{self.seed}" / ("" if self.fold is None else f"fold{self.fold}")
 
+    def config(self, config: Config) -> Config:
+        """The experiment's configuration for this unit's runs."""
+        # The thread count decides bits of the results, so it must not follow the machine's.
+        run = replace(config.run, seed=self.seed, threads=config.run.threads or 1)
+        data = config.data if self.fold is None else replace(config.data, fold=self.fold)
+        return replace(config, run=run, data=data)
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" + ("" if self.fold is None else f", fold {self.fold}")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -95,7 +104,7 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
     """
     root = Path(config.run.folder)
     data = load_data(config.data)
-    units = list(_units(config, experiment, data))
+    units = units_of(config, experiment, data)
     with claim(root, {**asdict(config), "experiment": asdict(experiment)}, resume=None):
         began = time.monotonic()
         _run_all(config, experiment, units)
@@ -103,11 +112,10 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
     return collect(config, experiment, units)
 
 
-def _units(config: Config, experiment: ExperimentConfig, data: MultimodalData) -> Iterator[Unit]:
+def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData) -> list[Unit]:
+    """All units of an experiment, seed by seed."""
     folds = [None] if data.cross_validation is None else range(config.data.folds)
-    for seed in experiment.seeds:
-        for fold in folds:
-            yield Unit(seed, fold)
+    return [Unit(seed, fold) for seed in experiment.seeds for fold in folds]
 
 
 def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) -> None:
@@ -135,20 +143,15 @@ def _workers(config: Config) -> int:
 
 
 def _report(unit: Unit, results: dict[str, dict[str, Any]]) -> None:
-    where = f"seed {unit.seed}" + ("" if unit.fold is None else f", fold {unit.fold}")
     maes = ", ".join(f"{name} {r['metrics']['mae']:.3f}" for name, r in results.items() if r.get("metrics"))
-    log.info("%s: MAE %s (%.0f s)", where, maes, sum(r["seconds"] for r in results.values()))
+    log.info("%s: MAE %s (%.0f s)", unit, maes, sum(r["seconds"] for r in results.values()))
 
 
 def _run_unit(config: dict[str, Any], experiment: dict[str, Any], unit: Unit) -> dict[str, dict[str, Any]]:
     """All of a unit's runs that are not complete yet; results by row. Runs in a process of its own."""
-    config, experiment = config_of(config), ExperimentConfig(**experiment)
+    config, experiment = unit.config(config_of(config)), ExperimentConfig(**experiment)
     root = Path(config.run.folder)
-    # The thread count decides bits of the results, so it must not follow the machine's.
-    torch.set_num_threads(config.run.threads or 1)
-    config = replace(config, run=replace(config.run, seed=unit.seed, threads=config.run.threads or 1))
-    if unit.fold is not None:
-        config = replace(config, data=replace(config.data, fold=unit.fold))
+    torch.set_num_threads(config.run.threads)
     splits = make_splits(load_data(config.data), config.data, unit.seed)
     if len(splits.test) == 0:
         raise UserError(f"experiment: data {config.data.path} hold no labelled test samples")
