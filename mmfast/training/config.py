@@ -66,7 +66,8 @@ class ModelConfig:
         dropout: Dropout of the encoder, in [0, 1).
         bidirectional: ``false`` (thesis text), ``fusion`` (what the thesis code ran: only the last LSTM) or ``true`` (M3).
         attention: Self-attention after each modality's LSTM.
-        pooling: ``sum`` over real steps (M3), ``mean`` over them, or the ``last`` step.
+        pooling: ``mean`` over real steps, their ``sum``, or the ``last`` one. M3 sums, but over sequences padded to one
+            length; over true lengths the sum's scale follows the length, and small data sets are learnt badly.
         masking: Probability of M3's modality masking in training of both phases; 0 switches it off.
         masking_mode: Hide one modality at each ``step``, or one for the whole ``sequence``.
         projector: Widths of the projector's layers. The last one is the embedding size D.
@@ -76,7 +77,7 @@ class ModelConfig:
     dropout: float = 0.2
     bidirectional: bool | Literal["fusion"] = False
     attention: bool = True
-    pooling: Literal["sum", "mean", "last"] = "sum"
+    pooling: Literal["sum", "mean", "last"] = "mean"
     masking: float = 0.0
     masking_mode: Literal["step", "sequence"] = "step"
     projector: list[int] = field(default_factory=lambda: [1000, 1000, 1000])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def write_atomically(path: str | os.PathLike, data: bytes | memoryview | str) ->
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         kept = "; the previous file is untouched" if path.exists() else ""
         raise UserError(f"cannot save {path}: {error.strerror or error}{kept}") from error
 

@@ -28,7 +28,7 @@ def pretraining_curves(histories: Sequence[History]) -> bytes:
     panels = (
         ("Barlow Twins loss", ("train_loss",)),
         ("mean of the diagonal (1: invariant)", ("train_mean_diagonal",)),
-        ("RMS off the diagonal (0: no redundancy)", ("train_off_diagonal_rms", "valid_off_diagonal_rms")),
+        ("RMS off the diagonal (0: not redundant)", ("train_off_diagonal_rms", "valid_off_diagonal_rms")),
     )
     figure, axes = _figure(1, len(panels), 11, 3.2)
     for ax, (title, names) in zip(axes[0], panels, strict=True):
@@ -36,7 +36,8 @@ def pretraining_curves(histories: Sequence[History]) -> bytes:
             if all(name in epoch for history in histories for epoch in history):
                 label = "two views, training" if name.startswith("train") else "no augmentation, validation"
                 _curves(ax, [[epoch[name] for epoch in history] for history in histories], COLOURS["SSL"], style, label)
-        ax.set(title=title, xlabel="epoch")
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("epoch")
         if len(names) > 1:
             ax.legend(frameon=False, fontsize=8)
     return _png(figure)
@@ -44,7 +45,7 @@ def pretraining_curves(histories: Sequence[History]) -> bytes:
 
 def supervised_curves(histories: Mapping[str, Sequence[History]]) -> bytes:
     """MAE of training and validation over epochs, a panel per methodology."""
-    figure, axes = _figure(1, len(histories), 2.75 * len(histories) + 0.6, 3.2, sharey=True)
+    figure, axes = _figure(1, len(histories), 2.75 * len(histories) + 0.6, 3.2, sharex=True, sharey=True)
     for ax, (name, runs) in zip(axes[0], histories.items(), strict=True):
         for key, style, label in (("train_loss", "--", "training"), ("valid_loss", "-", "validation")):
             _curves(ax, [[epoch[key] for epoch in run] for run in runs], COLOURS[name], style, label)
@@ -60,8 +61,9 @@ def correlation_maps(before: np.ndarray, after: np.ndarray, shown: int = 64) -> 
     for ax, c, title in zip(axes[0], (before, after), ("before pre-training", "after pre-training"), strict=False):
         part = c[:shown, :shown]
         image = ax.imshow(part, cmap="RdBu_r", norm=TwoSlopeNorm(0, -1, 1), interpolation="nearest")
-        ax.set(title=title, xlabel="dimension of view 2", ylabel="dimension of view 1")
+        ax.set(title=title, xlabel="dimension of view 2")
         ax.spines[:].set_visible(False)
+    axes[0][0].set_ylabel("dimension of view 1")
     figure.colorbar(image, ax=list(axes[0][:2]), shrink=0.85, label="correlation")
     bins = np.linspace(-1, 1, 81)
     diagonal = np.eye(len(before), dtype=bool)
@@ -124,17 +126,13 @@ def comparison(
 def _figure(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:
     """Without pyplot, whose figures are global and may open windows."""
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, **_grid(options))
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
-        ax.title.set_fontsize(10)
+        ax.tick_params(labelsize=9)
     return figure, axes
-
-
-def _grid(options: dict) -> dict:
-    ratios = options.pop("width_ratios", None)
-    return {**options, "width_ratios": ratios} if ratios else options
 
 
 def _curves(ax: Axes, runs: Sequence[Sequence[float]], colour: str, style: str, label: str) -> None:
