@@ -36,14 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success; 2 a user's error, with one sentence on standard error; 130 an interruption (Ctrl-C).
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        return _run(argv)
     except UserError as error:
         return _fail(str(error), 2)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRAS:
             raise
-        return _fail(f"this needs {error.name}, which is not installed: pip install 'mmfast[train]'", 2)
+        return _fail(f"{argv[0]} needs {error.name}, which is not installed: pip install 'mmfast[train]'", 2)
     except BrokenPipeError:
         # The reader of a pipe has had enough, as in ``mmfast inspect PATH | head``.
         sys.stdout = None

@@ -76,8 +76,8 @@ def read_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict[st
         raise UserError(f"checkpoint {path}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"checkpoint {path}: cannot be read: {error.strerror or error}") from error
+    except PermissionError as error:
+        raise UserError(f"checkpoint {path}: cannot be read: {error.strerror}") from error
     except Exception as error:  # torch names no type for what a damaged or foreign file may raise
         raise UserError(f"checkpoint {path}: truncated, or not a checkpoint that mmfast wrote") from error
     record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None

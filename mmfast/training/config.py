@@ -165,8 +165,8 @@ class RunConfig:
     Args:
         folder: Folder of the run; created when it does not exist.
         seed: Seed of weights, batches, dropout and augmentation: a run is a function of it.
-        accelerator: Lightning's name of the device, such as ``auto``, ``cpu`` or ``gpu``.
-        precision: Lightning's name of the precision, such as ``32-true`` or ``bf16-mixed``.
+        accelerator: Device; ``auto`` takes a GPU where there is one.
+        precision: ``32-true``, or mixed precision by autocast.
         tensorboard: Write TensorBoard event files beside the CSV log.
         threads: CPU threads; torch's choice when left out. Bits of a result may depend on it.
         progress: Progress bar: ``auto`` shows it on a terminal only.
@@ -174,8 +174,8 @@ class RunConfig:
 
     folder: str = "runs/run"
     seed: int = 0
-    accelerator: str = "auto"
-    precision: str = "32-true"
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     tensorboard: bool = True
     threads: int | None = None
     progress: Literal["auto", "on", "off"] = "auto"

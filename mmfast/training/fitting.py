@@ -12,8 +12,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
+from mmfast.errors import UserError
 from mmfast.training.checkpoint import AtomicCheckpointIO, FolderCheckpoint, read_checkpoint
 from mmfast.training.config import RunConfig
 from mmfast.training.history import History
@@ -74,19 +76,22 @@ def fit(
         # Lightning makes the first iterator before it tells the sampler the epoch.
         train.batch_sampler.set_epoch(checkpoint["epoch"] + 1)
     with _quiet(), _interruptible():
-        trainer = pl.Trainer(
-            accelerator=run.accelerator,
-            devices=1,
-            precision=run.precision,
-            max_epochs=epochs,
-            logger=_loggers(folder, run),
-            callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
-            num_sanity_val_steps=0,
-            enable_model_summary=False,
-            enable_progress_bar=progress,
-            use_distributed_sampler=False,
-        )
+        try:
+            trainer = pl.Trainer(
+                accelerator=run.accelerator,
+                devices=1,
+                precision=run.precision,
+                max_epochs=epochs,
+                logger=_loggers(folder, run),
+                callbacks=callbacks,
+                plugins=[AtomicCheckpointIO()],
+                num_sanity_val_steps=0,
+                enable_model_summary=False,
+                enable_progress_bar=progress,
+                use_distributed_sampler=False,
+            )
+        except MisconfigurationException as error:
+            raise UserError(f"config: run.accelerator {run.accelerator}, run.precision {run.precision}: {error}") from error
         trainer.fit(module, train, valid, ckpt_path=start, weights_only=True)
     return history.epochs
 
