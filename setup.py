@@ -105,7 +105,8 @@ class BuildKernels(build_ext):
         record = {"version": self.distribution.get_version(), "python": platform.python_version()}
         native = switch("MMFAST_NATIVE")
         cuda = switch("MMFAST_CUDA")
-        record["cuda"] = {"built": False, "reason": "switched off by MMFAST_CUDA=0"}
+        off = "MMFAST_NATIVE" if native is False else "MMFAST_CUDA"
+        record["cuda"] = {"built": False, "reason": f"switched off by {off}=0"}
         record["native"] = {"built": False, "reason": "switched off by MMFAST_NATIVE=0"}
         if cuda and native is False:
             raise SystemExit("setup.py: MMFAST_CUDA=1 needs the native build, but MMFAST_NATIVE=0")

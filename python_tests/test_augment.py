@@ -40,7 +40,9 @@ def calls(draw):
     shapes = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 70)), min_size=1, max_size=3))
     views = draw(
         st.lists(
-            st.lists(st.lists(steps(), min_size=len(shapes), max_size=len(shapes)), max_size=3), min_size=1, max_size=2
+            st.lists(st.lists(steps(), min_size=len(shapes), max_size=len(shapes)), max_size=3),
+            min_size=1,
+            max_size=2,
         )
     )
     # All modalities of one step are of one kind.
@@ -124,7 +126,9 @@ def test_adjoint_is_the_transpose():
 
 
 def test_masked_elements_have_no_gradient_even_of_infinity():
-    table = chains([[[Step(MASK_STEPS, 1.0, "sample", 1.0, flags=1)], [Step(MASK_FEATURES, 1.0, "sample", 1.0)]]])
+    table = chains(
+        [[[Step(MASK_STEPS, 1.0, "sample", 1.0, flags=1)], [Step(MASK_FEATURES, 1.0, "sample", 1.0)]]]
+    )
     x = torch.randn(2, 5, 3, requires_grad=True)
     seed = torch.tensor([0])
     plan = augment_draw(seed, None, [None], table, 2, [(5, 3)])
@@ -157,7 +161,10 @@ def test_front_and_back_padding_give_the_same_real_steps():
         torch.stack([row.roll(int(row.shape[0] - n), 0) for row, n in zip(x, length, strict=True)])
         for x, length in zip(xs, lengths, strict=True)
     ]
-    back, front = flat(augment_apply(xs, lengths, *rest, False)), flat(augment_apply(moved, lengths, *rest, True))
+    back, front = (
+        flat(augment_apply(xs, lengths, *rest, False)),
+        flat(augment_apply(moved, lengths, *rest, True)),
+    )
     for a, b, length in zip(back, front, lengths * 2, strict=True):
         for row_a, row_b, n in zip(a, b, length, strict=True):
             assert torch.equal(row_a[:n], row_b[row_b.shape[0] - n :])
@@ -191,7 +198,9 @@ def test_kernels_write_nothing_outside_their_outputs(native):
         buffers = [torch.full((x.numel() + 2 * zone,), 12345.0) for _ in range(2) for x in xs]
         starts = [buffer.data_ptr() + 4 * zone for buffer in buffers]
         strides = [s for x in xs for s in x.stride()[:2]]
-        native.augment_apply(arguments, plan.data_ptr(), 0, [x.data_ptr() for x in xs], strides, starts, True, 2)
+        native.augment_apply(
+            arguments, plan.data_ptr(), 0, [x.data_ptr() for x in xs], strides, starts, True, 2
+        )
         plans = torch.full((plan.numel() + 2 * zone,), 777, dtype=torch.int32)
         native.augment_draw(arguments, plans.data_ptr() + 4 * zone, 2)
         assert torch.equal(plans[zone:-zone].view_as(plan), plan)

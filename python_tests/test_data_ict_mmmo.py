@@ -219,16 +219,13 @@ def test_real_sizes():
 @needs_real
 def test_real_ridge_reaches_the_known_correlation():
     dataset = read_ict_mmmo(REAL).cross_validation
-    correlations = []
-    for seed in range(2):
-        predicted = torch.full((len(dataset),), float("nan"), dtype=torch.float64)
-        place = {int(i): k for k, i in enumerate(dataset.ids)}
-        for fold in folds(dataset, 5, seed):
-            train = MultimodalDataset.concatenate([fold.train, fold.valid])
-            standardiser = Standardiser().fit(train)
-            x, z = (pooled(standardiser.transform(d)) for d in (train, fold.test))
-            x, z = ((a - x.mean(0)) / (x.std(0) + 1e-9) for a in (x, z))
-            guess = ridge(x, train.labels.double().numpy(), z, penalty=300.0)
-            predicted[[place[int(i)] for i in fold.test.ids]] = torch.from_numpy(guess)
-        correlations.append(np.corrcoef(predicted, dataset.labels)[0, 1])
-    assert np.mean(correlations) > 0.45
+    predicted = {}
+    for fold in folds(dataset, 5, seed=0):
+        train = MultimodalDataset.concatenate([fold.train, fold.valid])
+        standardiser = Standardiser().fit(train)
+        x, z = (pooled(standardiser.transform(d)) for d in (train, fold.test))
+        x, z = ((a - x.mean(0)) / (x.std(0) + 1e-9) for a in (x, z))
+        guess = ridge(x, train.labels.double().numpy(), z, penalty=300.0)
+        predicted |= dict(zip(fold.test.ids.tolist(), guess, strict=True))
+    predictions = [predicted[i] for i in dataset.ids.tolist()]
+    assert np.corrcoef(predictions, dataset.labels)[0, 1] > 0.45, "0.53 when written"

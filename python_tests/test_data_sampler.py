@@ -94,10 +94,10 @@ def test_epochs_and_seeds_differ_and_can_be_revisited():
 
 
 def test_shuffle_mixes_within_buckets_and_orders_the_batches():
-    data = dataset(torch.full((256,), 7))
-    sampler = BucketSampler(data, 16)
-    sets = [{frozenset(batch) for batch in sampler.batches(e)} for e in range(2)]
-    assert not sets[0] & sets[1], "samples of one length must meet others in each epoch"
+    for lengths in (torch.full((256,), 7), torch.arange(1, 257)):
+        sampler = BucketSampler(dataset(lengths), 16)
+        sets = [{frozenset(batch) for batch in sampler.batches(e)} for e in range(2)]
+        assert not sets[0] & sets[1], "a sample must meet others of its bucket in each epoch"
     lengths = skewed(512).lengths("text")
     means = [lengths[b].float().mean().item() for b in BucketSampler(skewed(512), 16).batches(0)]
     assert means != sorted(means) and abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.5

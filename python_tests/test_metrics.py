@@ -129,6 +129,7 @@ def test_corr_survives_extreme_scales_and_small_differences(scale):
     # Differences of 1e-9 in numbers near 1 keep 7 digits in fp64.
     assert metrics.corr(1 + 1e-9 * p, -y * scale) == pytest.approx(-expected, abs=1e-6)
     assert metrics.corr([1.0, 1.0 + 2**-52], [0, 1]) == pytest.approx(1.0)
+    assert metrics.corr([-1.5e308, 1.5e308], [0, 1]) == pytest.approx(1.0)
 
 
 def test_truths_that_are_all_zero_have_no_sign():
@@ -230,7 +231,9 @@ def test_weighted_accuracy_is_the_formula_and_balanced_accuracy(pairs):
     p, y = split(pairs)
     p, y = p > 0, y > 0
     positive, negative = y.sum(), (~y).sum()
-    got = metrics.weighted_accuracy(p, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = metrics.weighted_accuracy(p, y)
     if positive == 0 or negative == 0:
         assert math.isnan(got)
         return

@@ -90,7 +90,9 @@ def noise_of(native_z_shape, seed=3):
 
 
 def test_kernel_normals_are_within_a_few_ulp_of_the_exact_transform(native, every_isa):
-    exact = random.normals(torch.tensor([3]), torch.arange(20), random.stream_tag(0, 0, 0, random.NOISE), 50 * 77)
+    exact = random.normals(
+        torch.tensor([3]), torch.arange(20), random.stream_tag(0, 0, 0, random.NOISE), 50 * 77
+    )
     for _isa in every_isa():
         z = noise_of((20, 50, 77)).flatten(1).double()
         ulp = torch.finfo(torch.float32).eps * exact.abs()
@@ -103,7 +105,12 @@ def test_kernel_normals_are_normal(native):
     # (a right generator fails with probability below 3e-6), and the same for lag-1 correlations.
     z = noise_of((40, 100, 100)).double().flatten()
     n = z.numel()
-    moments = {1: (z.mean(), 0, 1), 2: ((z**2).mean(), 1, 2), 3: ((z**3).mean(), 0, 15), 4: ((z**4).mean(), 3, 96)}
+    moments = {
+        1: (z.mean(), 0, 1),
+        2: ((z**2).mean(), 1, 2),
+        3: ((z**3).mean(), 0, 15),
+        4: ((z**4).mean(), 3, 96),
+    }
     for order, (value, expected, variance) in moments.items():
         assert abs(value - expected) < 5 * math.sqrt(variance / n), order
     assert abs((z[1:] * z[:-1]).mean()) < 5 / math.sqrt(n)

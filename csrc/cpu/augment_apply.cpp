@@ -287,6 +287,7 @@ int apply_typed(const AugmentCall& call, const int32_t* plan, const void* const*
   parallel_for(call.batch, threads, cells * 0.2 * (double)call.views, [&](int64_t b, int worker) {
     const Scratch scratch = workspace.of(worker);
     for (int64_t m = 0; m < call.modalities; ++m) {
+      if (call.shapes[m].steps * call.shapes[m].features == 0) continue;
       const E* from = (const E*)x[m] + b * strides[2 * m];
       const StepSpec* steps = call.steps;
       const int32_t* words = plan + b * call.plan_stride;
@@ -359,6 +360,7 @@ int adjoint_typed(const AugmentCall& call, const int32_t* plan, const void* cons
     for (int64_t m = 0; m < call.modalities; ++m) {
       const ModalitySpec& shape = call.shapes[m];
       const Place at = place_of(shape, b);
+      if (at.block == 0) continue;
       for (int64_t i = 0; i < at.block; ++i) sum[i] = 0;
       const StepSpec* steps = call.steps;
       const int32_t* words = plan + b * call.plan_stride;

@@ -80,7 +80,10 @@ def augment_apply(
     front: bool,
 ) -> list[list[Tensor]]:
     """``views[view][modality]``, each dense with the shape and dtype of its modality in ``xs`` (B, L, F)."""
-    outs = _Apply.apply(chains, front, True, plan, seed, ids, len(xs), *lengths, *xs)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in xs):
+        outs = _Apply.apply(chains, front, True, plan, seed, ids, len(xs), *lengths, *xs)
+    else:
+        outs = torch.ops.mmfast.augment_apply(list(xs), list(lengths), seed, ids, plan, *chains, front, True)
     return [list(outs[v * len(xs) : (v + 1) * len(xs)]) for v in range(len(chains.steps_per_view))]
 
 
