@@ -62,11 +62,10 @@ class Pretraining(pl.LightningModule):
         seed = derive(self.seed, "views", self.global_step)
         views = self.views(batch.values, batch.lengths, ids=batch.ids, seed=seed, padding=batch.padding)
         z_a, z_b = (self.projector(self.encoder(view, batch.lengths, batch.padding)) for view in views)
-        parts = self.loss.components(z_a, z_b)
-        loss = parts.on_diagonal + self.loss.lambd * parts.off_diagonal
+        loss = self.loss(z_a, z_b)
         check_finite(loss, "pretraining", self.global_step)
-        logged = {f"train_{name}": value.detach() for name, value in parts._asdict().items()}
-        self.log_dict({"train_loss": loss.detach(), **logged}, on_step=False, on_epoch=True, batch_size=len(batch))
+        parts = {f"train_{name}": value for name, value in self.loss.last._asdict().items()}
+        self.log_dict(parts, on_step=False, on_epoch=True, batch_size=len(batch))
         return loss
 
     def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
