@@ -13,7 +13,10 @@ from mmfast.errors import UserError
 # name -> (where its function is, one line of help). Modules are imported only when their command is run.
 COMMANDS = {
     "pretrain": ("mmfast.training.commands", "train encoder and projector without labels (Barlow Twins)"),
-    "finetune": ("mmfast.training.commands", "train encoder and head with labels, from random or pre-trained weights"),
+    "finetune": (
+        "mmfast.training.commands",
+        "train encoder and head with labels, from random or pre-trained weights",
+    ),
     "evaluate": ("mmfast.training.commands", "metrics of a fine-tuned checkpoint"),
     "predict": ("mmfast.training.commands", "predictions of a fine-tuned checkpoint as CSV"),
     "experiment": ("mmfast.training.commands", "compare methodologies over seeds and folds, with a report"),
@@ -21,7 +24,17 @@ COMMANDS = {
     "info": ("mmfast.cli", "versions, and which kernels run here"),
 }
 # Modules of the extra requirements, by which a missing one is told from a fault.
-EXTRAS = ("jsonargparse", "lightning", "h5py", "matplotlib", "rich", "sklearn", "scipy", "tensorboard", "yaml")
+EXTRAS = (
+    "jsonargparse",
+    "lightning",
+    "h5py",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "scipy",
+    "tensorboard",
+    "yaml",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,7 +77,9 @@ def _run(argv: list[str]) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see mmfast COMMAND --help")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="see mmfast COMMAND --help"
+    )
     given = parser.parse_args(argv)
     if given.version:
         from mmfast import __version__

@@ -69,13 +69,19 @@ WRONG = {
     "truncated data": (["pretrain", "--data.path={made}/truncated.npz"], "truncated"),
     "nothing to train on": (["pretrain", "--data.path={made}/no_train.npz"], "there is nothing to train on"),
     "one sample": (["pretrain", "--data.path={made}/one.npz"], "needs at least 2 training samples, got 1"),
-    "nothing to validate with": (["finetune", "--data.path={made}/no_valid.npz"], "no labelled samples in the valid split"),
+    "nothing to validate with": (
+        ["finetune", "--data.path={made}/no_valid.npz"],
+        "no labelled samples in the valid split",
+    ),
     "no labels": (["finetune", "--data.path={made}/unlabelled.npz"], "nothing to train on"),
     "alpha outside [0, 1]": (
         ["pretrain", "--augmentation.view_a=[{{name: seqaug, alpha: 1.5}}]"],
         "alpha must be in [0, 1], got 1.5",
     ),
-    "q outside [0, 1]": (["pretrain", "--augmentation.view_b=[{{name: masking, q: -1}}]"], "q must be in [0, 1], got -1"),
+    "q outside [0, 1]": (
+        ["pretrain", "--augmentation.view_b=[{{name: masking, q: -1}}]"],
+        "q must be in [0, 1], got -1",
+    ),
     "unknown augmentation": (["pretrain", "--augmentation.preset=blur"], "must be one of noise, masking"),
     "unknown modality in a chain": (
         ["pretrain", "--augmentation.view_a=[{{name: seqaug, alpha: {{texts: 0.1}}}}]"],
@@ -99,7 +105,10 @@ WRONG = {
         "another architecture, encoder.recurrent.text.lstm.weight_ih_l0 is (32, 8) there and (64, 8) here",
     ),
     "nothing to resume": (["pretrain", "--resume"], "there is no run to resume"),
-    "folder in use": (["pretrain", "--run.folder={made}/pre"], "holds a run already; go on with it by --resume"),
+    "folder in use": (
+        ["pretrain", "--run.folder={made}/pre"],
+        "holds a run already; go on with it by --resume",
+    ),
     "other settings": (
         ["pretrain", "--run.folder={made}/pre", "--resume", "--pretraining.epochs=1", "--run.seed=9"],
         "its run has run.seed = 0, got 9",
@@ -110,7 +119,10 @@ WRONG = {
         ["evaluate", "{made}/fine/best.ckpt", "--data={made}/unlabelled.npz"],
         "holds no labelled samples",
     ),
-    "an empty split": (["predict", "{made}/fine/best.ckpt", "--split=unlabelled"], "the unlabelled split holds no samples"),
+    "an empty split": (
+        ["predict", "{made}/fine/best.ckpt", "--split=unlabelled"],
+        "the unlabelled split holds no samples",
+    ),
     "inspect nothing": (["inspect", "{made}/none"], "does not exist"),
     "inspect something else": (["inspect", "{made}/file.txt"], "is of no known kind"),
     "unknown accelerator": (["pretrain", "--run.accelerator=abacus"], "abacus"),
@@ -143,7 +155,9 @@ def test_wrong_input_is_one_sentence_with_status_2(case, made, tmp_path, capfd):
 
 def test_real_process_wrong_input(made):
     done = subprocess.run(
-        [sys.executable, "-m", "mmfast.cli", "evaluate", str(made / "truncated.ckpt")], capture_output=True, text=True
+        [sys.executable, "-m", "mmfast.cli", "evaluate", str(made / "truncated.ckpt")],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("mmfast: checkpoint ")
@@ -153,7 +167,10 @@ def test_real_process_wrong_input(made):
 def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path):
     arguments = ["pretrain", *TINY, f"--run.folder={tmp_path}", "--pretraining.epochs=2000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "mmfast.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "mmfast.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
@@ -185,7 +202,9 @@ def test_missing_requirement_names_the_command_that_installs_it(monkeypatch, cap
             patch.setattr(importlib, "import_module", missing)
             assert mmfast("pretrain") == 2
         error = capsys.readouterr().err
-        assert error == f"mmfast: pretrain needs {name}, which is not installed: pip install 'mmfast[train]'\n"
+        assert (
+            error == f"mmfast: pretrain needs {name}, which is not installed: pip install 'mmfast[train]'\n"
+        )
     with monkeypatch.context() as patch:
         patch.setattr(importlib, "import_module", lambda _: __import__("no_such_module_of_ours"))
         with pytest.raises(ModuleNotFoundError):
@@ -249,7 +268,9 @@ def test_evaluate_equals_metrics_of_the_predictions(made, tmp_path, capsys):
 
 def test_predict_without_labels(made, tmp_path):
     table = tmp_path / "p.csv"
-    assert mmfast("predict", made / "fine/best.ckpt", f"--data={made / 'unlabelled.npz'}", f"--out={table}") == 0
+    assert (
+        mmfast("predict", made / "fine/best.ckpt", f"--data={made / 'unlabelled.npz'}", f"--out={table}") == 0
+    )
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 57

@@ -53,7 +53,9 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path):
 def test_full_disk_leaves_the_previous_file(call, tmp_path, monkeypatch):
     write_atomically(tmp_path / "a", "before")
     monkeypatch.setattr(files.os, call, full_disk)
-    with pytest.raises(UserError, match=r"cannot save .*a: No space left on device; the previous file is untouched"):
+    with pytest.raises(
+        UserError, match=r"cannot save .*a: No space left on device; the previous file is untouched"
+    ):
         write_atomically(tmp_path / "a", "after")
     assert (tmp_path / "a").read_text() == "before"
     assert os.listdir(tmp_path) == ["a"]
@@ -61,7 +63,10 @@ def test_full_disk_leaves_the_previous_file(call, tmp_path, monkeypatch):
 
 def test_file_size_limit_leaves_the_previous_file(tmp_path):
     write_atomically(tmp_path / "a", "before")
-    with limited_file_size(1000), pytest.raises(UserError, match="File too large; the previous file is untouched"):
+    with (
+        limited_file_size(1000),
+        pytest.raises(UserError, match="File too large; the previous file is untouched"),
+    ):
         write_atomically(tmp_path / "a", b"x" * 2000)
     assert (tmp_path / "a").read_text() == "before"
     assert os.listdir(tmp_path) == ["a"]
@@ -81,7 +86,9 @@ def test_training_on_a_full_disk_stops_with_one_sentence(tmp_path, capsys):
     assert not list(tmp_path.glob("*.ckpt")) and not list(tmp_path.glob(".*.tmp"))
 
 
-def test_a_disk_that_fills_up_keeps_the_last_epoch_and_the_run_goes_on_later(pretrained, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills_up_keeps_the_last_epoch_and_the_run_goes_on_later(
+    pretrained, tmp_path, monkeypatch, capsys
+):
     fsync, calls = os.fsync, []
 
     def fills_up(descriptor):
@@ -124,7 +131,9 @@ def damaged(kind: str, good: Path, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["truncated", "half", "empty", "text", "foreign", "tensor", "pickle", "folder", "missing"])
+@pytest.mark.parametrize(
+    "kind", ["truncated", "half", "empty", "text", "foreign", "tensor", "pickle", "folder", "missing"]
+)
 def test_what_is_no_checkpoint_is_one_sentence(kind, pretrained, tmp_path):
     with pytest.raises(UserError, match=r"^checkpoint .*damaged\.ckpt: [^\n]+$"):
         read_checkpoint(damaged(kind, pretrained, tmp_path))
@@ -140,7 +149,9 @@ def test_encoder_is_handed_over_bit_by_bit(pretrained, tmp_path, capsys):
     folder = train("finetune", tmp_path, f"--from={pretrained}", "--freeze=true", "--supervised.epochs=1")
     state = checkpoint(pretrained)["state_dict"]
     given = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
-    kept = {n: t for n, t in checkpoint(folder / "best.ckpt")["state_dict"].items() if n.startswith("encoder.")}
+    kept = {
+        n: t for n, t in checkpoint(folder / "best.ckpt")["state_dict"].items() if n.startswith("encoder.")
+    }
     assert_same(given, kept)
     count = sum(tensor.numel() for tensor in given.values())
     assert f"loaded {len(given)} tensors ({count:,} parameters)" in capsys.readouterr().out

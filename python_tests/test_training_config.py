@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
 from mmfast.errors import UserError
 from mmfast.training.components import make_views
-from mmfast.training.config import AugmentationConfig, Config, ExperimentConfig, check, check_experiment, first_difference
+from mmfast.training.config import (
+    AugmentationConfig,
+    Config,
+    ExperimentConfig,
+    check,
+    check_experiment,
+    first_difference,
+)
 from mmfast.training.parsing import config_of, load_yaml, save_yaml
 from mmfast.training.presets import PRESETS
 from mmfast.training.seeds import derive
@@ -35,9 +40,17 @@ TRANSFORMS = {"noise": GaussianNoise, "masking": TimeMask, "seqaug": SeqAug, "fe
 
 def test_defaults_are_those_of_the_thesis():
     config = Config()
-    assert (config.pretraining.batch_size, config.pretraining.epochs, config.pretraining.lr) == (170, 20, 1e-3)
+    assert (config.pretraining.batch_size, config.pretraining.epochs, config.pretraining.lr) == (
+        170,
+        20,
+        1e-3,
+    )
     assert (config.supervised.batch_size, config.supervised.epochs, config.supervised.lr) == (32, 100, 3e-4)
-    assert (config.supervised.patience, config.supervised.plateau_patience, config.supervised.plateau_factor) == (10, 2, 0.5)
+    assert (
+        config.supervised.patience,
+        config.supervised.plateau_patience,
+        config.supervised.plateau_factor,
+    ) == (10, 2, 0.5)
     assert (config.model.hidden, config.model.dropout, config.model.bidirectional) == (100, 0.2, False)
     assert config.model.projector == [1000, 1000, 1000]
     assert (config.loss.lambd, config.augmentation.preset) == (5e-3, "masking")
@@ -74,13 +87,17 @@ def test_settings_out_of_range_are_named(section, name, value):
         check(config)
 
 
-@pytest.mark.parametrize(("name", "value"), [("methods", []), ("methods", ["FS", "FS"]), ("seeds", [-1]), ("workers", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("methods", []), ("methods", ["FS", "FS"]), ("seeds", [-1]), ("workers", 0)]
+)
 def test_experiment_settings_out_of_range_are_named(name, value):
     with pytest.raises(UserError, match=rf"experiment\.{name} must be"):
         check_experiment(ExperimentConfig(**{name: value}))
 
 
-@pytest.mark.parametrize("values", [{"data": {"pth": "x"}}, {"supervised": {"lr": "fast"}}, {"model": {"bidirectional": "x"}}])
+@pytest.mark.parametrize(
+    "values", [{"data": {"pth": "x"}}, {"supervised": {"lr": "fast"}}, {"model": {"bidirectional": "x"}}]
+)
 def test_unknown_keys_and_wrong_types_are_one_sentence(values):
     with pytest.raises(UserError, match="config: ") as error:
         config_of(values)
@@ -116,7 +133,9 @@ def test_preset_values_of_table_8_2_1():
 
 
 def test_steps_replace_the_preset_in_their_view_and_take_apply():
-    config = AugmentationConfig(view_a=[{"name": "noise", "sigma": 0.5}, {"name": "masking", "apply": "batch"}], apply="sample")
+    config = AugmentationConfig(
+        view_a=[{"name": "noise", "sigma": 0.5}, {"name": "masking", "apply": "batch"}], apply="sample"
+    )
     views = make_views(config, MODALITIES)
     noise, masking = views.chain_a.transforms
     assert (noise.sigma, noise.apply_to, masking.apply_to) == (0.5, "sample", "batch")
@@ -126,10 +145,19 @@ def test_steps_replace_the_preset_in_their_view_and_take_apply():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (AugmentationConfig(preset="blur"), "augmentation.preset: a step must be one of noise, .* got 'blur'"),
+        (
+            AugmentationConfig(preset="blur"),
+            "augmentation.preset: a step must be one of noise, .* got 'blur'",
+        ),
         (AugmentationConfig(view_a=[{"p": 1}]), "augmentation.view_a: each step needs a name"),
-        (AugmentationConfig(view_b=[{"name": "noise", "q": 1}]), "augmentation.view_b: noise has no 'q', it takes sigma"),
-        (AugmentationConfig(view_a=[{"name": "seqaug", "alpha": 1.5}]), r"alpha must be in \[0, 1\], got 1.5"),
+        (
+            AugmentationConfig(view_b=[{"name": "noise", "q": 1}]),
+            "augmentation.view_b: noise has no 'q', it takes sigma",
+        ),
+        (
+            AugmentationConfig(view_a=[{"name": "seqaug", "alpha": 1.5}]),
+            r"alpha must be in \[0, 1\], got 1.5",
+        ),
     ],
 )
 def test_wrong_chains_are_one_sentence(config, message):

@@ -23,7 +23,12 @@ from mmfast.training.predictions import read_predictions
 from mmfast.training.splits import make_splits
 from mmfast.training.statistics import bootstrap, corr, interval, mae, summarise
 
-QUICK = ["--supervised.epochs=3", "--pretraining.epochs=2", "--experiment.seeds=[0, 5]", "--experiment.workers=1"]
+QUICK = [
+    "--supervised.epochs=3",
+    "--pretraining.epochs=2",
+    "--experiment.seeds=[0, 5]",
+    "--experiment.workers=1",
+]
 FEATURES = {"text": 8, "audio": 6, "visual": 4}
 ROWS = ["FS", "SLE", "SSL", "LE", "ridge", "constant"]
 
@@ -49,7 +54,12 @@ def folded(tmp_path_factory) -> Path:
     pool = MultimodalDataset.from_flat(values, lengths, ids=pool.ids, names=pool.names)
     complete = data.train.subset(range(40, 65))
     save(MultimodalData(unlabelled=pool, cross_validation=complete, name="folded"), folder / "data.npz")
-    experiment(folder / "run", f"--data.path={folder / 'data.npz'}", "--data.folds=3", "--experiment.methods=[FS, LE]")
+    experiment(
+        folder / "run",
+        f"--data.path={folder / 'data.npz'}",
+        "--data.folds=3",
+        "--experiment.methods=[FS, LE]",
+    )
     return folder / "run"
 
 
@@ -154,7 +164,9 @@ def test_ridge_is_sklearn_on_standardised_means():
     y = torch.cat([splits.train.labels, splits.valid.labels]).numpy()
     centre, scale = x.mean(0), np.where(x.std(0) > 1e-12, x.std(0), 1)
     model = RidgeCV(PENALTIES).fit((x - centre) / scale, y)
-    np.testing.assert_allclose(ridge(splits), model.predict((pooled(splits.test) - centre) / scale), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        ridge(splits), model.predict((pooled(splits.test) - centre) / scale), rtol=1e-4, atol=1e-5
+    )
     assert np.array_equal(ridge(splits), ridge(splits))
     assert set(constant(splits)) == {np.median(y)}
 
@@ -185,7 +197,13 @@ def test_bootstrap_covers_and_pairs():
 
 
 def test_document_escapes_and_embeds():
-    blocks = [Heading("A & B", 1), Text("x < y"), Table(["", "a|b"], [["r", "1"]], "c"), Code("k: v"), Figure("p.png", b"\x89PNG", "f")]
+    blocks = [
+        Heading("A & B", 1),
+        Text("x < y"),
+        Table(["", "a|b"], [["r", "1"]], "c"),
+        Code("k: v"),
+        Figure("p.png", b"\x89PNG", "f"),
+    ]
     page, text = to_html("t", blocks), to_markdown(blocks)
     assert "A &amp; B" in page and "x &lt; y" in page and 'src="data:image/png;base64,iVBORw' in page
     assert "http" not in page.replace("http-equiv", "")
@@ -196,7 +214,9 @@ def test_document_escapes_and_embeds():
 def test_report_is_complete(whole):
     page, text = (whole / "report.html").read_text(), (whole / "report.md").read_text()
     plots = {path.name for path in (whole / "plots").iterdir()}
-    assert plots == {f"{n}.png" for n in ("comparison", "correlation", "predictions", "pretraining", "supervised")}
+    assert plots == {
+        f"{n}.png" for n in ("comparison", "correlation", "predictions", "pretraining", "supervised")
+    }
     assert page.count("data:image/png;base64,") == len(plots)
     assert all(f"plots/{name}" in text for name in plots)
     for word in (*ROWS, "SSL − FS", "acc7_cmu", "supervised:", "torch:", "16 test samples, 2 seeds"):
@@ -204,7 +224,10 @@ def test_report_is_complete(whole):
     assert not re.search(r"src=\"(?!data:)|href=", page)
     with open(whole / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["row"] for row in rows] == ["FS"] * 2 + ["SLE"] * 2 + ["SSL"] * 2 + ["LE"] * 2 + ["ridge", "constant"]
+    assert [row["row"] for row in rows] == ["FS"] * 2 + ["SLE"] * 2 + ["SSL"] * 2 + ["LE"] * 2 + [
+        "ridge",
+        "constant",
+    ]
 
 
 @pytest.mark.skipif(not (SHARED / "data/ict_mmmo").exists(), reason="the ICT-MMMO files are not here")

@@ -93,7 +93,9 @@ def test_the_best_epoch_is_tested_not_the_last(tmp_path):
 
 
 def test_schedule_and_early_stopping_follow_the_validation_loss(tmp_path):
-    folder = train("finetune", tmp_path, "--supervised.epochs=40", "--supervised.patience=3", "--supervised.lr=0.03")
+    folder = train(
+        "finetune", tmp_path, "--supervised.epochs=40", "--supervised.patience=3", "--supervised.lr=0.03"
+    )
     history = result(folder)["history"]
     best, lr, rates = math.inf, 0.03, []
     for epoch in history:
@@ -113,7 +115,10 @@ def test_frozen_encoder_stays_as_it_was_and_has_no_dropout():
     module = make_supervised(config, FEATURES, freeze=True).train()
     assert module.training and module.head.training
     assert not any(part.training for part in module.encoder.modules())
-    assert [name for name, p in module.named_parameters() if p.requires_grad] == ["head.linear.weight", "head.linear.bias"]
+    assert [name for name, p in module.named_parameters() if p.requires_grad] == [
+        "head.linear.weight",
+        "head.linear.bias",
+    ]
     batch = batch_of(standardised(data))
     assert torch.equal(module(batch), module(batch))
     module = make_supervised(config, FEATURES, freeze=False).train()
@@ -151,7 +156,9 @@ def test_methodologies_of_one_seed_start_from_the_same_encoder():
     pretraining, supervised = make_pretraining(config, FEATURES), make_supervised(config, FEATURES)
     assert_same(dict(pretraining.encoder.state_dict()), dict(supervised.encoder.state_dict()))
     other = make_supervised(replace(config, run=replace(config.run, seed=1)), FEATURES)
-    assert not torch.equal(other.encoder.fusion_attention.query.weight, supervised.encoder.fusion_attention.query.weight)
+    assert not torch.equal(
+        other.encoder.fusion_attention.query.weight, supervised.encoder.fusion_attention.query.weight
+    )
 
 
 def test_building_networks_leaves_the_random_state_alone():
@@ -163,7 +170,9 @@ def test_building_networks_leaves_the_random_state_alone():
 
 def test_a_run_is_a_function_of_its_seed(tmp_path):
     one, two, other = (
-        checkpoint(train("pretrain", tmp_path / name, f"--run.seed={seed}", "--pretraining.epochs=2") / "last.ckpt")
+        checkpoint(
+            train("pretrain", tmp_path / name, f"--run.seed={seed}", "--pretraining.epochs=2") / "last.ckpt"
+        )
         for name, seed in (("one", 3), ("two", 3), ("other", 4))
     )
     assert_same(one["state_dict"], two["state_dict"])
@@ -184,7 +193,9 @@ def test_effective_rank():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_with_one_sentence(value):
-    with pytest.raises(UserError, match=r"pretraining: the loss became (nan|inf) at step 7; .*pretraining\.lr"):
+    with pytest.raises(
+        UserError, match=r"pretraining: the loss became (nan|inf) at step 7; .*pretraining\.lr"
+    ):
         check_finite(torch.tensor(value), "pretraining", 7)
 
 
@@ -224,7 +235,11 @@ def test_inputs_of_pretraining_hold_no_validation_or_test_sample():
 
 def test_standardiser_sees_only_inputs():
     data = small()
-    huge = replace(data, test=data.test.map(lambda _, steps: steps * 1e6), valid=data.valid.map(lambda _, steps: steps - 1e6))
+    huge = replace(
+        data,
+        test=data.test.map(lambda _, steps: steps * 1e6),
+        valid=data.valid.map(lambda _, steps: steps - 1e6),
+    )
     one, two = (make_splits(d, DataConfig(), seed=0) for d in (data, huge))
     assert_same(one.standardiser.state_dict(), two.standardiser.state_dict())
     assert all(bool(steps.isfinite().all()) for steps in (one.inputs.flat(m) for m in FEATURES))
@@ -241,7 +256,9 @@ def test_label_share_reduces_training_and_validation_but_not_test():
 
 def test_folds_test_every_sample_once():
     data = small()
-    data = MultimodalData(unlabelled=small(30, seed=1).train.map(lambda _, s: s), cross_validation=data.train, train=None)
+    data = MultimodalData(
+        unlabelled=small(30, seed=1).train.map(lambda _, s: s), cross_validation=data.train, train=None
+    )
     data.unlabelled = MultimodalDataset.from_flat(
         {m: data.unlabelled.flat(m) for m in FEATURES},
         {m: data.unlabelled.lengths(m) for m in FEATURES},
@@ -252,7 +269,7 @@ def test_folds_test_every_sample_once():
         splits = make_splits(data, DataConfig(fold=fold), seed=0)
         tested += splits.test.ids.tolist()
         assert len(splits.inputs) == len(splits.train) + len(data.unlabelled)
-        assert not set(splits.inputs.ids.tolist()) & set((splits.test.ids.tolist() + splits.valid.ids.tolist()))
+        assert not set(splits.inputs.ids.tolist()) & set(splits.test.ids.tolist() + splits.valid.ids.tolist())
     assert sorted(tested) == sorted(data.cross_validation.ids.tolist())
     with pytest.raises(UserError, match=r"data\.fold must lie in \[0, data\.folds = 5\), got 5"):
         make_splits(data, DataConfig(fold=5), seed=0)
@@ -265,7 +282,9 @@ def test_a_single_batch_takes_all_samples_of_a_small_set(tmp_path, capsys):
 
 
 def test_settings_are_saved_with_the_run_and_run_again(tmp_path):
-    folder = train("pretrain", tmp_path / "one", "--pretraining.epochs=1", "--augmentation.preset=seqaug+noise")
+    folder = train(
+        "pretrain", tmp_path / "one", "--pretraining.epochs=1", "--augmentation.preset=seqaug+noise"
+    )
     environment = (folder / "environment.yaml").read_text()
     for word in ("mmfast:", "torch:", "python:", "backends:", "threads: 1", "git:"):
         assert word in environment
@@ -277,9 +296,14 @@ def test_settings_are_saved_with_the_run_and_run_again(tmp_path):
 def test_finetune_takes_model_data_and_standardiser_of_the_checkpoint(tmp_path):
     data = small(80, seed=5)
     save(data, tmp_path / "a.npz")
-    shifted = {name: getattr(data, name).map(lambda _, steps: 3 * steps + 1) for name in ("train", "valid", "test")}
+    shifted = {
+        name: getattr(data, name).map(lambda _, steps: 3 * steps + 1) for name in ("train", "valid", "test")
+    }
     save(replace(data, **shifted), tmp_path / "b.npz")
-    source = train("pretrain", tmp_path / "pre", f"--data.path={tmp_path / 'a.npz'}", "--pretraining.epochs=1") / "last.ckpt"
+    source = (
+        train("pretrain", tmp_path / "pre", f"--data.path={tmp_path / 'a.npz'}", "--pretraining.epochs=1")
+        / "last.ckpt"
+    )
     short = ["--supervised.epochs=1", "--run.accelerator=cpu", "--run.tensorboard=false", "--run.threads=1"]
     assert mmfast("finetune", f"--from={source}", f"--run.folder={tmp_path / 'own'}", *short) == 0
     own = checkpoint(tmp_path / "own" / "best.ckpt")["mmfast"]

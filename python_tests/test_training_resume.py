@@ -37,7 +37,10 @@ sys.exit(main(sys.argv[1:]))
 def whole(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("whole")
     pre = train("pretrain", folder / "pretrain")
-    return {"pretrain": pre, "finetune": train("finetune", folder / "finetune", f"--from={pre / 'last.ckpt'}")}
+    return {
+        "pretrain": pre,
+        "finetune": train("finetune", folder / "finetune", f"--from={pre / 'last.ckpt'}"),
+    }
 
 
 def options(command: str, whole: dict[str, Path]) -> list[str]:

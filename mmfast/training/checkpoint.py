@@ -28,7 +28,9 @@ class AtomicCheckpointIO(CheckpointIO):
         torch.save(checkpoint, buffer)
         write_atomically(path, buffer.getbuffer())
 
-    def load_checkpoint(self, path, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return read_checkpoint(path)
 
     def remove_checkpoint(self, path) -> None:
@@ -36,7 +38,7 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class FolderCheckpoint(ModelCheckpoint):
-    """One checkpoint file of a run, overwritten in place: the last epoch, or the best by ``monitor`` (lower is better).
+    """One checkpoint file of a run, overwritten in place: the last epoch, or the best (lowest) by ``monitor``.
 
     Unlike its base it keeps its state when the run's folder was moved between two sittings.
     """

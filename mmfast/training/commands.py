@@ -44,16 +44,20 @@ def pretrain(argv: list[str]) -> None:
         result = runs.pretrain(config, splits, folder)
     last = result["history"][-1]
     print(
-        f"pre-trained on {result['samples']['inputs']} samples for {result['epochs']} epochs: loss {last['train_loss']:.4g}, "
-        f"mean diagonal {last['train_mean_diagonal']:.3f}; encoder in {folder / LAST}"
+        f"pre-trained on {result['samples']['inputs']} samples for {result['epochs']} epochs: "
+        f"loss {last['train_loss']:.4g}, mean diagonal {last['train_mean_diagonal']:.3f}; encoder in {folder / LAST}"
     )
 
 
 def finetune(argv: list[str]) -> None:
     """``mmfast finetune``: ``best.ckpt``, ``result.json`` and ``predictions.csv`` in ``run.folder``."""
     parser = _training_parser("finetune", "Supervised training; writes best.ckpt and tests it.")
-    parser.add_argument("--from", type=str | None, help="Checkpoint of a pre-training run; random weights without it.")
-    parser.add_argument("--freeze", type=bool, default=False, help="Train only the linear head (linear evaluation).")
+    parser.add_argument(
+        "--from", type=str | None, help="Checkpoint of a pre-training run; random weights without it."
+    )
+    parser.add_argument(
+        "--freeze", type=bool, default=False, help="Train only the linear head (linear evaluation)."
+    )
     given = _parse(parser, argv)
     standardiser = None
     if source := given["from"]:
@@ -78,7 +82,9 @@ def finetune(argv: list[str]) -> None:
 
 def experiment(argv: list[str]) -> None:
     """``mmfast experiment``: all runs, ``report.html``, ``report.md`` and tables in ``run.folder``."""
-    parser = _training_parser("experiment", "Methodologies over seeds and folds, with a report.", resume=False)
+    parser = _training_parser(
+        "experiment", "Methodologies over seeds and folds, with a report.", resume=False
+    )
     parser.add_class_arguments(ExperimentConfig, "experiment")
     given = _parse(parser, argv)
     config, settings = sections(given), given.experiment
@@ -156,7 +162,9 @@ def _sitting(command: str, run: RunConfig) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         again = f"mmfast {command} --config {Path(run.folder) / CONFIG}"
-        raise KeyboardInterrupt(f"go on with: {again}{'' if command == 'experiment' else ' --resume'}") from None
+        raise KeyboardInterrupt(
+            f"go on with: {again}{'' if command == 'experiment' else ' --resume'}"
+        ) from None
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -178,7 +186,8 @@ def _restore(given: argparse.Namespace) -> tuple[torch.nn.Module, MultimodalData
     wanted = module.encoder.features
     if dataset.features != wanted:
         raise UserError(
-            f"{given.checkpoint}: was trained on the features {_sizes(wanted)}, the data have {_sizes(dataset.features)}"
+            f"{given.checkpoint}: was trained on the features {_sizes(wanted)}, "
+            f"the data have {_sizes(dataset.features)}"
         )
     return module, standardiser.transform(dataset)
 

@@ -55,7 +55,8 @@ def _preset_step(name: str, view: int, modalities: tuple[str, ...]) -> dict[str,
         missing = [m for m in modalities if m not in arguments["alpha"]]
         if missing:
             raise UserError(
-                f"augmentation.preset: seqaug has no alpha for the modality {missing[0]!r}; name the steps by view_a, view_b"
+                f"augmentation.preset: seqaug has no alpha for the modality {missing[0]!r}; "
+                "give the steps by view_a and view_b"
             )
         arguments["alpha"] = {m: arguments["alpha"][m] for m in modalities}
     return {"name": name, "p": p[view], **arguments}
@@ -79,7 +80,9 @@ def _known(name: str, where: str) -> tuple:
     return STEPS[name]
 
 
-def make_pretraining(config: Config, features: dict[str, int], record: dict[str, Any] | None = None) -> Pretraining:
+def make_pretraining(
+    config: Config, features: dict[str, int], record: dict[str, Any] | None = None
+) -> Pretraining:
     """Encoder and projector with their views and loss; weights are a function of ``config.run.seed``."""
     seed = config.run.seed
     views = make_views(config.augmentation, tuple(features))

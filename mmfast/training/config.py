@@ -1,7 +1,7 @@
 """The configuration of a run: what the command line, the YAML files and the Python interface share.
 
-Defaults are those of the thesis (Poulinakis 2023, sections 7.1 to 7.3) where it is clear, and the documented reading where
-it contradicts itself or its code. This module imports neither torch nor Lightning, so that ``--help`` stays fast.
+Defaults are those of the thesis (Poulinakis 2023, sections 7.1 to 7.3) where it is clear, and the documented reading
+where it contradicts itself or its code.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class DataConfig:
 
     Args:
         path: ``synthetic``, or a file or folder of features that ``mmfast inspect`` recognises.
-        label_share: Share of the labelled training and validation samples whose labels are used, in (0, 1]. The choice
-            is seeded by ``run.seed``; pre-training always sees all inputs, and the test split is never reduced.
+        label_share: Share of the labelled training and validation samples whose labels are used, in (0, 1]. The
+            choice is seeded by ``run.seed``; pre-training sees all inputs, and the test split is never reduced.
         folds: Number of folds for data that ask for cross-validation instead of having a fair test split.
         fold: Which of them is tested, from 0; validation samples are a fifth of the others.
         synthetic: Options of the generator.
@@ -64,10 +64,11 @@ class ModelConfig:
     Args:
         hidden: Width H of the recurrent layers and attentions.
         dropout: Dropout of the encoder, in [0, 1).
-        bidirectional: ``false`` (thesis text), ``fusion`` (what the thesis code ran: only the last LSTM) or ``true`` (M3).
+        bidirectional: ``false`` (thesis text), ``fusion`` (what the thesis code ran: only the last LSTM) or ``true``
+            (M3).
         attention: Self-attention after each modality's LSTM.
-        pooling: ``mean`` over real steps, their ``sum``, or the ``last`` one. M3 sums, but over sequences padded to one
-            length; over true lengths the sum's scale follows the length, and small data sets are learnt badly.
+        pooling: ``mean`` over real steps, their ``sum``, or the ``last`` one. M3 sums, but over sequences padded to
+            one length; over true lengths the sum's scale follows the length, and small data sets are learnt badly.
         masking: Probability of M3's modality masking in training of both phases; 0 switches it off.
         masking_mode: Hide one modality at each ``step``, or one for the whole ``sequence``.
         projector: Widths of the projector's layers. The last one is the embedding size D.
@@ -207,7 +208,9 @@ class ExperimentConfig:
             ``run.threads`` threads, by default 1, so that results do not depend on the number of workers.
     """
 
-    methods: list[Literal["FS", "SLE", "SSL", "LE"]] = field(default_factory=lambda: ["FS", "SLE", "SSL", "LE"])
+    methods: list[Literal["FS", "SLE", "SSL", "LE"]] = field(
+        default_factory=lambda: ["FS", "SLE", "SSL", "LE"]
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     baselines: bool = True
     workers: int | None = None
@@ -241,7 +244,11 @@ RULES = (
 
 EXPERIMENT_RULES = (
     ("methods", "at least one, each once", _distinct),
-    ("seeds", "at least one, each once and in [0, 2^63)", lambda v: _distinct(v) and all(0 <= s < 2**63 for s in v)),
+    (
+        "seeds",
+        "at least one, each once and in [0, 2^63)",
+        lambda v: _distinct(v) and all(0 <= s < 2**63 for s in v),
+    ),
     ("workers", "positive", lambda v: v is None or v > 0),
 )
 
@@ -267,7 +274,9 @@ def _check(config: Any, rules: tuple, prefix: str) -> None:
             raise UserError(f"config: {prefix}{path} must be {rule}, got {value}")
 
 
-def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> str | None:
+def first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], ignore: tuple[str, ...] = ()
+) -> str | None:
     """Dotted name of the first setting in which two nested mappings differ, or None."""
     for key in [*ours, *(key for key in theirs if key not in ours)]:
         a, b = ours.get(key), theirs.get(key)

@@ -61,16 +61,17 @@ class Table:
 
         body = "".join(row(cells, "td") for cells in self.rows)
         caption = f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else ""
-        return (
-            f"<figure><table><thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>{caption}</figure>"
-        )
+        return f"<figure><table><thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>{caption}</figure>"
 
     def text(self) -> str:
         """Aligned columns for a terminal."""
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
-            "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
             for line in lines
         )
 
@@ -89,9 +90,7 @@ class Figure:
     def html(self) -> str:
         data = base64.b64encode(self.png).decode()
         caption = html.escape(self.caption)
-        return (
-            f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
-        )
+        return f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
 Block = Heading | Text | Code | Table | Figure

@@ -33,7 +33,10 @@ def environment() -> dict[str, Any]:
 def git_state() -> dict[str, Any] | None:
     """Commit of the working directory's repository and whether tracked files differ from it; None outside of one."""
     commit = _git("rev-parse", "HEAD")
-    return commit and {"commit": commit, "modified": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    return commit and {
+        "commit": commit,
+        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
 
 
 def _git(*arguments: str) -> str | None:

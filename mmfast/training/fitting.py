@@ -91,7 +91,9 @@ def fit(
                 use_distributed_sampler=False,
             )
         except MisconfigurationException as error:
-            raise UserError(f"config: run.accelerator {run.accelerator}, run.precision {run.precision}: {error}") from error
+            raise UserError(
+                f"config: run.accelerator {run.accelerator}, run.precision {run.precision}: {error}"
+            ) from error
         trainer.fit(module, train, valid, ckpt_path=start, weights_only=True)
     return history.epochs
 

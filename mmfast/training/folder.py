@@ -37,7 +37,9 @@ def claim(folder: Path, settings: Mapping[str, Any], resume: bool | None) -> Ite
     if resume is True and not config.exists():
         raise UserError(f"run.folder {folder}: there is no run to resume")
     if resume is False and config.exists():
-        raise UserError(f"run.folder {folder}: holds a run already; go on with it by --resume, or name another folder")
+        raise UserError(
+            f"run.folder {folder}: holds a run already; go on with it by --resume, or name another folder"
+        )
     with _lock(folder):
         if config.exists():
             _same(folder, load_yaml(config), settings)

@@ -43,7 +43,9 @@ def load_part(module: nn.Module, state: Mapping[str, Tensor], part: str, source:
     """
     for name in state:
         if not name.startswith(DROPPED):
-            raise UserError(f"{source}: tensor {name} belongs to none of {', '.join(p[:-1] for p in DROPPED)}")
+            raise UserError(
+                f"{source}: tensor {name} belongs to none of {', '.join(p[:-1] for p in DROPPED)}"
+            )
     prefix = f"{part}."
     given = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     wanted = module.state_dict()

@@ -35,7 +35,13 @@ def pretraining_curves(histories: Sequence[History]) -> bytes:
         for name, style in zip(names, ("-", "--"), strict=False):
             if all(name in epoch for history in histories for epoch in history):
                 label = "two views, training" if name.startswith("train") else "no augmentation, validation"
-                _curves(ax, [[epoch[name] for epoch in history] for history in histories], COLOURS["SSL"], style, label)
+                _curves(
+                    ax,
+                    [[epoch[name] for epoch in history] for history in histories],
+                    COLOURS["SSL"],
+                    style,
+                    label,
+                )
         ax.set_title(title, fontsize=10)
         ax.set_xlabel("epoch")
         if len(names) > 1:
@@ -58,7 +64,9 @@ def supervised_curves(histories: Mapping[str, Sequence[History]]) -> bytes:
 def correlation_maps(before: np.ndarray, after: np.ndarray, shown: int = 64) -> bytes:
     """Cross-correlation (D, D) before and after pre-training: the first dimensions, and all cells as histograms."""
     figure, axes = _figure(1, 3, 11.5, 3.7, width_ratios=(1, 1, 0.95))
-    for ax, c, title in zip(axes[0], (before, after), ("before pre-training", "after pre-training"), strict=False):
+    for ax, c, title in zip(
+        axes[0], (before, after), ("before pre-training", "after pre-training"), strict=False
+    ):
         part = c[:shown, :shown]
         image = ax.imshow(part, cmap="RdBu_r", norm=TwoSlopeNorm(0, -1, 1), interpolation="nearest")
         ax.set(title=title, xlabel="dimension of view 2")
@@ -70,7 +78,13 @@ def correlation_maps(before: np.ndarray, after: np.ndarray, shown: int = 64) -> 
     for c, colour, when in ((before, "#7F7F7F", "before"), (after, COLOURS["SSL"], "after")):
         for mask, style, where in ((diagonal, "-", "diagonal"), (~diagonal, ":", "off-diagonal")):
             axes[0][2].hist(
-                c[mask], bins, density=True, histtype="step", color=colour, linestyle=style, label=f"{where}, {when}"
+                c[mask],
+                bins,
+                density=True,
+                histtype="step",
+                color=colour,
+                linestyle=style,
+                label=f"{where}, {when}",
             )
     axes[0][2].set(title="all cells", xlabel="correlation", ylabel="density", xlim=(-1, 1))
     axes[0][2].legend(frameon=False, fontsize=8, loc="upper left")
@@ -101,7 +115,8 @@ def scatter(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], limits: tu
 
 
 def comparison(
-    values: Mapping[str, Mapping[str, Sequence[float]]], intervals: Mapping[str, Mapping[str, tuple[float, float]]]
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]],
 ) -> bytes:
     """Per metric: each run as a dot, the mean as a bar, the interval over test samples as a whisker.
 
@@ -116,7 +131,15 @@ def comparison(
             low, high = intervals[metric][name]
             ax.vlines(x, low, high, color="#1c2430", linewidth=1.2)
             offsets = np.linspace(-0.16, 0.16, len(runs)) if len(runs) > 1 else [0]
-            ax.scatter(x + np.asarray(offsets), runs, s=16, color=COLOURS[name], edgecolors="#1c2430", linewidths=0.6, zorder=3)
+            ax.scatter(
+                x + np.asarray(offsets),
+                runs,
+                s=16,
+                color=COLOURS[name],
+                edgecolors="#1c2430",
+                linewidths=0.6,
+                zorder=3,
+            )
         ax.set_xticks(range(len(rows)), list(rows))
         ax.set_title(metric)
         ax.axhline(0, color="#1c2430", linewidth=0.8)

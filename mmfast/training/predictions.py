@@ -31,7 +31,9 @@ def encode(encoder: nn.Module, dataset: MultimodalDataset) -> Tensor:
 
 
 @torch.no_grad()
-def _in_order(module: nn.Module, function: Callable[[MultimodalBatch], Tensor], dataset: MultimodalDataset) -> Tensor:
+def _in_order(
+    module: nn.Module, function: Callable[[MultimodalBatch], Tensor], dataset: MultimodalDataset
+) -> Tensor:
     device = next(module.parameters()).device
     loader = make_loader(dataset, BATCH, shuffle=False, drop_last=False, seed=0)
     order = [index for batch in loader.batch_sampler.batches(0) for index in batch]
@@ -54,7 +56,9 @@ def write_predictions(path: Path, dataset: MultimodalDataset, predictions: Tenso
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("name", "prediction", "truth"))
-    for name, prediction, truth in zip(dataset.names, predictions.numpy(), dataset.labels.numpy(), strict=True):
+    for name, prediction, truth in zip(
+        dataset.names, predictions.numpy(), dataset.labels.numpy(), strict=True
+    ):
         rows.writerow((name, str(prediction), "" if np.isnan(truth) else str(truth)))
     write_atomically(path, text.getvalue())
 
@@ -66,5 +70,7 @@ def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
             rows = list(csv.DictReader(file))
         numbers = [[np.float32(row[key] or "nan") for row in rows] for key in ("prediction", "truth")]
     except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"predictions {path}: not a CSV file with name, prediction and truth: {error}") from error
+        raise UserError(
+            f"predictions {path}: not a CSV file with name, prediction and truth: {error}"
+        ) from error
     return [row["name"] for row in rows], *(np.array(column, dtype=np.float32) for column in numbers)

@@ -136,7 +136,8 @@ def _resampled(outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
         p = np.stack([run.predictions[rows] for run, rows in zip(runs, aligned, strict=True)]).astype(float)
         tables[name] = (p, runs[0].truths[aligned[0]].astype(float))
     return {
-        key: {name: bootstrap(p, y, metric) for name, (p, y) in tables.items()} for key, metric in RESAMPLED.items()
+        key: {name: bootstrap(p, y, metric) for name, (p, y) in tables.items()}
+        for key, metric in RESAMPLED.items()
     }
 
 
@@ -162,7 +163,10 @@ def _differences(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.nda
             row = [f"{a} − {b}"]
             for key in RESAMPLED:
                 means = [np.mean([run.metrics[key] for run in outcomes[name]]) for name in (a, b)]
-                row += [f"{means[0] - means[1]:+.3f}", _interval(*interval(resampled[key][a] - resampled[key][b]))]
+                row += [
+                    f"{means[0] - means[1]:+.3f}",
+                    _interval(*interval(resampled[key][a] - resampled[key][b])),
+                ]
             rows.append(row)
     header = ["", *(cell for key in RESAMPLED for cell in (MAIN[key][0], "95 % interval"))]
     caption = (
@@ -185,7 +189,8 @@ def _figures(
     root: Path,
 ) -> list[Block]:
     values = {
-        MAIN[key][0]: {name: [run.metrics[key] for run in runs] for name, runs in outcomes.items()} for key in RESAMPLED
+        MAIN[key][0]: {name: [run.metrics[key] for run in runs] for name, runs in outcomes.items()}
+        for key in RESAMPLED
     }
     whiskers = {MAIN[key][0]: {name: interval(r) for name, r in resampled[key].items()} for key in RESAMPLED}
     blocks: list[Block] = [
@@ -195,7 +200,11 @@ def _figures(
             "Mean over seeds (bars), single seeds (dots), 95 % interval over test samples (whiskers).",
         )
     ]
-    networks = {name: [r["history"] for run in runs for r in run.results] for name, runs in outcomes.items() if name in METHODS}
+    networks = {
+        name: [r["history"] for run in runs for r in run.results]
+        for name, runs in outcomes.items()
+        if name in METHODS
+    }
     blocks += [
         Heading("Training"),
         Figure(
@@ -227,7 +236,9 @@ def _figures(
         Heading("Predictions"),
         Figure(
             "plots/predictions.png",
-            plots.scatter({name: (r[0].predictions, r[0].truths) for name, r in outcomes.items()}, data.label_range),
+            plots.scatter(
+                {name: (r[0].predictions, r[0].truths) for name, r in outcomes.items()}, data.label_range
+            ),
             f"Predictions against truths on the test samples, seed {units[0].seed}; predictions are clipped to "
             "the range of labels in this figure alone.",
         ),
@@ -259,7 +270,9 @@ def _results(outcomes: Outcomes) -> dict[str, Any]:
     return {
         name: {
             "runs": [{"seed": run.seed, "metrics": run.metrics} for run in runs],
-            "summary": {key: asdict(summarise(key, [run.metrics[key] for run in runs])) for key in runs[0].metrics},
+            "summary": {
+                key: asdict(summarise(key, [run.metrics[key] for run in runs])) for key in runs[0].metrics
+            },
         }
         for name, runs in outcomes.items()
     }

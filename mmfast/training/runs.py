@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from mmfast.data import MultimodalDataset, Standardiser, make_loader
@@ -17,7 +16,7 @@ from mmfast.errors import UserError
 from mmfast.training.checkpoint import PRETRAINING, RECORD, SUPERVISED, read_checkpoint
 from mmfast.training.components import make_pretraining, make_supervised
 from mmfast.training.config import Config
-from mmfast.training.fitting import BEST, LAST, fit
+from mmfast.training.fitting import BEST, fit
 from mmfast.training.folder import PREDICTIONS, load_result, save_result
 from mmfast.training.handover import load_part
 from mmfast.training.parsing import config_of
@@ -46,10 +45,16 @@ def pretrain(config: Config, splits: Splits, folder: Path) -> dict[str, Any]:
         raise UserError(f"pretrain: Barlow Twins needs at least 2 training samples, got {size}")
     wanted = config.pretraining.batch_size
     if size < wanted:
-        log.info("pretrain: only %d samples, fewer than one batch of %d: each step takes all of them", size, wanted)
+        log.info(
+            "pretrain: only %d samples, fewer than one batch of %d: each step takes all of them", size, wanted
+        )
     module = make_pretraining(config, splits.features, _record(PRETRAINING, config, splits))
     batches = make_loader(
-        splits.inputs, min(size, wanted), shuffle=True, drop_last=True, seed=derive(config.run.seed, "batches")
+        splits.inputs,
+        min(size, wanted),
+        shuffle=True,
+        drop_last=True,
+        seed=derive(config.run.seed, "batches"),
     )
     valid = _in_order(splits.valid) if len(splits.valid) > 1 else None
     history = fit(module, batches, valid, folder, config.run, config.pretraining.epochs)
@@ -95,7 +100,11 @@ def finetune(
         log.info("finetune: loaded %s of the encoder from %s", handover, pretrained)
     settings = config.supervised
     batches = make_loader(
-        splits.train, settings.batch_size, shuffle=True, drop_last=False, seed=derive(config.run.seed, "batches")
+        splits.train,
+        settings.batch_size,
+        shuffle=True,
+        drop_last=False,
+        seed=derive(config.run.seed, "batches"),
     )
     with module.encoded(splits.train, splits.valid):
         history = fit(

@@ -58,7 +58,9 @@ def make_splits(
     train, valid, test = (parts[name] for name in ("train", "valid", "test"))
     inputs = _joined([train, parts["unlabelled"]])
     if len(inputs) == 0:
-        raise UserError(f"data {data.name}: there is nothing to train on, its train and unlabelled splits are empty")
+        raise UserError(
+            f"data {data.name}: there is nothing to train on, its train and unlabelled splits are empty"
+        )
     standardiser = standardiser or Standardiser().fit(inputs)
     if config.label_share < 1:
         train, valid = (
@@ -78,7 +80,9 @@ def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[
     named = {name: getattr(data, name) for name in ("train", "valid", "test")}
     if data.cross_validation is not None and config is not None:
         if not 0 <= config.fold < config.folds:
-            raise UserError(f"config: data.fold must lie in [0, data.folds = {config.folds}), got {config.fold}")
+            raise UserError(
+                f"config: data.fold must lie in [0, data.folds = {config.folds}), got {config.fold}"
+            )
         named = list(folds(data.cross_validation, config.folds))[config.fold]._asdict()
     pool = data.unlabelled if data.unlabelled is not None else MultimodalDataset.empty(data.features)
     known = torch.cat([dataset.ids for dataset in named.values()])

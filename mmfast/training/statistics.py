@@ -58,7 +58,10 @@ def corr(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(
-    predictions: np.ndarray, truths: np.ndarray, metric: Callable[[np.ndarray, np.ndarray], np.ndarray], seed: int = 0
+    predictions: np.ndarray,
+    truths: np.ndarray,
+    metric: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    seed: int = 0,
 ) -> np.ndarray:
     """The metric's mean over runs on ``RESAMPLES`` resamples of the test samples.
 
