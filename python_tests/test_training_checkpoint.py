@@ -145,7 +145,7 @@ def test_another_kind_is_refused(pretrained):
 
 
 def test_encoder_is_handed_over_bit_by_bit(pretrained, tmp_path, capsys):
-    """Before any step is taken, the network holds exactly the pre-trained encoder (the thesis' code loaded nothing)."""
+    """The network starts from exactly the pre-trained encoder (the thesis' code loaded nothing)."""
     folder = train("finetune", tmp_path, f"--from={pretrained}", "--freeze=true", "--supervised.epochs=1")
     state = checkpoint(pretrained)["state_dict"]
     given = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}

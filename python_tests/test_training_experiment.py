@@ -147,7 +147,7 @@ def test_folds_are_pooled(folded):
     table = results(folded)
     for row in ("FS", "LE", "ridge"):
         parts = [read_predictions(folded / "seed0" / f"fold{k}" / row / "predictions.csv") for k in range(3)]
-        names = sum((part[0] for part in parts), [])
+        names = [name for part in parts for name in part[0]]
         assert len(names) == len(set(names)) == 25
         predictions, truths = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
         assert table[row]["runs"][0]["metrics"] == regression_metrics(predictions, truths)
@@ -219,7 +219,7 @@ def test_report_is_complete(whole):
     }
     assert page.count("data:image/png;base64,") == len(plots)
     assert all(f"plots/{name}" in text for name in plots)
-    for word in (*ROWS, "SSL − FS", "acc7_cmu", "supervised:", "torch:", "16 test samples, 2 seeds"):
+    for word in (*ROWS, "SSL - FS", "acc7_cmu", "supervised:", "torch:", "16 test samples, 2 seeds"):
         assert word in page and word in text, word
     assert not re.search(r"src=\"(?!data:)|href=", page)
     with open(whole / "results.csv", newline="") as file:

@@ -61,7 +61,8 @@ class Table:
 
         body = "".join(row(cells, "td") for cells in self.rows)
         caption = f"<figcaption>{html.escape(self.caption)}</figcaption>" if self.caption else ""
-        return f"<figure><table><thead>{row(self.header, 'th')}</thead><tbody>{body}</tbody></table>{caption}</figure>"
+        head = row(self.header, "th")
+        return f"<figure><table><thead>{head}</thead><tbody>{body}</tbody></table>{caption}</figure>"
 
     def text(self) -> str:
         """Aligned columns for a terminal."""
@@ -90,7 +91,8 @@ class Figure:
     def html(self) -> str:
         data = base64.b64encode(self.png).decode()
         caption = html.escape(self.caption)
-        return f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+        image = f'<img src="data:image/png;base64,{data}" alt="{caption}">'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
 Block = Heading | Text | Code | Table | Figure

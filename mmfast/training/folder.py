@@ -54,7 +54,8 @@ def _same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> No
     if name is not None:
         values = [_get(mapping, name) for mapping in (before, now)]
         raise UserError(
-            f"run.folder {folder}: its run has {name} = {values[0]}, got {values[1]}; name another folder for a new run"
+            f"run.folder {folder}: its run has {name} = {values[0]}, got {values[1]}; "
+            "name another folder for a new run"
         )
 
 

@@ -26,8 +26,8 @@ class Handover(NamedTuple):
 def load_part(module: nn.Module, state: Mapping[str, Tensor], part: str, source: str) -> Handover:
     """Copy the tensors ``<part>.*`` of a state dict into ``module``; every one must be there and fit.
 
-    Nothing is loaded unless everything fits. Parts of other names are dropped when they are known (encoder, projector,
-    head) and refused when they are not.
+    Nothing is loaded unless everything fits. Parts of other names are dropped when they are known (encoder,
+    projector, head) and refused when they are not.
 
     Args:
         module: takes the weights, such as the encoder.

@@ -26,7 +26,7 @@ def predict(module: nn.Module, dataset: MultimodalDataset) -> Tensor:
 
 
 def encode(encoder: nn.Module, dataset: MultimodalDataset) -> Tensor:
-    """Fused vectors (N, out_features) float32 on the CPU, in the order of the (standardised) data set; dropout off."""
+    """Fused vectors (N, out_features) float32 on the CPU, in the order of the standardised data set; dropout off."""
     return _in_order(encoder, lambda batch: encoder(batch.values, batch.lengths, batch.padding), dataset)
 
 
@@ -52,7 +52,7 @@ def measure(predictions: Tensor, truths: Tensor) -> dict[str, float]:
 
 
 def write_predictions(path: Path, dataset: MultimodalDataset, predictions: Tensor) -> None:
-    """CSV with ``name``, ``prediction`` and ``truth`` (empty where unknown); numbers read back to the same float32."""
+    """CSV of ``name``, ``prediction`` and ``truth`` (empty if unknown); numbers read back to the same float32."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("name", "prediction", "truth"))

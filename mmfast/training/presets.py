@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# For hundreds of samples instead of ten thousands: with few steps per epoch a linear head at the thesis' learning rate
-# would still be on its way when the epochs end.
+# For hundreds of samples instead of ten thousands: with few steps per epoch a linear head at the thesis' learning
+# rate would still be on its way when the epochs end.
 SMALL: dict[str, Any] = {"supervised": {"linear_lr": 1e-2}}
 
 # Small enough for a minute or two on two cores: every part at work, none at full size.

@@ -97,5 +97,6 @@ def check_finite(loss: Tensor, phase: str, step: int) -> None:
     """One sentence instead of weights full of NaN."""
     if not torch.isfinite(loss):
         raise UserError(
-            f"{phase}: the loss became {loss.item()} at step {step}; look for huge values in the data or lower {phase}.lr"
+            f"{phase}: the loss became {loss.item()} at step {step}; "
+            f"look for huge values in the data or lower {phase}.lr"
         )

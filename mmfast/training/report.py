@@ -114,21 +114,22 @@ def _summary(config: Config, data: MultimodalData, units: list[Unit], outcomes: 
         how = f"{samples} test samples, {seeds} seeds."
     else:
         how = (
-            f"{samples} samples in {config.data.folds}-fold cross-validation, {seeds} seeds. Metrics are computed once per "
-            "seed, on the pooled predictions for the folds that a run did not train on; the folds are the same for all "
-            "seeds and rows."
+            f"{samples} samples in {config.data.folds}-fold cross-validation, {seeds} seeds. Metrics are computed once "
+            "per seed, on the pooled predictions for the folds that a run did not train on; the folds are the same for "
+            "all seeds and rows."
         )
     seconds = sum(r["seconds"] for runs in outcomes.values() for run in runs for r in run.results)
     pretraining = [load_result(unit.folder(root) / PRETRAINED) for unit in units]
     seconds += sum(r["seconds"] for r in pretraining if r)
     return (
-        f"Data {data.name} ({config.data.path}): {how} Networks are tested at the epoch of lowest validation loss; inputs are "
-        f"standardised on what pre-training may see, never on validation or test samples. Work in all: {seconds:.0f} s."
+        f"Data {data.name} ({config.data.path}): {how} Networks are tested at the epoch of lowest validation loss; "
+        "inputs are standardised on what pre-training may see, never on validation or test samples; ridge regression "
+        f"is fitted on training and validation samples. Work in all: {seconds:.0f} s."
     )
 
 
 def _resampled(outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
-    """metric -> row -> its bootstrap distribution over test samples, mean over seeds; resamples are shared by rows."""
+    """metric -> row -> its bootstrap distribution over test samples, mean over seeds; rows share the resamples."""
     order = {name: i for i, name in enumerate(next(iter(outcomes.values()))[0].names)}
     tables = {}
     for name, runs in outcomes.items():
@@ -151,8 +152,8 @@ def _interval_table(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.
     return Table(
         header,
         rows,
-        "95 % intervals of the mean. Over samples: bootstrap of the test samples, what another test set of this size might "
-        "give. Over seeds: Student's t, what other seeds might give on these samples.",
+        "95 % intervals of the mean. Over samples: bootstrap of the test samples, what another test set of this size "
+        "might give. Over seeds: Student's t, what other seeds might give on these samples.",
     )
 
 
@@ -160,7 +161,7 @@ def _differences(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.nda
     rows = []
     for a, b in PAIRS:
         if a in outcomes and b in outcomes:
-            row = [f"{a} − {b}"]
+            row = [f"{a} - {b}"]
             for key in RESAMPLED:
                 means = [np.mean([run.metrics[key] for run in outcomes[name]]) for name in (a, b)]
                 row += [
@@ -170,14 +171,14 @@ def _differences(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.nda
             rows.append(row)
     header = ["", *(cell for key in RESAMPLED for cell in (MAIN[key][0], "95 % interval"))]
     caption = (
-        "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 shows no "
-        "difference; MAE is better when lower."
+        "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 shows "
+        "no difference; MAE is better when lower."
     )
     return [Table(header, rows, caption)] if rows else []
 
 
 def _interval(low: float, high: float) -> str:
-    return "–" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+    return "-" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
 
 
 def _figures(
@@ -227,8 +228,8 @@ def _figures(
             Figure(
                 "plots/correlation.png",
                 plots.correlation_maps(before.numpy(), after.numpy()),
-                f"Cross-correlation of two augmented views of one batch before and after pre-training ({units[0]}): the "
-                f"first dimensions of {len(before)}, and the distribution over all cells.",
+                f"Cross-correlation of two augmented views of one batch before and after pre-training ({units[0]}): "
+                f"the first dimensions of {len(before)}, and the distribution over all cells.",
             ),
         ]
     return [
@@ -255,8 +256,8 @@ def _appendix(outcomes: Outcomes) -> list[Block]:
         if len(runs) > 1
     ]
     caption = (
-        "Fractions. has0: x >= 0 on both sides; gt0: x > 0 on both sides; f1_as_published: weighted by predicted counts; "
-        "acc7_cmu: seven classes rounded away from zero."
+        "Fractions. has0: x >= 0 on both sides; gt0: x > 0 on both sides; f1_as_published: weighted by predicted "
+        "counts; acc7_cmu: seven classes rounded away from zero."
     )
     return [Table(["mean ± std", *keys], means, caption), Table(["single runs", *keys], single)]
 

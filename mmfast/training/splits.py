@@ -45,8 +45,8 @@ def make_splits(
 ) -> Splits:
     """Splits of one run.
 
-    Data with ``cross_validation`` samples are split by fold ``config.fold`` of ``config.folds``; the folds are the same
-    for every ``seed``, which only chooses the labels kept under ``config.label_share``.
+    Data with ``cross_validation`` samples are split by fold ``config.fold`` of ``config.folds``; the folds are the
+    same for every ``seed``, which only chooses the labels kept under ``config.label_share``.
 
     Args:
         standardiser: of the checkpoint that the run starts from; by default one is fitted on ``inputs``.

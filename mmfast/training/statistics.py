@@ -65,8 +65,8 @@ def bootstrap(
 ) -> np.ndarray:
     """The metric's mean over runs on ``RESAMPLES`` resamples of the test samples.
 
-    Equal seeds and numbers of samples give equal resamples, so the results of two methodologies on one test set may be
-    subtracted (paired bootstrap).
+    Equal seeds and numbers of samples give equal resamples, so the results of two methodologies on one test set may
+    be subtracted (paired bootstrap).
 
     Args:
         predictions: (runs, N).
