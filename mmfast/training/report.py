@@ -114,9 +114,9 @@ def _summary(config: Config, data: MultimodalData, units: list[Unit], outcomes: 
         how = f"{samples} test samples, {seeds} seeds."
     else:
         how = (
-            f"{samples} samples in {config.data.folds}-fold cross-validation, {seeds} seeds. Metrics are computed once "
-            "per seed, on the pooled predictions for the folds that a run did not train on; the folds are the same for "
-            "all seeds and rows."
+            f"{samples} samples in {config.data.folds}-fold cross-validation, {seeds} seeds. Metrics are computed "
+            "once per seed, on the pooled predictions for the folds that a run did not train on; the folds are the "
+            "same for all seeds and rows."
         )
     seconds = sum(r["seconds"] for runs in outcomes.values() for run in runs for r in run.results)
     pretraining = [load_result(unit.folder(root) / PRETRAINED) for unit in units]
@@ -171,8 +171,8 @@ def _differences(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.nda
             rows.append(row)
     header = ["", *(cell for key in RESAMPLED for cell in (MAIN[key][0], "95 % interval"))]
     caption = (
-        "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 shows "
-        "no difference; MAE is better when lower."
+        "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 "
+        "shows no difference; MAE is better when lower."
     )
     return [Table(header, rows, caption)] if rows else []
 
