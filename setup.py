@@ -33,7 +33,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
     ISAS |= {"avx2": avx2, "avx512": avx2 + avx512}
 
-# No -ffast-math: NaN and infinities must stay visible. The two relaxations only drop errno and FP traps.
+# Elements move as bit patterns of their size, hence -fno-strict-aliasing. No -ffast-math: NaN and infinities
+# must stay visible; -fno-math-errno and -fno-trapping-math drop only errno and floating-point traps.
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -41,6 +42,7 @@ CXX_FLAGS = [
     "-fPIC",
     "-fopenmp",
     "-fvisibility=hidden",
+    "-fno-strict-aliasing",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wall",

@@ -139,6 +139,45 @@ void augment_adjoint(const AugmentArguments& arguments, Address plan, int dtype,
                                        ptrs<const void>(grads).data(), ptrs<void>(x_grads).data(), threads));
 }
 
+// barlow_twins: see cpu/kernels.h.
+bool cpu_is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+int barlow_twins_standardise(int dtype, Address z_a, int64_t stride_a, Address z_b, int64_t stride_b,
+                             int64_t rows, int64_t columns, bool center, double eps, Address hat,
+                             Address statistics, int threads) {
+  return KERNEL(barlow_twins_standardise)(dtype, ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows,
+                                          columns, center, eps, ptr<void>(hat), ptr<void>(statistics),
+                                          threads);
+}
+
+void barlow_twins_gram_energy(bool wide, Address gram_a, Address gram_b, Address statistics, int64_t rows,
+                              int64_t columns, double lambd, bool grad_a, bool grad_b, Address kept,
+                              Address loss, Address components, int threads) {
+  KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(gram_a), ptr<void>(gram_b), ptr<void>(statistics), rows,
+                                   columns, lambd, grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
+                                   ptr<void>(components), threads);
+}
+
+void barlow_twins_correlation_energy(bool wide, Address p, Address statistics, int64_t rows, int64_t columns,
+                                     double lambd, Address loss, Address components, int threads) {
+  KERNEL(barlow_twins_correlation_energy)(wide, ptr<void>(p), ptr<void>(statistics), rows, columns, lambd,
+                                          ptr<void>(loss), ptr<void>(components), threads);
+}
+
+void barlow_twins_standardise_backward(int dtype, Address m_a, Address m_b, Address hat, Address statistics,
+                                       Address upstream, int64_t rows, int64_t columns, double lambd,
+                                       bool with_diagonal, Address grad_a, Address grad_b, int threads) {
+  KERNEL(barlow_twins_standardise_backward)(dtype, ptr<void>(m_a), ptr<void>(m_b), ptr<void>(hat),
+                                            ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd,
+                                            with_diagonal, ptr<void>(grad_a), ptr<void>(grad_b), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -152,6 +191,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("augment_draw", &augment_draw, no_gil);
   m.def("augment_apply", &augment_apply, no_gil);
   m.def("augment_adjoint", &augment_adjoint, no_gil);
+  m.def("cpu_is_intel", &cpu_is_intel);
+  m.def("barlow_twins_standardise", &barlow_twins_standardise, no_gil);
+  m.def("barlow_twins_gram_energy", &barlow_twins_gram_energy, no_gil);
+  m.def("barlow_twins_correlation_energy", &barlow_twins_correlation_energy, no_gil);
+  m.def("barlow_twins_standardise_backward", &barlow_twins_standardise_backward, no_gil);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_device_count", &mmfast::cuda_device_count, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_error_string", &mmfast::cuda_error_string);

@@ -2,11 +2,13 @@
 
 from mmfast.backends import backend, info
 from mmfast.errors import UserError
+from mmfast.losses import BarlowTwinsLoss
 from mmfast.plan import Plan
 from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
 
 __version__ = "0.1.0"
 __all__ = [
+    "BarlowTwinsLoss",
     "Chain",
     "FeatureMask",
     "GaussianNoise",

@@ -10,20 +10,21 @@
 namespace MMFAST_NS {
 namespace {
 
-// Masks and blends work on bit patterns, noise on the numbers they stand for.
+// Masks and blends work on bit patterns, noise on the numbers they stand for (setup.py:
+// -fno-strict-aliasing).
 template <int kBytes>
 struct Bits;
 template <>
 struct Bits<2> {
-  typedef uint16_t type __attribute__((may_alias));
+  typedef uint16_t type;
 };
 template <>
 struct Bits<4> {
-  typedef uint32_t type __attribute__((may_alias));
+  typedef uint32_t type;
 };
 template <>
 struct Bits<8> {
-  typedef uint64_t type __attribute__((may_alias));
+  typedef uint64_t type;
 };
 
 // A step that fired, and its words of the plan behind `fired`.
@@ -32,25 +33,6 @@ struct Fired {
   const int32_t* words;
   int position;
 };
-
-// Steps of one view and modality that fired for one sample. `words` points at the sample's plan of this view.
-inline int fired_steps(const StepSpec* steps, int64_t count, const ModalitySpec* shapes, int64_t modalities,
-                       int64_t modality, const int32_t* words, Fired* fired) {
-  int n = 0;
-  for (int64_t s = 0; s < count; ++s)
-    for (int64_t m = 0; m < modalities; ++m, ++steps) {
-      if (m == modality && words[0]) fired[n++] = {steps, words + 1, (int)s};
-      words += plan_words(*steps, shapes[m]);
-    }
-  return n;
-}
-
-inline int64_t view_words(const StepSpec* steps, int64_t count, const ModalitySpec* shapes,
-                          int64_t modalities) {
-  int64_t words = 0;
-  for (int64_t i = 0; i < count * modalities; ++i) words += plan_words(steps[i], shapes[i % modalities]);
-  return words;
-}
 
 struct Resample {
   const int32_t* features;
@@ -147,8 +129,7 @@ void run_chain(Rows<typename Bits<sizeof(C)>::type> in, typename Bits<sizeof(C)>
         in = {out, width};
       }
       if constexpr (sizeof(C) >= sizeof(float)) {
-        typedef C __attribute__((may_alias)) Number;
-        add_noise((Number*)out, (const Number*)in.data, n, width, step, seed, id,
+        add_noise((C*)out, (const C*)in.data, n, width, step, seed, id,
                   stream_tag(view, modality, fired[i].position, kNoise), wanted + i * n);
       }
     } else if (step.kind == kMaskSteps) {
@@ -183,6 +164,10 @@ void run_chain(Rows<typename Bits<sizeof(C)>::type> in, typename Bits<sizeof(C)>
   }
   if (in.data != out) copy_rows(out, in, n, width);
 }
+
+// Planes of the work space, each with room for one sample of the widest type.
+enum Plane { kMask, kSpare, kNumbers, kApplyPlanes };
+enum AdjointPlane { kSum, kGrad, kGradSpare, kKeep, kAdjointPlanes };
 
 // Work space of one thread.
 struct Scratch {
@@ -227,7 +212,7 @@ struct Workspace {
   }
 };
 
-// Everything one task needs to find its place: sample b of modality m.
+// Where the real steps of one sample of one modality stand, in time steps and in elements.
 struct Place {
   int64_t n, start, width;  // real steps, first of them, F
   int64_t block;            // L F
@@ -236,6 +221,38 @@ struct Place {
 inline Place place_of(const ModalitySpec& shape, int64_t b) {
   const int64_t n = real_steps(shape, b);
   return {n, shape.front ? shape.steps - n : 0, shape.features, shape.steps * shape.features};
+}
+
+// body(b, scratch) for every sample of the batch; `cost` is the rough number of nanoseconds per element and
+// view.
+template <class Body>
+inline int each_sample(const AugmentCall& call, int planes, int threads, double cost, const Body& body) {
+  Workspace workspace;
+  if (!workspace.allocate(call, planes, threads)) return kNoMemory;
+  double cells = 0;
+  for (int64_t m = 0; m < call.modalities; ++m)
+    cells += (double)(call.shapes[m].steps * call.shapes[m].features);
+  parallel_for(call.batch, threads, cells * cost * (double)call.views,
+               [&](int64_t b, int worker) { body(b, workspace.of(worker)); });
+  return 0;
+}
+
+// body(view, number of steps that fired) for every view of sample b of modality m; the steps are in
+// scratch.fired.
+template <class Body>
+inline void each_view(const AugmentCall& call, const int32_t* plan, int64_t b, int64_t m,
+                      const Scratch& scratch, const Body& body) {
+  const StepSpec* step = call.steps;
+  const int32_t* words = plan + b * call.plan_stride;
+  for (int64_t v = 0; v < call.views; ++v) {
+    int count = 0;
+    for (int64_t s = 0; s < call.steps_per_view[v]; ++s)
+      for (int64_t i = 0; i < call.modalities; ++i, ++step) {
+        if (i == m && words[0]) scratch.fired[count++] = {step, words + 1, (int)s};
+        words += plan_words(*step, call.shapes[i]);
+      }
+    body(v, count);
+  }
 }
 
 // One view of one sample of one modality. E is stored, C is computed in; they differ for half types with
@@ -258,13 +275,13 @@ void apply_view(const AugmentCall& call, const Fired* fired, int count, int64_t 
   copy_rows(block + after * at.width, {rows[after], stride_t}, shape.steps - after, at.width);
   Stored* const real = block + at.start * at.width;
   const auto chain = [&](Rows<U> in, U* to) {
-    run_chain<C>(in, to, scratch.at<U>(1), scratch.at<U>(0), scratch.wanted, at.n, fired, count, shape,
-                 *call.seed, sample_id(call, b), (uint32_t)v, (uint32_t)m, with_noise);
+    run_chain<C>(in, to, scratch.at<U>(kSpare), scratch.at<U>(kMask), scratch.wanted, at.n, fired, count,
+                 shape, *call.seed, sample_id(call, b), (uint32_t)v, (uint32_t)m, with_noise);
   };
   if constexpr (sizeof(E) == sizeof(C)) {
     chain({rows[at.start], stride_t}, real);
   } else {
-    C* const numbers = scratch.at<C>(2);
+    C* const numbers = scratch.at<C>(kNumbers);
     for (int64_t t = 0; t < at.n; ++t) {
       const E* row = x + (at.start + t) * stride_t;
       for (int64_t f = 0; f < at.width; ++f) numbers[t * at.width + f] = Scalar<E>::load(row[f]);
@@ -279,24 +296,13 @@ template <class E>
 int apply_typed(const AugmentCall& call, const int32_t* plan, const void* const* x, const int64_t* strides,
                 void* const* out, bool with_noise, int threads) {
   using C = typename Scalar<E>::compute;
-  Workspace workspace;
-  if (!workspace.allocate(call, 3, threads)) return kNoMemory;
-  double cells = 0;
-  for (int64_t m = 0; m < call.modalities; ++m)
-    cells += (double)(call.shapes[m].steps * call.shapes[m].features);
-  parallel_for(call.batch, threads, cells * 0.2 * (double)call.views, [&](int64_t b, int worker) {
-    const Scratch scratch = workspace.of(worker);
+  return each_sample(call, kApplyPlanes, threads, 0.2, [&](int64_t b, const Scratch& scratch) {
     for (int64_t m = 0; m < call.modalities; ++m) {
-      if (call.shapes[m].steps * call.shapes[m].features == 0) continue;
+      const int64_t block = call.shapes[m].steps * call.shapes[m].features;
+      if (block == 0) continue;
       const E* from = (const E*)x[m] + b * strides[2 * m];
-      const StepSpec* steps = call.steps;
-      const int32_t* words = plan + b * call.plan_stride;
-      for (int64_t v = 0; v < call.views; ++v) {
-        const int count =
-            fired_steps(steps, call.steps_per_view[v], call.shapes, call.modalities, m, words, scratch.fired);
-        words += view_words(steps, call.steps_per_view[v], call.shapes, call.modalities);
-        steps += call.steps_per_view[v] * call.modalities;
-        E* to = (E*)out[v * call.modalities + m] + b * call.shapes[m].steps * call.shapes[m].features;
+      each_view(call, plan, b, m, scratch, [&](int64_t v, int count) {
+        E* to = (E*)out[v * call.modalities + m] + b * block;
         bool noisy = false;
         for (int i = 0; i < count; ++i) noisy |= with_noise && scratch.fired[i].step->kind == kGaussianNoise;
         // Without noise nothing is computed: elements move as bit patterns of their own size.
@@ -304,10 +310,9 @@ int apply_typed(const AugmentCall& call, const int32_t* plan, const void* const*
           apply_view<E, C>(call, scratch.fired, count, b, m, v, from, strides[2 * m + 1], to, true, scratch);
         else
           apply_view<E, E>(call, scratch.fired, count, b, m, v, from, strides[2 * m + 1], to, false, scratch);
-      }
+      });
     }
   });
-  return 0;
 }
 
 // One view's gradient pulled back through its chain; the result is in `grad` or in `spare`. Selecting, not
@@ -349,42 +354,29 @@ template <class E>
 int adjoint_typed(const AugmentCall& call, const int32_t* plan, const void* const* grads,
                   void* const* x_grads, int threads) {
   using C = typename Scalar<E>::compute;
-  Workspace workspace;
-  if (!workspace.allocate(call, 4, threads)) return kNoMemory;
-  double cells = 0;
-  for (int64_t m = 0; m < call.modalities; ++m)
-    cells += (double)(call.shapes[m].steps * call.shapes[m].features);
-  parallel_for(call.batch, threads, cells * 0.5 * (double)call.views, [&](int64_t b, int worker) {
-    const Scratch scratch = workspace.of(worker);
-    C* const sum = scratch.at<C>(0);
+  return each_sample(call, kAdjointPlanes, threads, 0.5, [&](int64_t b, const Scratch& scratch) {
+    C* const sum = scratch.at<C>(kSum);
     for (int64_t m = 0; m < call.modalities; ++m) {
       const ModalitySpec& shape = call.shapes[m];
       const Place at = place_of(shape, b);
       if (at.block == 0) continue;
       for (int64_t i = 0; i < at.block; ++i) sum[i] = 0;
-      const StepSpec* steps = call.steps;
-      const int32_t* words = plan + b * call.plan_stride;
-      for (int64_t v = 0; v < call.views; ++v) {
-        const int count =
-            fired_steps(steps, call.steps_per_view[v], call.shapes, call.modalities, m, words, scratch.fired);
-        words += view_words(steps, call.steps_per_view[v], call.shapes, call.modalities);
-        steps += call.steps_per_view[v] * call.modalities;
+      each_view(call, plan, b, m, scratch, [&](int64_t v, int count) {
         const E* from = (const E*)grads[v * call.modalities + m] + b * at.block;
         // Padding is a copy of the input, so its gradient comes straight through.
         const int64_t first = at.start * at.width, last = first + at.n * at.width;
         for (int64_t i = 0; i < first; ++i) sum[i] += Scalar<E>::load(from[i]);
         for (int64_t i = last; i < at.block; ++i) sum[i] += Scalar<E>::load(from[i]);
-        C* const grad = scratch.at<C>(1);
+        C* const grad = scratch.at<C>(kGrad);
         for (int64_t i = 0; i < last - first; ++i) grad[i] = Scalar<E>::load(from[first + i]);
-        const C* pulled =
-            pull_back(grad, scratch.at<C>(2), scratch.at<C>(3), at.n, scratch.fired, count, shape);
+        const C* pulled = pull_back(grad, scratch.at<C>(kGradSpare), scratch.at<C>(kKeep), at.n,
+                                    scratch.fired, count, shape);
         for (int64_t i = 0; i < last - first; ++i) sum[first + i] += pulled[i];
-      }
+      });
       E* to = (E*)x_grads[m] + b * at.block;
       for (int64_t i = 0; i < at.block; ++i) to[i] = Scalar<E>::store(sum[i]);
     }
   });
-  return 0;
 }
 
 }  // namespace

@@ -6,8 +6,9 @@
 
 namespace MMFAST_NS {
 
-// What an augment kernel returns besides 0.
-constexpr int kNoMemory = 1;
+// What a kernel may return besides 0.
+constexpr int kNotFinite = 1;
+constexpr int kNoMemory = 2;
 
 // plan: (batch, plan_stride), every word is written.
 int augment_draw(const mmfast::AugmentCall& call, int32_t* plan, int threads);
@@ -20,5 +21,30 @@ int augment_apply(const mmfast::AugmentCall& call, const int32_t* plan, int dtyp
 // The transposed linear map: x_grads[m] = sum over the views of what grads[view * modalities + m] pulls back.
 int augment_adjoint(const mmfast::AugmentCall& call, const int32_t* plan, int dtype, const void* const* grads,
                     void* const* x_grads, int threads);
+
+// barlow_twins.cpp. B rows, D columns; embeddings are of type `dtype` with unit column stride, all else is
+// dense and in compute type, fp64 if `wide`, else fp32. statistics (3, D): r of view a, r of view b, 1 - c.
+// Passes in the order of use; the matrix products between them are the caller's.
+
+// hat (2, B, D). Returns 0; 1 if some column has a mean or variance that is not finite; 2 if memory ran out.
+int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
+                             int64_t rows, int64_t columns, bool center, double eps, void* hat,
+                             void* statistics, int threads);
+// Gram form, from ÂÂ' and B̂B̂' (B, B). kept (grad_a + grad_b, B, B): copies of B̂B̂' if grad_a, then ÂÂ' if
+// grad_b. loss (1); components (4): on-diagonal, off-diagonal, mean c, off-diagonal RMS.
+void barlow_twins_gram_energy(bool wide, const void* gram_a, const void* gram_b, const void* statistics,
+                              int64_t rows, int64_t columns, double lambd, bool grad_a, bool grad_b,
+                              void* kept, void* loss, void* components, int threads);
+// Direct form, from p = Â'B̂ (D, D), whose diagonal is set to zero.
+void barlow_twins_correlation_energy(bool wide, void* p, const void* statistics, int64_t rows,
+                                     int64_t columns, double lambd, void* loss, void* components,
+                                     int threads);
+// From m_a = (B̂ B̂') Â and m_b = (Â Â') B̂ to gradients of type `dtype`; either view may be null. m may be its
+// own gradient. with_diagonal: m holds the diagonal of the correlation matrix (Gram form). upstream: one
+// compute number.
+void barlow_twins_standardise_backward(int dtype, const void* m_a, const void* m_b, const void* hat,
+                                       const void* statistics, const void* upstream, int64_t rows,
+                                       int64_t columns, double lambd, bool with_diagonal, void* grad_a,
+                                       void* grad_b, int threads);
 
 }  // namespace MMFAST_NS

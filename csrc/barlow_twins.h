@@ -1,0 +1,46 @@
+// The mathematics of the Barlow Twins loss, one column or one element at a time.
+//
+// z is an embedding, d is z less its column's mean (as it is with center=False), v = mean(d^2),
+// r = 1 / sqrt(v + eps), and the standardised embedding is â = d r for view a, b̂ for view b. c = mean(â b̂).
+#pragma once
+#include "platform.h"
+
+namespace MMFAST_NS {
+
+// r; 0 for a column without any variance where eps is 0, NaN where v is not finite.
+template <class C>
+MMFAST_HD C inverse_deviation(C v, C eps) {
+  C w = v + eps;
+  return w - w != 0 ? w - w : w > 0 ? 1 / square_root(w) : 0;
+}
+
+// 1 - mean(â^2): the length that eps takes from a column.
+template <class C>
+MMFAST_HD C shrinkage(C r, C eps) {
+  return r == 0 ? 1 : eps * r * r;
+}
+
+// 1 - c from mean((â - b̂)^2), without the cancellation of 1 - mean(â b̂) where the views nearly agree.
+template <class C>
+MMFAST_HD C one_minus_c(C mean_square_difference, C r_a, C r_b, C eps) {
+  return (mean_square_difference + shrinkage(r_a, eps) + shrinkage(r_b, eps)) / 2;
+}
+
+// The gradient with respect to one column of view a (of b alike, with the views exchanged):
+//   dL/dâ = alpha m - weight b̂,  dL/dz = r (dL/dâ - â mean(â dL/dâ)).
+// m = (b̂ b̂') â is the column of the product, weight corrects its diagonal. With centred columns dL/dâ has no
+// mean.
+template <class C>
+struct ColumnGradient {
+  C weight, projection;
+};
+
+// `diagonal` is lambd if m contains the diagonal of the correlation matrix, 0 if that was left out.
+template <class C>
+MMFAST_HD ColumnGradient<C> column_gradient(C mean_own_m, C deficit, C alpha, C beta, C diagonal) {
+  C c = 1 - deficit;
+  C weight = beta * (deficit + diagonal * c);
+  return {weight, alpha * mean_own_m - weight * c};
+}
+
+}  // namespace MMFAST_NS
