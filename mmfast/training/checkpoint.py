@@ -1,0 +1,90 @@
+"""Checkpoints: written whole or not at all, read without running code, refused when they are not ours."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from mmfast.errors import UserError
+from mmfast.training.files import write_atomically
+
+# The entry that says what a checkpoint is: {"kind", "config", "features", "standardiser", ...}.
+RECORD = "mmfast"
+PRETRAINING, SUPERVISED = "pretraining", "supervised"
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Saves through :func:`~mmfast.training.files.write_atomically`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options: Any = None) -> None:
+        # Serialised in memory first: torch's own writer reports a full disk as an unspecific RuntimeError.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomically(path, buffer.getbuffer())
+
+    def load_checkpoint(
+        self, path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+class FolderCheckpoint(ModelCheckpoint):
+    """One checkpoint file of a run, overwritten in place: the last epoch, or the best (lowest) by ``monitor``.
+
+    Unlike its base it keeps its state when the run's folder was moved between two sittings.
+    """
+
+    def __init__(self, folder: str | os.PathLike, name: str, monitor: str | None = None) -> None:
+        super().__init__(
+            dirpath=folder,
+            filename=name,
+            monitor=monitor,
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        def here(path: str) -> str:
+            return str(Path(self.dirpath) / Path(path).name) if path else path
+
+        moved = dict(state_dict, dirpath=self.dirpath)
+        for key in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            moved[key] = here(state_dict[key])
+        moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(moved)
+
+
+def read_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:
+    """Load a checkpoint of this package onto the CPU, with ``weights_only=True``: no code in it can run.
+
+    Args:
+        path: the file.
+        kind: ``pretraining`` or ``supervised``, or None for either.
+
+    Raises:
+        UserError: no such file, truncated, written by another program, or of another kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UserError(f"checkpoint {path}: cannot be read: {error.strerror}") from error
+    except Exception as error:  # torch names no type for what a damaged or foreign file may raise
+        raise UserError(f"checkpoint {path}: truncated, or not a checkpoint that mmfast wrote") from error
+    record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
+    if not isinstance(record, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"checkpoint {path}: not written by mmfast, it holds no {RECORD!r} record")
+    if kind is not None and record["kind"] != kind:
+        raise UserError(f"checkpoint {path}: must be of a {kind} run, got one of a {record['kind']} run")
+    return checkpoint

@@ -1,0 +1,290 @@
+"""The configuration of a run: what the command line, the YAML files and the Python interface share.
+
+Defaults are those of the thesis (Poulinakis 2023, sections 7.1 to 7.3) where it is clear, and the documented reading
+where it contradicts itself or its code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, Literal
+
+from mmfast.errors import UserError
+
+
+@dataclass
+class SyntheticConfig:
+    """The built-in generator of MOSEI-like utterances, used when ``data.path`` is ``synthetic``.
+
+    Args:
+        samples: Number of samples in all; about 71 % train, 8 % valid, 20 % test.
+        seed: Seed of the data, apart from the seed of the run: all runs see the same data.
+        labelled: Share of the training samples that have a label, in [0, 1].
+        missing: Probability that a modality of a sample is missing.
+        corrupt: Share of audio cells that are NaN or -inf.
+        max_length: Longest utterance in words.
+        features: Modality to feature size; text 300, audio 74, visual 35 when left out.
+    """
+
+    samples: int = 2000
+    seed: int = 0
+    labelled: float = 1.0
+    missing: float = 0.05
+    corrupt: float = 1e-3
+    max_length: int = 50
+    features: dict[str, int] | None = None
+
+
+@dataclass
+class DataConfig:
+    """What to train on.
+
+    Args:
+        path: ``synthetic``, or a file or folder of features that ``mmfast inspect`` recognises.
+        label_share: Share of the labelled training and validation samples whose labels are used, in (0, 1]. The
+            choice is seeded by ``run.seed``; pre-training sees all inputs, and the test split is never reduced.
+        folds: Number of folds for data that ask for cross-validation instead of having a fair test split.
+        fold: Which of them is tested, from 0; validation samples are a fifth of the others.
+        synthetic: Options of the generator.
+    """
+
+    path: str = "synthetic"
+    label_share: float = 1.0
+    folds: int = 5
+    fold: int = 0
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@dataclass
+class ModelConfig:
+    """The M3 encoder and the projector.
+
+    Args:
+        hidden: Width H of the recurrent layers and attentions.
+        dropout: Dropout of the encoder, in [0, 1).
+        bidirectional: ``false`` (thesis text), ``fusion`` (what the thesis code ran: only the last LSTM) or ``true``
+            (M3).
+        attention: Self-attention after each modality's LSTM.
+        pooling: ``mean`` over real steps, their ``sum``, or the ``last`` one. M3 sums, but over sequences padded to
+            one length; over true lengths the sum's scale follows the length, and small data sets are learnt badly.
+        masking: Probability of M3's modality masking in training of both phases; 0 switches it off.
+        masking_mode: Hide one modality at each ``step``, or one for the whole ``sequence``.
+        projector: Widths of the projector's layers. The last one is the embedding size D.
+    """
+
+    hidden: int = 100
+    dropout: float = 0.2
+    bidirectional: bool | Literal["fusion"] = False
+    attention: bool = True
+    pooling: Literal["sum", "mean", "last"] = "mean"
+    masking: float = 0.0
+    masking_mode: Literal["step", "sequence"] = "step"
+    projector: list[int] = field(default_factory=lambda: [1000, 1000, 1000])
+
+
+@dataclass
+class AugmentationConfig:
+    """The two chains of augmentations that make the two views of pre-training.
+
+    Args:
+        preset: Names joined by ``+``, in order: ``noise``, ``masking``, ``seqaug``, ``feature_masking``, such as
+            ``seqaug+noise``; values of thesis table 8.2.1. All chains of table 8.3.2 can be written so.
+        view_a: Steps of the first view, each a mapping with ``name`` and the transform's arguments, such as
+            ``{name: masking, p: 0.6, q: 0.7}``; replaces the preset in this view.
+        view_b: The same for the second view.
+        apply: Who tosses a step's coin: each ``modality`` (thesis text), the whole ``batch`` (thesis code) or each
+            ``sample`` and modality.
+    """
+
+    preset: str = "masking"
+    view_a: list[dict[str, Any]] | None = None
+    view_b: list[dict[str, Any]] | None = None
+    apply: Literal["modality", "batch", "sample"] = "modality"
+
+
+@dataclass
+class LossConfig:
+    """Barlow Twins.
+
+    Args:
+        lambd: Weight of the off-diagonal terms. The thesis prints 2e-2; its code and Barlow Twins use about 5e-3.
+        center: Subtract the batch mean of each column; off gives thesis eq. 6.3.2 literally.
+    """
+
+    lambd: float = 5e-3
+    center: bool = True
+
+
+@dataclass
+class PretrainingConfig:
+    """Self-supervised phase: Adam without schedule, a fixed number of epochs, last weights kept.
+
+    Args:
+        lr: Learning rate. The thesis prints 3e-6, yet its code ran 1e-3, for the printed value was never read.
+        epochs: Passes over all inputs.
+        batch_size: Samples per step. The last incomplete batch is dropped; a data set smaller than one batch makes
+            a single batch of all its samples.
+    """
+
+    lr: float = 1e-3
+    epochs: int = 20
+    batch_size: int = 170
+
+
+@dataclass
+class SupervisedConfig:
+    """Supervised phase: MAE, Adam, plateau halving, early stopping; the best epoch is what is tested.
+
+    Args:
+        lr: Learning rate.
+        linear_lr: Learning rate when the encoder is frozen and only the linear head learns; ``lr`` when left out.
+        epochs: Most passes over the labelled samples.
+        batch_size: Samples per step.
+        patience: Epochs without a better validation loss before training stops.
+        plateau_patience: Epochs without a better validation loss before the learning rate is multiplied by
+            ``plateau_factor``.
+        plateau_factor: See ``plateau_patience``.
+        head_dropout: Dropout on the fused vector before the linear head.
+    """
+
+    lr: float = 3e-4
+    linear_lr: float | None = None
+    epochs: int = 100
+    batch_size: int = 32
+    patience: int = 10
+    plateau_patience: int = 2
+    plateau_factor: float = 0.5
+    head_dropout: float = 0.0
+
+
+@dataclass
+class RunConfig:
+    """Where and how to run.
+
+    Args:
+        folder: Folder of the run; created when it does not exist.
+        seed: Seed of weights, batches, dropout and augmentation: a run is a function of it.
+        accelerator: Device; ``auto`` takes a GPU where there is one.
+        precision: ``32-true``, or mixed precision by autocast.
+        tensorboard: Write TensorBoard event files beside the CSV log.
+        threads: CPU threads; torch's choice when left out. Bits of a result may depend on it.
+        progress: Progress bar: ``auto`` shows it on a terminal only.
+    """
+
+    folder: str = "runs/run"
+    seed: int = 0
+    accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    tensorboard: bool = True
+    threads: int | None = None
+    progress: Literal["auto", "on", "off"] = "auto"
+
+
+@dataclass
+class Config:
+    """Everything that decides a run's result, saved as ``config.yaml`` in its folder."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+@dataclass
+class ExperimentConfig:
+    """What ``mmfast experiment`` compares; ``run.seed`` and ``data.fold`` then play no part.
+
+    Args:
+        methods: ``FS`` fully supervised; ``SLE`` supervised linear evaluation of a random frozen encoder; ``SSL``
+            pre-training and fine-tuning; ``LE`` linear evaluation of the frozen pre-trained encoder.
+        seeds: One run of everything for each.
+        baselines: Add rows for mean-pooled ridge regression and for a constant prediction.
+        workers: Processes side by side; one for each core when left out, one in all on a GPU. Each uses
+            ``run.threads`` threads, by default 1, so that results do not depend on the number of workers.
+    """
+
+    methods: list[Literal["FS", "SLE", "SSL", "LE"]] = field(
+        default_factory=lambda: ["FS", "SLE", "SSL", "LE"]
+    )
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    baselines: bool = True
+    workers: int | None = None
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+def _distinct(values: list) -> bool:
+    return len(values) > 0 and len(set(values)) == len(values)
+
+
+# (path of the field, what it must be, whether a value is so); types are the parser's business.
+RULES = (
+    ("data.label_share", "in (0, 1]", lambda v: 0 < v <= 1),
+    ("data.folds", "at least 2", lambda v: v >= 2),
+    ("pretraining.lr", "positive", _positive),
+    ("pretraining.epochs", "positive", _positive),
+    ("pretraining.batch_size", "at least 2, for a loss over one sample is undefined", lambda v: v >= 2),
+    ("supervised.lr", "positive", _positive),
+    ("supervised.linear_lr", "positive", lambda v: v is None or v > 0),
+    ("supervised.epochs", "positive", _positive),
+    ("supervised.batch_size", "positive", _positive),
+    ("supervised.patience", "positive", _positive),
+    ("supervised.plateau_patience", "at least 0", lambda v: v >= 0),
+    ("supervised.plateau_factor", "in (0, 1)", lambda v: 0 < v < 1),
+    ("run.threads", "positive", lambda v: v is None or v > 0),
+    ("run.seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
+)
+
+EXPERIMENT_RULES = (
+    ("methods", "at least one, each once", _distinct),
+    (
+        "seeds",
+        "at least one, each once and in [0, 2^63)",
+        lambda v: _distinct(v) and all(0 <= s < 2**63 for s in v),
+    ),
+    ("workers", "positive", lambda v: v is None or v > 0),
+)
+
+
+def check(config: Config) -> None:
+    """Refuse settings out of range that no component checks for itself.
+
+    Raises:
+        UserError: names the first such setting, its rule and its value.
+    """
+    _check(config, RULES, "")
+
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """:func:`check` for the settings of an experiment."""
+    _check(config, EXPERIMENT_RULES, "experiment.")
+
+
+def _check(config: Any, rules: tuple, prefix: str) -> None:
+    for path, rule, holds in rules:
+        value = attrgetter(path)(config)
+        if not holds(value):
+            raise UserError(f"config: {prefix}{path} must be {rule}, got {value}")
+
+
+def first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], ignore: tuple[str, ...] = ()
+) -> str | None:
+    """Dotted name of the first setting in which two nested mappings differ, or None."""
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        a, b = ours.get(key), theirs.get(key)
+        inner = tuple(name.removeprefix(f"{key}.") for name in ignore)
+        if key in ignore or a == b:
+            continue
+        if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
+            return key
+        if (name := first_difference(a, b, inner)) is not None:
+            return f"{key}.{name}"
+    return None

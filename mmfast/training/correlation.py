@@ -1,0 +1,50 @@
+"""The cross-correlation of two views, before and after pre-training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmfast.data import MultimodalDataset, collate
+from mmfast.training.checkpoint import PRETRAINING, RECORD, read_checkpoint
+from mmfast.training.components import make_pretraining
+from mmfast.training.parsing import config_of
+from mmfast.training.pretraining import Pretraining
+from mmfast.training.seeds import derive
+
+
+def before_and_after(checkpoint: Path, inputs: MultimodalDataset) -> tuple[Tensor, Tensor]:
+    """Cross-correlation (D, D) with initial weights and with those of a pre-training checkpoint, on the same views.
+
+    One batch of the size of pre-training's is taken from ``inputs``.
+    """
+    saved = read_checkpoint(checkpoint, PRETRAINING)
+    config = config_of(saved[RECORD]["config"])
+    module = make_pretraining(config, saved[RECORD]["features"])
+    batch = collate([inputs[i] for i in range(min(len(inputs), config.pretraining.batch_size))])
+    before = cross_correlation(module, batch)
+    module.load_state_dict(saved["state_dict"])
+    return before, cross_correlation(module, batch)
+
+
+@torch.no_grad()
+def cross_correlation(module: Pretraining, batch) -> Tensor:
+    """C (D, D) of the embeddings of two views of a batch, columns centred.
+
+    Augmented by fixed draws, dropout off; the projector normalises by the batch as it does in training.
+    """
+    module.encoder.eval()
+    module.views.train()
+    # A copy, for its running statistics must not move.
+    projector = copy.deepcopy(module.projector).train()
+    seed = derive(module.seed, "views of the report")
+    views = module.views(batch.values, batch.lengths, ids=batch.ids, seed=seed, padding=batch.padding)
+    a, b = (_standardised(projector(module.encoder(view, batch.lengths, batch.padding))) for view in views)
+    return a.T @ b / len(batch)
+
+
+def _standardised(z: Tensor) -> Tensor:
+    return (z - z.mean(0)) / z.std(0, correction=0).clamp_min(1e-5)

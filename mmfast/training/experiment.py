@@ -1,0 +1,225 @@
+"""Methodologies compared over seeds and folds."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import time
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from mmfast.data import MultimodalData
+from mmfast.errors import UserError
+from mmfast.training import runs
+from mmfast.training.baselines import BASELINES
+from mmfast.training.config import Config, ExperimentConfig
+from mmfast.training.fitting import LAST
+from mmfast.training.folder import PREDICTIONS, claim, load_result, save_result
+from mmfast.training.parsing import config_of
+from mmfast.training.predictions import measure, read_predictions, write_predictions
+from mmfast.training.splits import Splits, load_data, make_splits
+
+log = logging.getLogger(__name__)
+
+PRETRAINED = "pretraining"
+
+
+class Method(NamedTuple):
+    """A methodology of thesis section 7.1."""
+
+    title: str
+    pretrained: bool
+    frozen: bool
+
+
+METHODS = {
+    "FS": Method("fully supervised", pretrained=False, frozen=False),
+    "SLE": Method("linear evaluation of a random encoder", pretrained=False, frozen=True),
+    "SSL": Method("self-supervised pre-training, then fine-tuning", pretrained=True, frozen=False),
+    "LE": Method("linear evaluation of the pre-trained encoder", pretrained=True, frozen=True),
+}
+TITLES = {name: method.title for name, method in METHODS.items()} | {
+    "ridge": "ridge regression on time means",
+    "constant": "median training label",
+}
+
+
+class Unit(NamedTuple):
+    """What shares one split and one pre-training run. ``fold`` is None for data with a test split."""
+
+    seed: int
+    fold: int | None
+
+    def folder(self, root: Path) -> Path:
+        return root / f"seed{self.seed}" / ("" if self.fold is None else f"fold{self.fold}")
+
+    def config(self, config: Config) -> Config:
+        """The experiment's configuration for this unit's runs."""
+        # The thread count decides bits of the results, so it must not follow the machine's.
+        run = replace(config.run, seed=self.seed, threads=config.run.threads or 1)
+        data = config.data if self.fold is None else replace(config.data, fold=self.fold)
+        return replace(config, run=run, data=data)
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}" + ("" if self.fold is None else f", fold {self.fold}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One methodology's run under one seed, over all folds.
+
+    Attributes:
+        seed: of the run.
+        names, predictions, truths: (N,) of every test sample; with folds, each sample is predicted by the run that
+            did not train on it, and all are pooled before any metric is computed.
+        metrics: name -> value on them.
+        results: the runs' ``result.json``, one per fold.
+    """
+
+    seed: int
+    names: list[str]
+    predictions: Any
+    truths: Any
+    metrics: dict[str, float]
+    results: list[dict[str, Any]]
+
+
+def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, list[Outcome]]:
+    """Run what is not yet complete in ``config.run.folder``; goes on where an earlier sitting stopped.
+
+    Each unit of (seed, fold) pre-trains once, for all methodologies that ask for it. Random weights of a seed are the
+    same for all methodologies.
+
+    Returns:
+        Row of the table -> one outcome per seed. Ridge regression and the constant know no chance, so they have
+        one outcome, or one per seed when the seed chooses the labels (``data.label_share``).
+
+    Raises:
+        UserError: as any of the runs, or a folder that holds another experiment.
+    """
+    root = Path(config.run.folder)
+    data = load_data(config.data)
+    units = units_of(config, experiment, data)
+    with claim(root, {**asdict(config), "experiment": asdict(experiment)}, resume=None):
+        began = time.monotonic()
+        _run_all(config, experiment, units)
+        log.info("all runs complete after %.0f s", time.monotonic() - began)
+    return collect(config, experiment, units)
+
+
+def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData) -> list[Unit]:
+    """All units of an experiment, seed by seed."""
+    folds = [None] if data.cross_validation is None else range(config.data.folds)
+    return [Unit(seed, fold) for seed in experiment.seeds for fold in folds]
+
+
+def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) -> None:
+    workers = min(experiment.workers or _workers(config), len(units))
+    arguments = (asdict(config), asdict(experiment))
+    if workers == 1:
+        for unit in units:
+            _report(unit, _run_unit(*arguments, unit))
+        return
+    # Fresh processes: forking one whose OpenMP threads have run deadlocks.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as pool:
+        futures: dict[Future, Unit] = {pool.submit(_run_unit, *arguments, unit): unit for unit in units}
+        try:
+            for future in as_completed(futures):
+                _report(futures[future], future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _workers(config: Config) -> int:
+    on_cpu = config.run.accelerator == "cpu" or not torch.cuda.is_available()
+    return len(os.sched_getaffinity(0)) if on_cpu else 1
+
+
+def _report(unit: Unit, results: dict[str, dict[str, Any]]) -> None:
+    maes = ", ".join(f"{name} {r['metrics']['mae']:.3f}" for name, r in results.items() if r.get("metrics"))
+    log.info("%s: MAE %s (%.0f s)", unit, maes, sum(r["seconds"] for r in results.values()))
+
+
+def _run_unit(config: dict[str, Any], experiment: dict[str, Any], unit: Unit) -> dict[str, dict[str, Any]]:
+    """All of a unit's runs that are not complete yet; results by row. Runs in a process of its own."""
+    config, experiment = unit.config(config_of(config)), ExperimentConfig(**experiment)
+    root = Path(config.run.folder)
+    torch.set_num_threads(config.run.threads)
+    splits = make_splits(load_data(config.data), config.data, unit.seed)
+    if len(splits.test) == 0:
+        raise UserError(f"experiment: data {config.data.path} hold no labelled test samples")
+
+    results = {}
+    if any(METHODS[name].pretrained for name in experiment.methods):
+        results[PRETRAINED] = _pretrain(_in(config, unit, root, PRETRAINED), splits)
+    for name in experiment.methods:
+        source = unit.folder(root) / PRETRAINED / LAST if METHODS[name].pretrained else None
+        results[name] = _finetune(_in(config, unit, root, name), splits, source, METHODS[name].frozen)
+    if _has_baselines(config, experiment, unit.seed):
+        for name in BASELINES:
+            results[name] = _baseline(name, unit.folder(root) / name, splits)
+    return results
+
+
+def _in(config: Config, unit: Unit, root: Path, name: str) -> Config:
+    return replace(config, run=replace(config.run, folder=str(unit.folder(root) / name)))
+
+
+def _pretrain(config: Config, splits: Splits) -> dict[str, Any]:
+    with claim(Path(config.run.folder), asdict(config), resume=None) as folder:
+        return runs.pretrain(config, splits, folder)
+
+
+def _finetune(config: Config, splits: Splits, source: Path | None, freeze: bool) -> dict[str, Any]:
+    folder = Path(config.run.folder)
+    # Relative, so that a moved experiment is still the same.
+    settings = {**asdict(config), "from": source and os.path.relpath(source, folder), "freeze": freeze}
+    with claim(folder, settings, resume=None):
+        return runs.finetune(config, splits, folder, source, freeze)
+
+
+def _baseline(name: str, folder: Path, splits: Splits) -> dict[str, Any]:
+    if (done := load_result(folder)) is not None:
+        return done
+    began = time.monotonic()
+    predictions = torch.from_numpy(BASELINES[name](splits)).float()
+    write_predictions(folder / PREDICTIONS, splits.test, predictions)
+    metrics = measure(predictions, splits.test.labels)
+    result = {"kind": name, "seconds": round(time.monotonic() - began, 2), "metrics": metrics}
+    save_result(folder, result)
+    return result
+
+
+def _has_baselines(config: Config, experiment: ExperimentConfig, seed: int) -> bool:
+    return experiment.baselines and (config.data.label_share < 1 or seed == experiment.seeds[0])
+
+
+def collect(config: Config, experiment: ExperimentConfig, units: list[Unit]) -> dict[str, list[Outcome]]:
+    """Outcomes of a complete experiment from its files, as :func:`run_experiment` returns them."""
+    root = Path(config.run.folder)
+    rows: dict[str, list[Outcome]] = {}
+    for seed in experiment.seeds:
+        baselines = list(BASELINES) if _has_baselines(config, experiment, seed) else []
+        for name in [*experiment.methods, *baselines]:
+            folders = [unit.folder(root) / name for unit in units if unit.seed == seed]
+            rows.setdefault(name, []).append(_outcome(seed, folders))
+    return rows
+
+
+def _outcome(seed: int, folders: list[Path]) -> Outcome:
+    names, predictions, truths = [], [], []
+    for folder in folders:
+        part = read_predictions(folder / PREDICTIONS)
+        names += part[0]
+        predictions.append(torch.from_numpy(part[1]))
+        truths.append(torch.from_numpy(part[2]))
+    predictions, truths = torch.cat(predictions), torch.cat(truths)
+    results = [load_result(folder) for folder in folders]
+    return Outcome(seed, names, predictions.numpy(), truths.numpy(), measure(predictions, truths), results)

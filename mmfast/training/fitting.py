@@ -1,0 +1,138 @@
+"""One training run by Lightning's Trainer: checkpoints, logs, early stopping, exact resumption."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
+
+from mmfast.errors import UserError
+from mmfast.training.checkpoint import AtomicCheckpointIO, FolderCheckpoint, read_checkpoint
+from mmfast.training.config import RunConfig
+from mmfast.training.history import History
+
+LAST, BEST, LOGS = "last.ckpt", "best.ckpt", "logs"
+
+
+def fit(
+    module: pl.LightningModule,
+    train: DataLoader,
+    valid: DataLoader | None,
+    folder: Path,
+    run: RunConfig,
+    epochs: int,
+    monitor: str | None = None,
+    patience: int = 0,
+) -> list[dict[str, float]]:
+    """Train, or go on where ``folder/last.ckpt`` stopped, to the same weights bit by bit.
+
+    A checkpoint is written at the end of each epoch (``last.ckpt``), so a killed run repeats at most one epoch. That
+    the repetition is exact rests on every draw being a function of (seed, step) or (seed, epoch).
+
+    Args:
+        module: what to train; at the end it holds the last epoch's weights.
+        train, valid: batches; ``valid`` may be None when nothing is monitored.
+        folder: takes the checkpoints and ``logs/``.
+        run: device, precision, loggers, progress bar.
+        epochs: the most epochs.
+        monitor: logged quantity, lower is better, by which ``best.ckpt`` is kept and training stops.
+        patience: epochs without improvement before it stops.
+
+    Returns:
+        What was logged in each epoch, over all sittings.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; what was reached is kept.
+    """
+    history = History()
+    callbacks: list[Callback] = [history]
+    if monitor is not None:
+        callbacks += [
+            EarlyStopping(monitor, patience=patience, check_on_train_epoch_end=True),
+            FolderCheckpoint(folder, Path(BEST).stem, monitor),
+        ]
+    # Written after the callbacks above have seen the epoch, for it holds their state.
+    callbacks.append(FolderCheckpoint(folder, Path(LAST).stem))
+    progress = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
+    if progress:
+        callbacks.append(RichProgressBar())
+
+    last = folder / LAST
+    start = last if last.exists() else None
+    if start is not None:
+        checkpoint = read_checkpoint(start)
+        if _finished(checkpoint, epochs, patience):
+            module.load_state_dict(checkpoint["state_dict"])
+            return checkpoint["callbacks"][history.state_key]["epochs"]
+        # Lightning makes the first iterator before it tells the sampler the epoch.
+        train.batch_sampler.set_epoch(checkpoint["epoch"] + 1)
+    with _quiet(), _interruptible():
+        try:
+            trainer = pl.Trainer(
+                accelerator=run.accelerator,
+                devices=1,
+                precision=run.precision,
+                max_epochs=epochs,
+                logger=_loggers(folder, run),
+                callbacks=callbacks,
+                plugins=[AtomicCheckpointIO()],
+                num_sanity_val_steps=0,
+                enable_model_summary=False,
+                enable_progress_bar=progress,
+                use_distributed_sampler=False,
+            )
+        except MisconfigurationException as error:
+            raise UserError(
+                f"config: run.accelerator {run.accelerator}, run.precision {run.precision}: {error}"
+            ) from error
+        trainer.fit(module, train, valid, ckpt_path=start, weights_only=True)
+    return history.epochs
+
+
+def _finished(checkpoint: dict, epochs: int, patience: int) -> bool:
+    stopping = (s for key, s in checkpoint["callbacks"].items() if key.startswith("EarlyStopping"))
+    return checkpoint["epoch"] + 1 >= epochs or any(s["wait_count"] >= patience for s in stopping)
+
+
+def _loggers(folder: Path, run: RunConfig) -> list[Logger]:
+    # Each sitting logs to its own version, for CSVLogger clears the folder that it opens.
+    csv = CSVLogger(folder, name=LOGS)
+    return [csv, TensorBoardLogger(folder, name=LOGS, version=csv.version)] if run.tensorboard else [csv]
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without Lightning's advertisements and hints, which are about choices already made here."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _interruptible():
+    """Ctrl-C as the KeyboardInterrupt that it is: Lightning turns it into exit status 1 and ignores the next ones."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        with contextlib.suppress(ValueError):  # only the main thread has handlers
+            signal.signal(signal.SIGINT, handler)

@@ -1,0 +1,56 @@
+"""Configurations from flags and YAML files, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from mmfast.errors import UserError
+from mmfast.training.config import Config, check
+from mmfast.training.files import write_atomically
+
+
+def config_parser(prog: str, description: str = "") -> ArgumentParser:
+    """A parser whose flags and YAML keys are the fields of :class:`~mmfast.training.config.Config`."""
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of any of the settings below.")
+    parser.add_class_arguments(Config, None)
+    return parser
+
+
+def config_of(values: Mapping[str, Any]) -> Config:
+    """The configuration in a mapping, such as the one that a checkpoint holds; missing keys take their defaults.
+
+    Raises:
+        UserError: an unknown key or a value of the wrong type or out of range.
+    """
+    parser = config_parser("config")
+    try:
+        namespace = parser.parse_object(dict(values))
+    except Exception as error:
+        raise UserError(f"config: {' '.join(str(error).split())}") from error
+    return sections(parser.instantiate(namespace))
+
+
+def sections(namespace: Any) -> Config:
+    """The checked :class:`Config` among a parser's instantiated values."""
+    config = Config(**{name: getattr(namespace, name) for name in Config.__dataclass_fields__})
+    check(config)
+    return config
+
+
+def save_yaml(path: str | os.PathLike, values: Any) -> None:
+    """Write a configuration or a mapping as YAML, keys in their order."""
+    values = asdict(values) if is_dataclass(values) else values
+    write_atomically(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def load_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """What :func:`save_yaml` wrote."""
+    return yaml.safe_load(Path(path).read_text())

@@ -1,0 +1,76 @@
+"""Predictions of a trained network, and the CSV file that holds them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmfast.data import MultimodalBatch, MultimodalDataset, make_loader
+from mmfast.errors import UserError
+from mmfast.metrics import regression_metrics
+from mmfast.training.files import write_atomically
+
+BATCH = 256
+
+
+def predict(module: nn.Module, dataset: MultimodalDataset) -> Tensor:
+    """Predictions (N,) of a :class:`~mmfast.training.supervised.Supervised`; see :func:`encode`."""
+    return _in_order(module, module, dataset)
+
+
+def encode(encoder: nn.Module, dataset: MultimodalDataset) -> Tensor:
+    """Fused vectors (N, out_features) float32 on the CPU, in the order of the standardised data set; dropout off."""
+    return _in_order(encoder, lambda batch: encoder(batch.values, batch.lengths, batch.padding), dataset)
+
+
+@torch.no_grad()
+def _in_order(
+    module: nn.Module, function: Callable[[MultimodalBatch], Tensor], dataset: MultimodalDataset
+) -> Tensor:
+    device = next(module.parameters()).device
+    loader = make_loader(dataset, BATCH, shuffle=False, drop_last=False, seed=0)
+    order = [index for batch in loader.batch_sampler.batches(0) for index in batch]
+    training = module.training
+    module.eval()
+    rows = torch.cat([function(batch.to(device)).float().cpu() for batch in loader])
+    module.train(training)
+    return rows[torch.argsort(torch.tensor(order))]
+
+
+def measure(predictions: Tensor, truths: Tensor) -> dict[str, float]:
+    """All regression metrics, with correlation 0 and no warning where it is undefined."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return regression_metrics(predictions, truths)
+
+
+def write_predictions(path: Path, dataset: MultimodalDataset, predictions: Tensor) -> None:
+    """CSV of ``name``, ``prediction`` and ``truth`` (empty if unknown); numbers read back to the same float32."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("name", "prediction", "truth"))
+    for name, prediction, truth in zip(
+        dataset.names, predictions.numpy(), dataset.labels.numpy(), strict=True
+    ):
+        rows.writerow((name, str(prediction), "" if np.isnan(truth) else str(truth)))
+    write_atomically(path, text.getvalue())
+
+
+def read_predictions(path: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Names, predictions and truths (float32, NaN where unknown) of a file by :func:`write_predictions`."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        numbers = [[np.float32(row[key] or "nan") for row in rows] for key in ("prediction", "truth")]
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"predictions {path}: not a CSV file with name, prediction and truth: {error}"
+        ) from error
+    return [row["name"] for row in rows], *(np.array(column, dtype=np.float32) for column in numbers)

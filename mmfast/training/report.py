@@ -1,0 +1,288 @@
+"""The report of an experiment."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+
+from mmfast.data import MultimodalData
+from mmfast.training import plots
+from mmfast.training.config import Config, ExperimentConfig
+from mmfast.training.correlation import before_and_after
+from mmfast.training.document import Block, Code, Figure, Heading, Table, Text, to_html, to_markdown
+from mmfast.training.experiment import METHODS, PRETRAINED, TITLES, Outcome, Unit, units_of
+from mmfast.training.files import write_atomically
+from mmfast.training.fitting import LAST
+from mmfast.training.folder import ENVIRONMENT, load_result
+from mmfast.training.parsing import load_yaml
+from mmfast.training.splits import load_data, make_splits
+from mmfast.training.statistics import bootstrap, corr, interval, mae, summarise
+
+# key -> (heading, factor, decimals) of the metrics in the main table.
+MAIN = {
+    "corr": ("Corr", 1, 3),
+    "mae": ("MAE", 1, 3),
+    "acc2": ("Acc2", 100, 1),
+    "f1": ("F1", 100, 1),
+    "acc5": ("Acc5", 100, 1),
+    "acc7": ("Acc7", 100, 1),
+}
+RESAMPLED = {"corr": corr, "mae": mae}
+# Differences worth an interval of their own: what pre-training adds, and what a network adds to ridge regression.
+PAIRS = (("SSL", "FS"), ("LE", "SLE"), ("FS", "ridge"), ("SSL", "ridge"))
+
+Outcomes = Mapping[str, Sequence[Outcome]]
+
+
+class Report(NamedTuple):
+    """Where the report is, and its main table as text."""
+
+    path: Path
+    table: str
+
+
+def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcomes) -> Report:
+    """Write ``report.html`` (self-contained), ``report.md`` with ``plots/``, ``results.json`` and ``results.csv``."""
+    root = Path(config.run.folder)
+    data = load_data(config.data)
+    units = units_of(config, experiment, data)
+    main = main_table(outcomes)
+    resampled = _resampled(outcomes)
+    title = f"Experiment on {data.name}"
+    blocks: list[Block] = [
+        Heading(title, 1),
+        Text(_summary(config, data, units, outcomes, root)),
+        Heading("Results"),
+        main,
+        Text("; ".join(f"{name}: {TITLES[name]}" for name in outcomes) + "."),
+        _interval_table(outcomes, resampled),
+        *_differences(outcomes, resampled),
+        *_figures(config, data, outcomes, resampled, units, root),
+        Heading("All metrics"),
+        *_appendix(outcomes),
+        Heading("Configuration"),
+        Code(yaml.safe_dump({**asdict(config), "experiment": asdict(experiment)}, sort_keys=False)),
+        Heading("Environment"),
+        Code(yaml.safe_dump(load_yaml(root / ENVIRONMENT), sort_keys=False)),
+    ]
+    for block in blocks:
+        if isinstance(block, Figure):
+            write_atomically(root / block.name, block.png)
+    write_atomically(root / "report.md", to_markdown(blocks))
+    write_atomically(root / "report.html", to_html(title, blocks))
+    write_atomically(root / "results.json", json.dumps(_results(outcomes), indent=2) + "\n")
+    write_atomically(root / "results.csv", _csv(outcomes))
+    return Report(root / "report.html", main.text())
+
+
+def main_table(outcomes: Outcomes) -> Table:
+    """Mean, standard deviation and best run of the main metrics."""
+    rows = [[name, str(len(runs)), *(_cell(key, runs) for key in MAIN)] for name, runs in outcomes.items()]
+    return Table(
+        ["", "n", *(heading for heading, _, _ in MAIN.values())],
+        rows,
+        "Mean ± standard deviation (best) over n seeds. Accuracies and F1 in percent; Acc2 and F1 leave out samples "
+        "with truth 0.",
+    )
+
+
+def _cell(key: str, runs: Sequence[Outcome]) -> str:
+    _, factor, decimals = MAIN.get(key, ("", 1, 3))
+    summary = summarise(key, [run.metrics[key] for run in runs])
+
+    def number(value: float) -> str:
+        return f"{factor * value:.{decimals}f}"
+
+    if summary.n == 1:
+        return number(summary.mean)
+    return f"{number(summary.mean)} ± {number(summary.std)} ({number(summary.best)})"
+
+
+def _summary(config: Config, data: MultimodalData, units: list[Unit], outcomes: Outcomes, root: Path) -> str:
+    seeds = len({unit.seed for unit in units})
+    samples = len(next(iter(outcomes.values()))[0].truths)
+    if units[0].fold is None:
+        how = f"{samples} test samples, {seeds} seeds."
+    else:
+        how = (
+            f"{samples} samples in {config.data.folds}-fold cross-validation, {seeds} seeds. Metrics are computed "
+            "once per seed, on the pooled predictions for the folds that a run did not train on; the folds are the "
+            "same for all seeds and rows."
+        )
+    seconds = sum(r["seconds"] for runs in outcomes.values() for run in runs for r in run.results)
+    pretraining = [load_result(unit.folder(root) / PRETRAINED) for unit in units]
+    seconds += sum(r["seconds"] for r in pretraining if r)
+    return (
+        f"Data {data.name} ({config.data.path}): {how} Networks are tested at the epoch of lowest validation loss; "
+        "inputs are standardised on what pre-training may see, never on validation or test samples; ridge regression "
+        f"is fitted on training and validation samples. Work in all: {seconds:.0f} s."
+    )
+
+
+def _resampled(outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
+    """metric -> row -> its bootstrap distribution over test samples, mean over seeds; rows share the resamples."""
+    order = {name: i for i, name in enumerate(next(iter(outcomes.values()))[0].names)}
+    tables = {}
+    for name, runs in outcomes.items():
+        aligned = [np.argsort([order[sample] for sample in run.names]) for run in runs]
+        p = np.stack([run.predictions[rows] for run, rows in zip(runs, aligned, strict=True)]).astype(float)
+        tables[name] = (p, runs[0].truths[aligned[0]].astype(float))
+    return {
+        key: {name: bootstrap(p, y, metric) for name, (p, y) in tables.items()}
+        for key, metric in RESAMPLED.items()
+    }
+
+
+def _interval_table(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
+    header, rows = [""], [[name] for name in outcomes]
+    for key in RESAMPLED:
+        header += [f"{MAIN[key][0]}, over samples", f"{MAIN[key][0]}, over seeds"]
+        for row, (name, runs) in zip(rows, outcomes.items(), strict=True):
+            summary = summarise(key, [run.metrics[key] for run in runs])
+            row += [_interval(*interval(resampled[key][name])), _interval(summary.low, summary.high)]
+    return Table(
+        header,
+        rows,
+        "95 % intervals of the mean. Over samples: bootstrap of the test samples, what another test set of this size "
+        "might give. Over seeds: Student's t, what other seeds might give on these samples.",
+    )
+
+
+def _differences(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.ndarray]]) -> list[Block]:
+    rows = []
+    for a, b in PAIRS:
+        if a in outcomes and b in outcomes:
+            row = [f"{a} - {b}"]
+            for key in RESAMPLED:
+                means = [np.mean([run.metrics[key] for run in outcomes[name]]) for name in (a, b)]
+                row += [
+                    f"{means[0] - means[1]:+.3f}",
+                    _interval(*interval(resampled[key][a] - resampled[key][b])),
+                ]
+            rows.append(row)
+    header = ["", *(cell for key in RESAMPLED for cell in (MAIN[key][0], "95 % interval"))]
+    caption = (
+        "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 "
+        "shows no difference; MAE is better when lower."
+    )
+    return [Table(header, rows, caption)] if rows else []
+
+
+def _interval(low: float, high: float) -> str:
+    return "-" if math.isnan(low) else f"[{low:.3f}, {high:.3f}]"
+
+
+def _figures(
+    config: Config,
+    data: MultimodalData,
+    outcomes: Outcomes,
+    resampled: Mapping[str, Mapping[str, np.ndarray]],
+    units: list[Unit],
+    root: Path,
+) -> list[Block]:
+    values = {
+        MAIN[key][0]: {name: [run.metrics[key] for run in runs] for name, runs in outcomes.items()}
+        for key in RESAMPLED
+    }
+    whiskers = {MAIN[key][0]: {name: interval(r) for name, r in resampled[key].items()} for key in RESAMPLED}
+    blocks: list[Block] = [
+        Figure(
+            "plots/comparison.png",
+            plots.comparison(values, whiskers),
+            "Mean over seeds (bars), single seeds (dots), 95 % interval over test samples (whiskers).",
+        )
+    ]
+    networks = {
+        name: [r["history"] for run in runs for r in run.results]
+        for name, runs in outcomes.items()
+        if name in METHODS
+    }
+    blocks += [
+        Heading("Training"),
+        Figure(
+            "plots/supervised.png",
+            plots.supervised_curves(networks),
+            "Supervised phase: each run thin, thick their mean over the runs that reached the epoch.",
+        ),
+    ]
+    pretraining = [r for unit in units if (r := load_result(unit.folder(root) / PRETRAINED))]
+    if pretraining:
+        first = units[0].config(config)
+        inputs = make_splits(data, first.data, first.run.seed).inputs
+        before, after = before_and_after(units[0].folder(root) / PRETRAINED / LAST, inputs)
+        blocks += [
+            Figure(
+                "plots/pretraining.png",
+                plots.pretraining_curves([r["history"] for r in pretraining]),
+                "Self-supervised phase: each run thin, thick their mean.",
+            ),
+            Figure(
+                "plots/correlation.png",
+                plots.correlation_maps(before.numpy(), after.numpy()),
+                f"Cross-correlation of two augmented views of one batch before and after pre-training ({units[0]}): "
+                f"the first dimensions of {len(before)}, and the distribution over all cells.",
+            ),
+        ]
+    return [
+        *blocks,
+        Heading("Predictions"),
+        Figure(
+            "plots/predictions.png",
+            plots.scatter(
+                {name: (r[0].predictions, r[0].truths) for name, r in outcomes.items()}, data.label_range
+            ),
+            f"Predictions against truths on the test samples, seed {units[0].seed}; predictions are clipped to "
+            "the range of labels in this figure alone.",
+        ),
+    ]
+
+
+def _appendix(outcomes: Outcomes) -> list[Block]:
+    keys = list(next(iter(outcomes.values()))[0].metrics)
+    means = [[name, *(_plain(key, outcomes[name]) for key in keys)] for name in outcomes]
+    single = [
+        [f"{name}, seed {run.seed}", *(f"{run.metrics[key]:.3f}" for key in keys)]
+        for name, runs in outcomes.items()
+        for run in runs
+        if len(runs) > 1
+    ]
+    caption = (
+        "Fractions. has0: x >= 0 on both sides; gt0: x > 0 on both sides; f1_as_published: weighted by predicted "
+        "counts; acc7_cmu: seven classes rounded away from zero."
+    )
+    return [Table(["mean ± std", *keys], means, caption), Table(["single runs", *keys], single)]
+
+
+def _plain(key: str, runs: Sequence[Outcome]) -> str:
+    summary = summarise(key, [run.metrics[key] for run in runs])
+    return f"{summary.mean:.3f}" + (f" ± {summary.std:.3f}" if summary.n > 1 else "")
+
+
+def _results(outcomes: Outcomes) -> dict[str, Any]:
+    return {
+        name: {
+            "runs": [{"seed": run.seed, "metrics": run.metrics} for run in runs],
+            "summary": {
+                key: asdict(summarise(key, [run.metrics[key] for run in runs])) for key in runs[0].metrics
+            },
+        }
+        for name, runs in outcomes.items()
+    }
+
+
+def _csv(outcomes: Outcomes) -> str:
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(["row", "seed", *next(iter(outcomes.values()))[0].metrics])
+    for name, runs in outcomes.items():
+        rows.writerows([name, run.seed, *run.metrics.values()] for run in runs)
+    return text.getvalue()

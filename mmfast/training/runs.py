@@ -1,0 +1,171 @@
+"""One run of either phase in its own folder, from data to result."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmfast.data import MultimodalDataset, Standardiser, make_loader
+from mmfast.errors import UserError
+from mmfast.training.checkpoint import PRETRAINING, RECORD, SUPERVISED, read_checkpoint
+from mmfast.training.components import make_pretraining, make_supervised
+from mmfast.training.config import Config
+from mmfast.training.fitting import BEST, fit
+from mmfast.training.folder import PREDICTIONS, load_result, save_result
+from mmfast.training.handover import load_part
+from mmfast.training.parsing import config_of
+from mmfast.training.predictions import measure, predict, write_predictions
+from mmfast.training.seeds import derive
+from mmfast.training.splits import Splits
+from mmfast.training.supervised import Supervised
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(config: Config, splits: Splits, folder: Path) -> dict[str, Any]:
+    """Pre-train on ``splits.inputs``; ``folder/last.ckpt`` holds the outcome. Goes on where it stopped.
+
+    Returns:
+        The result: epochs, seconds of this sitting, numbers of samples, what each epoch logged.
+
+    Raises:
+        UserError: fewer than two samples, a loss that is not finite, a checkpoint that cannot be saved.
+    """
+    if (done := load_result(folder)) is not None:
+        return done
+    began = time.monotonic()
+    size = len(splits.inputs)
+    if size < 2:
+        raise UserError(f"pretrain: Barlow Twins needs at least 2 training samples, got {size}")
+    wanted = config.pretraining.batch_size
+    if size < wanted:
+        log.info(
+            "pretrain: only %d samples, fewer than one batch of %d: each step takes all of them", size, wanted
+        )
+    module = make_pretraining(config, splits.features, _record(PRETRAINING, config, splits))
+    batches = make_loader(
+        splits.inputs,
+        min(size, wanted),
+        shuffle=True,
+        drop_last=True,
+        seed=derive(config.run.seed, "batches"),
+    )
+    valid = _in_order(splits.valid) if len(splits.valid) > 1 else None
+    history = fit(module, batches, valid, folder, config.run, config.pretraining.epochs)
+    result = {
+        "kind": PRETRAINING,
+        "epochs": len(history),
+        "seconds": round(time.monotonic() - began, 2),
+        "samples": {"inputs": size, "valid": len(splits.valid)},
+        "history": history,
+    }
+    save_result(folder, result)
+    return result
+
+
+def finetune(
+    config: Config, splits: Splits, folder: Path, pretrained: Path | None = None, freeze: bool = False
+) -> dict[str, Any]:
+    """Train with labels, test the epoch that had the lowest validation loss. Goes on where it stopped.
+
+    Args:
+        pretrained: checkpoint of a pre-training run whose encoder to start from; random weights without it.
+        freeze: linear evaluation, only the head learns.
+
+    Returns:
+        The result: epochs, best epoch, seconds of this sitting, numbers of samples, tensors handed over, what each
+        epoch logged, test metrics (None without test samples).
+
+    Raises:
+        UserError: no labelled training or validation samples, weights that do not fit, a loss that is not finite, a
+            checkpoint that cannot be saved.
+    """
+    if (done := load_result(folder)) is not None:
+        return done
+    began = time.monotonic()
+    for name in ("train", "valid"):
+        if len(getattr(splits, name)) == 0:
+            raise UserError(f"finetune: there are no labelled samples in the {name} split")
+    module = make_supervised(config, splits.features, freeze, _record(SUPERVISED, config, splits, freeze))
+    handover = None
+    if pretrained is not None:
+        state = read_checkpoint(pretrained, PRETRAINING)["state_dict"]
+        handover = load_part(module.encoder, state, "encoder", str(pretrained))
+        log.info("finetune: loaded %s of the encoder from %s", handover, pretrained)
+    settings = config.supervised
+    batches = make_loader(
+        splits.train,
+        settings.batch_size,
+        shuffle=True,
+        drop_last=False,
+        seed=derive(config.run.seed, "batches"),
+    )
+    with module.encoded(splits.train, splits.valid):
+        history = fit(
+            module,
+            batches,
+            _in_order(splits.valid),
+            folder,
+            config.run,
+            settings.epochs,
+            monitor="valid_loss",
+            patience=settings.patience,
+        )
+    best = read_checkpoint(folder / BEST)
+    module.load_state_dict(best["state_dict"])
+    result = {
+        "kind": SUPERVISED,
+        "epochs": len(history),
+        "best_epoch": best["epoch"],
+        "valid_loss": history[best["epoch"]]["valid_loss"],
+        "seconds": round(time.monotonic() - began, 2),
+        "samples": {name: len(getattr(splits, name)) for name in ("train", "valid", "test")},
+        "handover": handover and handover._asdict(),
+        "history": history,
+        "metrics": _test(module, splits.test, folder),
+    }
+    save_result(folder, result)
+    return result
+
+
+def restore(path: Path) -> tuple[Supervised, Config, Standardiser]:
+    """A supervised run's network, configuration and standardiser from its checkpoint.
+
+    Raises:
+        UserError: not a checkpoint of a supervised run, or weights that do not fit its own configuration.
+    """
+    checkpoint = read_checkpoint(path, SUPERVISED)
+    record = checkpoint[RECORD]
+    config = config_of(record["config"])
+    module = make_supervised(config, record["features"], record["freeze"])
+    for part in ("encoder", "head"):
+        load_part(getattr(module, part), checkpoint["state_dict"], part, str(path))
+    return module, config, Standardiser().load_state_dict(record["standardiser"])
+
+
+def _record(kind: str, config: Config, splits: Splits, freeze: bool = False) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "config": asdict(config),
+        "features": dict(splits.features),
+        "standardiser": splits.standardiser.state_dict(),
+        "freeze": freeze,
+    }
+
+
+def _in_order(dataset: MultimodalDataset):
+    return make_loader(dataset, 256, shuffle=False, drop_last=False, seed=0)
+
+
+def _test(module: nn.Module, test: MultimodalDataset, folder: Path) -> Mapping[str, float] | None:
+    if len(test) == 0:
+        return None
+    predictions = predict(module, test)
+    write_predictions(folder / PREDICTIONS, test, predictions)
+    return measure(predictions, test.labels)

@@ -1,0 +1,104 @@
+"""What each phase trains on, is validated with and tested on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, folds, label_share, load, synthetic
+from mmfast.errors import UserError
+from mmfast.training.config import DataConfig
+from mmfast.training.seeds import derive
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Standardised data of one run.
+
+    Attributes:
+        inputs: everything that pre-training may see: training samples and the unlabelled pool, never a validation
+            or test sample.
+        train, valid: labelled samples for the supervised phase.
+        test: labelled samples that are only ever predicted.
+        standardiser: fitted on ``inputs``.
+    """
+
+    inputs: MultimodalDataset
+    train: MultimodalDataset
+    valid: MultimodalDataset
+    test: MultimodalDataset
+    standardiser: Standardiser
+
+    @property
+    def features(self) -> dict[str, int]:
+        return self.inputs.features
+
+
+def load_data(config: DataConfig) -> MultimodalData:
+    """The data set that ``config.path`` names."""
+    return synthetic(**asdict(config.synthetic)) if config.path == "synthetic" else load(config.path)
+
+
+def make_splits(
+    data: MultimodalData, config: DataConfig, seed: int, standardiser: Standardiser | None = None
+) -> Splits:
+    """Splits of one run.
+
+    Data with ``cross_validation`` samples are split by fold ``config.fold`` of ``config.folds``; the folds are the
+    same for every ``seed``, which only chooses the labels kept under ``config.label_share``.
+
+    Args:
+        standardiser: of the checkpoint that the run starts from; by default one is fitted on ``inputs``.
+
+    Raises:
+        UserError: no training inputs, or no such fold.
+    """
+    parts = named_parts(data, config)
+    train, valid, test = (parts[name] for name in ("train", "valid", "test"))
+    inputs = _joined([train, parts["unlabelled"]])
+    if len(inputs) == 0:
+        raise UserError(
+            f"data {data.name}: there is nothing to train on, its train and unlabelled splits are empty"
+        )
+    standardiser = standardiser or Standardiser().fit(inputs)
+    if config.label_share < 1:
+        train, valid = (
+            label_share(part, config.label_share, derive(seed, purpose))
+            for part, purpose in ((train, "labels of train"), (valid, "labels of valid"))
+        )
+    phases = (inputs, _labelled(train), _labelled(valid), _labelled(test))
+    return Splits(*(standardiser.transform(phase) for phase in phases), standardiser)
+
+
+def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[str, MultimodalDataset]:
+    """``train``, ``valid``, ``test`` and ``unlabelled`` (disjoint from the others), as they were read.
+
+    Args:
+        config: chooses the fold of data that ask for cross-validation; without it their own splits are taken.
+    """
+    named = {name: getattr(data, name) for name in ("train", "valid", "test")}
+    if data.cross_validation is not None and config is not None:
+        if not 0 <= config.fold < config.folds:
+            raise UserError(
+                f"config: data.fold must lie in [0, data.folds = {config.folds}), got {config.fold}"
+            )
+        named = list(folds(data.cross_validation, config.folds))[config.fold]._asdict()
+    pool = data.unlabelled if data.unlabelled is not None else MultimodalDataset.empty(data.features)
+    known = torch.cat([dataset.ids for dataset in named.values()])
+    return {**named, "unlabelled": pool.subset(~torch.isin(pool.ids, known))}
+
+
+def select(data: MultimodalData, split: str, config: DataConfig | None = None) -> MultimodalDataset:
+    """One of :func:`named_parts`, or ``all`` of them."""
+    parts = named_parts(data, config)
+    return _joined(list(parts.values())) if split == "all" else parts[split]
+
+
+def _joined(datasets: list[MultimodalDataset]) -> MultimodalDataset:
+    filled = [dataset for dataset in datasets if len(dataset)]
+    return MultimodalDataset.concatenate(filled) if filled else datasets[0]
+
+
+def _labelled(dataset: MultimodalDataset) -> MultimodalDataset:
+    return dataset.subset(~dataset.labels.isnan())

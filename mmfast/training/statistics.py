@@ -1,0 +1,88 @@
+"""Means, spreads and intervals over a few runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 2000
+LEVEL = 0.95
+# Metrics of which less is better; of all others more is.
+LOWER = ("mae",)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric over the n runs of a methodology.
+
+    Attributes:
+        mean, std: ``std`` is the sample standard deviation (n - 1), NaN for one run.
+        best: the best single run.
+        low, high: 95 % interval of the mean by Student's t, NaN for one run. It covers the luck of the seed, not that
+            of the test samples.
+    """
+
+    mean: float
+    std: float
+    n: int
+    best: float
+    low: float
+    high: float
+
+
+def summarise(metric: str, values: Sequence[float]) -> Summary:
+    """The summary of one metric's values over runs."""
+    x = np.asarray(values, dtype=float)
+    n, mean = len(x), float(x.mean())
+    std = float(x.std(ddof=1)) if n > 1 else math.nan
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * std / math.sqrt(n) if n > 1 else math.nan
+    best = x.min() if metric in LOWER else x.max()
+    return Summary(mean, std, n, float(best), mean - reach, mean + reach)
+
+
+def mae(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """Mean absolute error along the last axis."""
+    return np.abs(predictions - truths).mean(-1)
+
+
+def corr(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
+    """Pearson correlation along the last axis, 0 where it is undefined."""
+    p = predictions - predictions.mean(-1, keepdims=True)
+    y = truths - truths.mean(-1, keepdims=True)
+    norm = np.sqrt((p * p).sum(-1) * (y * y).sum(-1))
+    return np.divide((p * y).sum(-1), norm, out=np.zeros_like(norm), where=norm > 0)
+
+
+def bootstrap(
+    predictions: np.ndarray,
+    truths: np.ndarray,
+    metric: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    seed: int = 0,
+) -> np.ndarray:
+    """The metric's mean over runs on ``RESAMPLES`` resamples of the test samples.
+
+    Equal seeds and numbers of samples give equal resamples, so the results of two methodologies on one test set may
+    be subtracted (paired bootstrap).
+
+    Args:
+        predictions: (runs, N).
+        truths: (N,), in the same order.
+        metric: reduces the last axis.
+
+    Returns:
+        (RESAMPLES,).
+    """
+    generator = np.random.default_rng(seed)
+    n = len(truths)
+    rows = (generator.integers(n, size=n) for _ in range(RESAMPLES))
+    return np.array([np.mean(metric(predictions[:, row], truths[row])) for row in rows])
+
+
+def interval(resampled: np.ndarray) -> tuple[float, float]:
+    """95 % percentile interval."""
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)

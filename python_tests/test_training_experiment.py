@@ -1,0 +1,247 @@
+"""Experiments: what they compute, that they go on where they stopped, and their report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import RidgeCV
+from training_help import SHARED, TINY, mmfast
+
+from mmfast.data import MultimodalData, MultimodalDataset, save, synthetic
+from mmfast.metrics import regression_metrics
+from mmfast.training import runs, supervised
+from mmfast.training.baselines import PENALTIES, constant, pooled, ridge
+from mmfast.training.config import DataConfig
+from mmfast.training.document import Code, Figure, Heading, Table, Text, to_html, to_markdown
+from mmfast.training.predictions import read_predictions
+from mmfast.training.splits import make_splits
+from mmfast.training.statistics import bootstrap, corr, interval, mae, summarise
+
+QUICK = [
+    "--supervised.epochs=3",
+    "--pretraining.epochs=2",
+    "--experiment.seeds=[0, 5]",
+    "--experiment.workers=1",
+]
+FEATURES = {"text": 8, "audio": 6, "visual": 4}
+ROWS = ["FS", "SLE", "SSL", "LE", "ridge", "constant"]
+
+
+def experiment(folder: Path, *arguments) -> Path:
+    assert mmfast("experiment", *TINY, *QUICK, f"--run.folder={folder}", *arguments) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return experiment(tmp_path_factory.mktemp("experiment"))
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory) -> Path:
+    """Data like ICT-MMMO: a pool without text, and complete samples to cross-validate."""
+    folder = tmp_path_factory.mktemp("folded")
+    data = synthetic(100, max_length=6, missing=0.0, features=FEATURES)
+    pool = data.train.subset(range(40))
+    lengths = {m: pool.lengths(m) * (m != "text") for m in FEATURES}
+    values = {m: pool.flat(m)[: int(lengths[m].sum())] for m in FEATURES}
+    pool = MultimodalDataset.from_flat(values, lengths, ids=pool.ids, names=pool.names)
+    complete = data.train.subset(range(40, 65))
+    save(MultimodalData(unlabelled=pool, cross_validation=complete, name="folded"), folder / "data.npz")
+    experiment(
+        folder / "run",
+        f"--data.path={folder / 'data.npz'}",
+        "--data.folds=3",
+        "--experiment.methods=[FS, LE]",
+    )
+    return folder / "run"
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_rows_seeds_and_metrics(whole):
+    table = results(whole)
+    assert list(table) == ROWS
+    for row in ROWS:
+        seeds = [run["seed"] for run in table[row]["runs"]]
+        assert seeds == ([0] if row in ("ridge", "constant") else [0, 5])
+        for i, run in enumerate(table[row]["runs"]):
+            folder = whole / f"seed{seeds[i]}" / row
+            _, predictions, truths = read_predictions(folder / "predictions.csv")
+            expected = regression_metrics(predictions, truths) if row != "constant" else None
+            assert expected is None or run["metrics"] == expected
+    assert table["FS"]["runs"][0]["metrics"] != table["FS"]["runs"][1]["metrics"]
+
+
+def test_pretraining_is_shared_by_ssl_and_le(whole):
+    for seed in (0, 5):
+        made = {path.parent.name for path in (whole / f"seed{seed}").glob("*/last.ckpt")}
+        assert made == {"pretraining", "FS", "SLE", "SSL", "LE"}
+        for name, expected in (("FS", None), ("SLE", None), ("SSL", 49), ("LE", 49)):
+            handover = json.loads((whole / f"seed{seed}" / name / "result.json").read_text())["handover"]
+            assert (handover and handover["tensors"]) == expected
+
+
+def test_frozen_rows_kept_their_encoder(whole):
+    def encoder(path: Path) -> list[torch.Tensor]:
+        state = torch.load(path, weights_only=True)["state_dict"]
+        return [tensor for name, tensor in state.items() if name.startswith("encoder.")]
+
+    pretrained = encoder(whole / "seed0/pretraining/last.ckpt")
+    assert all(map(torch.equal, encoder(whole / "seed0/LE/best.ckpt"), pretrained))
+    assert not all(map(torch.equal, encoder(whole / "seed0/SSL/best.ckpt"), pretrained))
+    assert not all(map(torch.equal, encoder(whole / "seed0/SLE/best.ckpt"), pretrained))
+
+
+def test_a_complete_experiment_is_not_run_again(whole, monkeypatch):
+    monkeypatch.setattr(runs, "fit", None)
+    before = results(whole)
+    experiment(whole)
+    assert results(whole) == before
+
+
+class Died(BaseException):
+    pass
+
+
+def test_an_interrupted_experiment_goes_on(whole, tmp_path, monkeypatch):
+    step, steps = supervised.Supervised.training_step, []
+
+    def deadly(self, batch, batch_idx):
+        steps.append(batch_idx)
+        if len(steps) == 30:
+            raise Died
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised.Supervised, "training_step", deadly)
+        with pytest.raises(Died):
+            experiment(tmp_path)
+    complete = list(tmp_path.glob("seed*/*/result.json"))
+    assert complete and not (tmp_path / "report.html").exists()
+    times = {path: path.stat().st_mtime_ns for path in complete}
+    experiment(tmp_path)
+    assert results(tmp_path) == results(whole)
+    assert times == {path: path.stat().st_mtime_ns for path in complete}
+
+
+def test_workers_do_not_change_results(whole, tmp_path):
+    experiment(tmp_path, "--experiment.workers=2")
+    assert results(tmp_path) == results(whole)
+
+
+def test_another_experiment_in_the_folder_is_refused(whole, capsys):
+    assert mmfast("experiment", *TINY, *QUICK, f"--run.folder={whole}", "--supervised.lr=0.02") == 2
+    assert re.search(r"supervised\.lr = 0\.01, got 0\.02; name another folder", capsys.readouterr().err)
+
+
+def test_folds_are_pooled(folded):
+    table = results(folded)
+    for row in ("FS", "LE", "ridge"):
+        parts = [read_predictions(folded / "seed0" / f"fold{k}" / row / "predictions.csv") for k in range(3)]
+        names = [name for part in parts for name in part[0]]
+        assert len(names) == len(set(names)) == 25
+        predictions, truths = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
+        assert table[row]["runs"][0]["metrics"] == regression_metrics(predictions, truths)
+    assert "25 samples in 3-fold cross-validation, 2 seeds" in (folded / "report.md").read_text()
+
+
+def test_ridge_is_sklearn_on_standardised_means():
+    splits = make_splits(synthetic(80, max_length=6, features=FEATURES), DataConfig(), seed=0)
+    x = pooled(splits.train)
+    sample = splits.train[3]
+    means = [v.numpy().mean(0) if len(v) else np.zeros(v.shape[1]) for v in sample.values.values()]
+    np.testing.assert_allclose(x[3], np.concatenate(means), rtol=1e-5, atol=1e-6)
+    x = np.concatenate([x, pooled(splits.valid)])
+    y = torch.cat([splits.train.labels, splits.valid.labels]).numpy()
+    centre, scale = x.mean(0), np.where(x.std(0) > 1e-12, x.std(0), 1)
+    model = RidgeCV(PENALTIES).fit((x - centre) / scale, y)
+    np.testing.assert_allclose(
+        ridge(splits), model.predict((pooled(splits.test) - centre) / scale), rtol=1e-4, atol=1e-5
+    )
+    assert np.array_equal(ridge(splits), ridge(splits))
+    assert set(constant(splits)) == {np.median(y)}
+
+
+def test_summary():
+    s = summarise("mae", [1.0, 2.0, 3.0])
+    assert (s.mean, s.std, s.n, s.best) == (2.0, 1.0, 3, 1.0)
+    # Student's t with 2 degrees of freedom: 4.302653.
+    assert s.high - s.mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    assert summarise("corr", [0.1, 0.3]).best == 0.3
+    one = summarise("corr", [0.5])
+    assert (one.n, one.mean) == (1, 0.5) and np.isnan([one.std, one.low, one.high]).all()
+
+
+def test_bootstrap_covers_and_pairs():
+    generator = np.random.default_rng(0)
+    truths = generator.normal(size=400)
+    noisy = truths + generator.normal(size=(3, 400))
+    low, high = interval(bootstrap(noisy, truths, corr))
+    expected = np.mean([np.corrcoef(p, truths)[0, 1] for p in noisy])
+    assert low < expected < high
+    # The standard error of a correlation r from n samples is about (1 - r^2) / sqrt(n).
+    assert (high - low) / 2 / 1.96 == pytest.approx((1 - expected**2) / 20, rel=0.35)
+    better = truths + 0.9 * (noisy - truths)
+    low, high = interval(bootstrap(better, truths, mae) - bootstrap(noisy, truths, mae))
+    assert low < high < 0
+    assert corr(np.ones(5), np.arange(5.0)) == 0
+
+
+def test_document_escapes_and_embeds():
+    blocks = [
+        Heading("A & B", 1),
+        Text("x < y"),
+        Table(["", "a|b"], [["r", "1"]], "c"),
+        Code("k: v"),
+        Figure("p.png", b"\x89PNG", "f"),
+    ]
+    page, text = to_html("t", blocks), to_markdown(blocks)
+    assert "A &amp; B" in page and "x &lt; y" in page and 'src="data:image/png;base64,iVBORw' in page
+    assert "http" not in page.replace("http-equiv", "")
+    assert "# A & B" in text and "| a/b |" in text and "![f](p.png)" in text
+    assert blocks[2].text() == "   a|b\nr    1"
+
+
+def test_report_is_complete(whole):
+    page, text = (whole / "report.html").read_text(), (whole / "report.md").read_text()
+    plots = {path.name for path in (whole / "plots").iterdir()}
+    assert plots == {
+        f"{n}.png" for n in ("comparison", "correlation", "predictions", "pretraining", "supervised")
+    }
+    assert page.count("data:image/png;base64,") == len(plots)
+    assert all(f"plots/{name}" in text for name in plots)
+    for word in (*ROWS, "SSL - FS", "acc7_cmu", "supervised:", "torch:", "16 test samples, 2 seeds"):
+        assert word in page and word in text, word
+    assert not re.search(r"src=\"(?!data:)|href=", page)
+    with open(whole / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["row"] for row in rows] == ["FS"] * 2 + ["SLE"] * 2 + ["SSL"] * 2 + ["LE"] * 2 + [
+        "ridge",
+        "constant",
+    ]
+
+
+@pytest.mark.skipif(not (SHARED / "data/ict_mmmo").exists(), reason="the ICT-MMMO files are not here")
+def test_real_data_splits_and_ridge():
+    from mmfast.data import load
+
+    data = load(SHARED / "data/ict_mmmo")
+    predictions, truths = [], []
+    for fold in range(5):
+        splits = make_splits(data, DataConfig(fold=fold), seed=0)
+        assert len(splits.inputs) == 220 + len(splits.train)
+        predictions.append(ridge(splits))
+        truths.append(splits.test.labels.numpy())
+    predictions, truths = np.concatenate(predictions), np.concatenate(truths)
+    assert len(truths) == 120
+    assert np.corrcoef(predictions, truths)[0, 1] > 0.4
+    assert abs(predictions - truths).mean() < 1.2
