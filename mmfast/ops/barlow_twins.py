@@ -6,9 +6,9 @@ For embeddings of two views (B, D) with standardised columns Â and B̂ and corr
 
 The direct form computes C, O(B D^2). The Gram form uses that the squares of C sum to <ÂÂ', B̂B̂'> / B^2, and
 that the gradient needs (B̂B̂')Â where the direct form has B̂(B̂'Â): O(B^2 D), and nothing of size D x D exists.
-Both are exact (the identity is the duality of Garrido et al., ICLR 2023). The Gram form subtracts the diagonal
-from that sum, which is safe where the form is cheaper: C has at most rank B, so for B < D its diagonal cannot
-make up nearly all of it.
+Both are exact (the identity is the duality of Garrido et al., ICLR 2023). The Gram form subtracts the
+diagonal from that sum, which is safe where the form is cheaper: C has at most rank B, so for B < D its
+diagonal cannot make up nearly all of it.
 
 Around the matrix products both forms are the same passes, in C++ (:class:`_Native`) and in PyTorch
 (:class:`_Plain`): ``standardise``; ``gram_energy`` or ``correlation_energy``; ``standardise_backward``.
@@ -327,8 +327,8 @@ def _backward_fake(upstream, views, statistics, matrices, lambd, center, eps, gr
 
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
-# hat (2, B, D): standardised embeddings; statistics (3, D): see _Native; matrices: in Gram form (n, B, B), B̂B̂'
-# if grad_a and ÂÂ' if grad_b, in direct form Â'B̂ less its diagonal; views: hat, or z_a and z_b to standardise.
+# hat (2, B, D): standardised embeddings; views: hat, or z_a and z_b to standardise; statistics (3, D): see
+# _Native; matrices: in Gram form (n, B, B), B̂B̂' if grad_a and ÂÂ' if grad_b, else Â'B̂ less its diagonal.
 _options = "float lambd, bool center, float eps, bool gram, bool grad_a, bool grad_b"
 _ops = {
     f"barlow_twins_forward(Tensor z_a, Tensor z_b, {_options})"
