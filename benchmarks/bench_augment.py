@@ -1,8 +1,8 @@
 """Two augmented views of three modalities, draw and apply, against a plain copy and eager noise.
 
 The least that has to be moved is one read and two writes of the batch. ``copy`` is PyTorch cloning every tensor
-twice. Noise is also compared with ``x + sigma * torch.randn_like(x)`` for both views; to be fair per element, all time
-steps are real there and the transform always fires.
+twice. Noise is also compared with ``x + sigma * torch.randn_like(x)`` for both views; to be fair per element, all
+time steps are real there and the transform always fires.
 """
 
 from __future__ import annotations
