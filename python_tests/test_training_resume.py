@@ -13,6 +13,7 @@ import pytest
 from training_help import TINY, assert_same, checkpoint, train
 
 from mmfast.training import files, pretraining, supervised
+from mmfast.training.checkpoint import LastCheckpoint
 
 MODULES = {"pretrain": pretraining.Pretraining, "finetune": supervised.Supervised}
 # Steps of the whole run: 57 // 16 batches in 4 epochs; ceil(29 / 8) in 6.
@@ -55,15 +56,14 @@ def assert_same_run(one: Path, other: Path) -> None:
             continue
         a, b = checkpoint(one / name), checkpoint(other / name)
         for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
-            assert_same(a[key], b[key], key)
-        for callback, state in a["callbacks"].items():
+            assert_same(a.get(key), b.get(key), key)
+        for callback, state in a.get("callbacks", {}).items():
             for key, value in state.items():
                 if key not in ("dirpath", "best_k_models") and not key.endswith("_path"):
                     assert_same(value, b["callbacks"][callback][key], f"{callback} {key}")
-    for name in ("predictions.csv",):
-        assert (one / name).exists() == (other / name).exists()
-        if (one / name).exists():
-            assert (one / name).read_bytes() == (other / name).read_bytes()
+    predictions = [folder / "predictions.csv" for folder in (one, other) if (folder / "predictions.csv").exists()]
+    assert len({path.read_bytes() for path in predictions}) == (0 if not predictions else 1)
+    assert len(predictions) in (0, 2)
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
@@ -85,7 +85,7 @@ class Died(BaseException):
 
 
 @pytest.mark.parametrize("command", ["pretrain", "finetune"])
-@pytest.mark.parametrize("save", [1, 2, 4])
+@pytest.mark.parametrize("save", [2, 4])
 @pytest.mark.parametrize("moment", ["half", "after"])
 def test_death_around_any_checkpoint_write(command, save, moment, whole, tmp_path, monkeypatch):
     write, seen = files.write_atomically, []
@@ -106,6 +106,43 @@ def test_death_around_any_checkpoint_write(command, save, moment, whole, tmp_pat
             train(command, tmp_path, *options(command, whole))
     train(command, tmp_path, *options(command, whole), "--resume")
     assert_same_run(tmp_path, whole[command])
+
+
+def dies_at(monkeypatch, at: int) -> None:
+    step = supervised.Supervised.training_step
+
+    def deadly(self, batch, batch_idx):
+        if self.global_step == at:
+            raise Died
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(supervised.Supervised, "training_step", deadly)
+
+
+def test_resume_without_any_checkpoint_starts_anew(whole, tmp_path, monkeypatch):
+    rare = [*options("finetune", whole), "--run.checkpoint_seconds=1e9"]
+    with monkeypatch.context() as patch:
+        dies_at(patch, 14)
+        with pytest.raises(Died):
+            train("finetune", tmp_path, *rare)
+    assert (tmp_path / "best.ckpt").exists() and not (tmp_path / "last.ckpt").exists()
+    train("finetune", tmp_path, *rare, "--resume")
+    assert_same_run(tmp_path, whole["finetune"])
+
+
+def test_resume_from_before_the_best_epoch(tmp_path, monkeypatch):
+    slow = ["--supervised.lr=1e-4"]
+    train("finetune", tmp_path / "whole", *slow)
+    with monkeypatch.context() as patch:
+        dies_at(patch, 18)
+        second = lambda self, trainer, _: trainer.current_epoch != 1 or trainer.save_checkpoint(self.path)  # noqa: E731
+        patch.setattr(LastCheckpoint, "on_train_epoch_end", second)
+        with pytest.raises(Died):
+            train("finetune", tmp_path / "resumed", *slow)
+    best, last = (checkpoint(tmp_path / "resumed" / name)["epoch"] for name in ("best.ckpt", "last.ckpt"))
+    assert (best, last) == (3, 1)
+    train("finetune", tmp_path / "resumed", *slow, "--resume")
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
 
 def test_resume_of_a_complete_run_changes_nothing(whole):
@@ -130,15 +167,8 @@ def test_resume_after_the_last_epoch_but_before_the_result(whole, tmp_path, monk
 
 
 def test_resume_in_a_folder_that_was_moved(whole, tmp_path, monkeypatch):
-    step = supervised.Supervised.training_step
-
-    def deadly(self, batch, batch_idx):
-        if self.global_step == 14:
-            raise Died
-        return step(self, batch, batch_idx)
-
     with monkeypatch.context() as patch:
-        patch.setattr(supervised.Supervised, "training_step", deadly)
+        dies_at(patch, 14)
         with pytest.raises(Died):
             train("finetune", tmp_path / "before", *options("finetune", whole))
     os.rename(tmp_path / "before", tmp_path / "after")

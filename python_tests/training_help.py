@@ -28,6 +28,7 @@ TINY = [
     "--run.accelerator=cpu",
     "--run.threads=1",
     "--run.tensorboard=false",
+    "--run.checkpoint_seconds=0",
 ]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from mmfast.errors import UserError
 from mmfast.training.files import write_atomically
@@ -37,17 +39,18 @@ class AtomicCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-class FolderCheckpoint(ModelCheckpoint):
-    """One checkpoint file of a run, overwritten in place: the last epoch, or the best (lowest) by ``monitor``.
+class BestCheckpoint(ModelCheckpoint):
+    """``<name>`` in a run's folder: the weights of the epoch with the lowest ``monitor``, overwritten in place.
 
     Unlike its base it keeps its state when the run's folder was moved between two sittings.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str, monitor: str | None = None) -> None:
+    def __init__(self, folder: str | os.PathLike, name: str, monitor: str) -> None:
         super().__init__(
             dirpath=folder,
-            filename=name,
+            filename=Path(name).stem,
             monitor=monitor,
+            save_weights_only=True,
             enable_version_counter=False,
             save_on_train_epoch_end=True,
         )
@@ -61,6 +64,26 @@ class FolderCheckpoint(ModelCheckpoint):
             moved[key] = here(state_dict[key])
         moved["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
         super().load_state_dict(moved)
+
+
+class LastCheckpoint(Checkpoint):
+    """``<name>`` in a run's folder: everything that resuming needs, written at ends of epochs.
+
+    Args:
+        path: the file.
+        seconds: not sooner than so long after the previous time, except at the end of training. Short epochs would
+            otherwise spend their time on the disk.
+    """
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path, self.seconds = path, seconds
+        self._saved = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ends = trainer.should_stop or trainer.current_epoch + 1 >= trainer.max_epochs
+        if ends or time.monotonic() - self._saved >= self.seconds:
+            trainer.save_checkpoint(self.path)
+            self._saved = time.monotonic()
 
 
 def read_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:

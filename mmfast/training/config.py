@@ -170,6 +170,7 @@ class RunConfig:
         precision: ``32-true``, or mixed precision by autocast.
         tensorboard: Write TensorBoard event files beside the CSV log.
         threads: CPU threads; torch's choice when left out. Bits of a result may depend on it.
+        checkpoint_seconds: Least time between two checkpoints to resume from; they are written at ends of epochs.
         progress: Progress bar: ``auto`` shows it on a terminal only.
     """
 
@@ -179,6 +180,7 @@ class RunConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     tensorboard: bool = True
     threads: int | None = None
+    checkpoint_seconds: float = 10.0
     progress: Literal["auto", "on", "off"] = "auto"
 
 
@@ -238,6 +240,7 @@ RULES = (
     ("supervised.patience", "positive", _positive),
     ("supervised.plateau_patience", "at least 0", lambda v: v >= 0),
     ("supervised.plateau_factor", "in (0, 1)", lambda v: 0 < v < 1),
+    ("run.checkpoint_seconds", "at least 0", lambda v: v >= 0),
     ("run.threads", "positive", lambda v: v is None or v > 0),
     ("run.seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
 )

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
 from mmfast.errors import UserError
-from mmfast.training.checkpoint import AtomicCheckpointIO, FolderCheckpoint, read_checkpoint
+from mmfast.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from mmfast.training.config import RunConfig
 from mmfast.training.history import History
 
@@ -35,8 +35,8 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train, or go on where ``folder/last.ckpt`` stopped, to the same weights bit by bit.
 
-    A checkpoint is written at the end of each epoch (``last.ckpt``), so a killed run repeats at most one epoch. That
-    the repetition is exact rests on every draw being a function of (seed, step) or (seed, epoch).
+    A killed run repeats what came after its latest checkpoint. That the repetition is exact rests on every draw being
+    a function of (seed, step) or (seed, epoch).
 
     Args:
         module: what to train; at the end it holds the last epoch's weights.
@@ -58,10 +58,10 @@ def fit(
     if monitor is not None:
         callbacks += [
             EarlyStopping(monitor, patience=patience, check_on_train_epoch_end=True),
-            FolderCheckpoint(folder, Path(BEST).stem, monitor),
+            BestCheckpoint(folder, BEST, monitor),
         ]
     # Written after the callbacks above have seen the epoch, for it holds their state.
-    callbacks.append(FolderCheckpoint(folder, Path(LAST).stem))
+    callbacks.append(LastCheckpoint(folder / LAST, run.checkpoint_seconds))
     progress = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
     if progress:
         callbacks.append(RichProgressBar())

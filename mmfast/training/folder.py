@@ -17,7 +17,7 @@ from mmfast.training.parsing import load_yaml, save_yaml
 
 CONFIG, ENVIRONMENT, RESULT, PREDICTIONS = "config.yaml", "environment.yaml", "result.json", "predictions.csv"
 # Settings that cannot change a result.
-IDLE = ("run.folder", "run.progress", "run.tensorboard", "experiment.workers")
+IDLE = ("run.folder", "run.progress", "run.tensorboard", "run.checkpoint_seconds", "experiment.workers")
 
 
 @contextlib.contextmanager
