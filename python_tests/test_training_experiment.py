@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -133,8 +136,18 @@ def test_an_interrupted_experiment_goes_on(whole, tmp_path, monkeypatch):
     assert times == {path: path.stat().st_mtime_ns for path in complete}
 
 
-def test_workers_do_not_change_results(whole, tmp_path):
-    experiment(tmp_path, "--experiment.workers=2")
+def test_killed_with_its_workers_it_goes_on_with_the_same_results(whole, tmp_path):
+    """Also: the number of workers does not change results."""
+    arguments = ["experiment", *TINY, *QUICK, f"--run.folder={tmp_path}", "--experiment.workers=2"]
+    process = subprocess.Popen([sys.executable, "-m", "mmfast.cli", *arguments], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("seed*/FS/result.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(1.5)  # workers look after their parent twice a second
+    assert not (tmp_path / "report.html").exists()
+    experiment(tmp_path)
     assert results(tmp_path) == results(whole)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import threading
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,19 +129,40 @@ def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) ->
         return
     # Fresh processes: forking one whose OpenMP threads have run deadlocks.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         futures: dict[Future, Unit] = {pool.submit(_run_unit, *arguments, unit): unit for unit in units}
         try:
             for future in as_completed(futures):
                 _report(futures[future], future.result())
+        except BrokenProcessPool as error:
+            raise UserError(
+                "experiment: a worker was killed, perhaps for memory; the same command goes on"
+            ) from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            # Not asked to finish, which takes minutes: a run survives a kill at any moment.
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
             raise
+
+
+def _end_with(parent: int) -> None:
+    """End this worker soon after its parent was killed; it would keep its run's folder locked until it is done."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _workers(config: Config) -> int:
     on_cpu = config.run.accelerator == "cpu" or not torch.cuda.is_available()
-    return len(os.sched_getaffinity(0)) if on_cpu else 1
+    if not on_cpu:
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _report(unit: Unit, results: dict[str, dict[str, Any]]) -> None:

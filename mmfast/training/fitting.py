@@ -94,7 +94,7 @@ def fit(
             raise UserError(
                 f"config: run.accelerator {run.accelerator}, run.precision {run.precision}: {error}"
             ) from error
-        trainer.fit(module, train, valid, ckpt_path=start, weights_only=True)
+        trainer.fit(module, train, valid, ckpt_path=start)
     return history.epochs
 
 

@@ -172,7 +172,7 @@ def _differences(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.nda
     header = ["", *(cell for key in RESAMPLED for cell in (MAIN[key][0], "95 % interval"))]
     caption = (
         "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 "
-        "shows no difference; MAE is better when lower."
+        "does not show a difference; MAE is better when lower."
     )
     return [Table(header, rows, caption)] if rows else []
 
@@ -247,19 +247,22 @@ def _figures(
 
 
 def _appendix(outcomes: Outcomes) -> list[Block]:
-    keys = list(next(iter(outcomes.values()))[0].metrics)
-    means = [[name, *(_plain(key, outcomes[name]) for key in keys)] for name in outcomes]
+    keys = next(iter(outcomes.values()))[0].metrics
+    means = [[key, *(_plain(key, runs) for runs in outcomes.values())] for key in keys]
     single = [
-        [f"{name}, seed {run.seed}", *(f"{run.metrics[key]:.3f}" for key in keys)]
+        [f"{name}, seed {run.seed}", *(f"{run.metrics[key]:.3f}" for key in MAIN)]
         for name, runs in outcomes.items()
         for run in runs
         if len(runs) > 1
     ]
     caption = (
-        "Fractions. has0: x >= 0 on both sides; gt0: x > 0 on both sides; f1_as_published: weighted by predicted "
-        "counts; acc7_cmu: seven classes rounded away from zero."
+        "Mean ± standard deviation, as fractions. has0: x >= 0 on both sides; gt0: x > 0 on both sides; "
+        "f1_as_published: weighted by predicted counts; acc7_cmu: seven classes rounded away from zero."
     )
-    return [Table(["mean ± std", *keys], means, caption), Table(["single runs", *keys], single)]
+    blocks: list[Block] = [Table(["", *outcomes], means, caption)]
+    if single:
+        blocks.append(Table(["", *MAIN], single, "Single seeds; all their metrics are in results.csv."))
+    return blocks
 
 
 def _plain(key: str, runs: Sequence[Outcome]) -> str:
