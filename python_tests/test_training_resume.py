@@ -61,7 +61,9 @@ def assert_same_run(one: Path, other: Path) -> None:
             for key, value in state.items():
                 if key not in ("dirpath", "best_k_models", "current_score") and not key.endswith("_path"):
                     assert_same(value, b["callbacks"][callback][key], f"{callback} {key}")
-    predictions = [folder / "predictions.csv" for folder in (one, other) if (folder / "predictions.csv").exists()]
+    predictions = [
+        folder / "predictions.csv" for folder in (one, other) if (folder / "predictions.csv").exists()
+    ]
     assert len({path.read_bytes() for path in predictions}) == (0 if not predictions else 1)
     assert len(predictions) in (0, 2)
 
@@ -174,6 +176,7 @@ def test_resume_in_a_folder_that_was_moved(tmp_path, monkeypatch):
         with pytest.raises(Died):
             train("finetune", tmp_path / "before", *fast)
     os.rename(tmp_path / "before", tmp_path / "after")
-    assert checkpoint(tmp_path / "whole/best.ckpt")["epoch"] < 4  # so that the best of the first sitting counts
+    # So that the best of the first sitting counts.
+    assert checkpoint(tmp_path / "whole/best.ckpt")["epoch"] < 4
     train("finetune", tmp_path / "after", *fast, "--resume")
     assert_same_run(tmp_path / "after", tmp_path / "whole")
