@@ -97,12 +97,12 @@ int barlow_twins_standardise(int dtype, uintptr_t z_a, int64_t stride_a, uintptr
                                           threads);
 }
 
-void barlow_twins_gram_energy(bool wide, uintptr_t gram_a, uintptr_t gram_b, uintptr_t statistics,
-                              int64_t rows, int64_t columns, double lambd, bool grad_a, bool grad_b,
-                              uintptr_t kept, uintptr_t loss, uintptr_t components, int threads) {
-  KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(gram_a), ptr<void>(gram_b), ptr<void>(statistics), rows,
-                                   columns, lambd, grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
-                                   ptr<void>(components), threads);
+bool barlow_twins_gram_energy(bool wide, uintptr_t hat, uintptr_t statistics, int64_t rows, int64_t columns,
+                              double lambd, bool grad_a, bool grad_b, uintptr_t kept, uintptr_t loss,
+                              uintptr_t components, int threads) {
+  return KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(hat), ptr<void>(statistics), rows, columns, lambd,
+                                          grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
+                                          ptr<void>(components), threads);
 }
 
 void barlow_twins_correlation_energy(bool wide, uintptr_t p, uintptr_t statistics, int64_t rows,
@@ -112,13 +112,12 @@ void barlow_twins_correlation_energy(bool wide, uintptr_t p, uintptr_t statistic
                                           ptr<void>(loss), ptr<void>(components), threads);
 }
 
-void barlow_twins_standardise_backward(int dtype, uintptr_t m_a, uintptr_t m_b, uintptr_t hat,
-                                       uintptr_t statistics, uintptr_t upstream, int64_t rows,
-                                       int64_t columns, double lambd, bool with_diagonal, uintptr_t grad_a,
-                                       uintptr_t grad_b, int threads) {
-  KERNEL(barlow_twins_standardise_backward)(dtype, ptr<void>(m_a), ptr<void>(m_b), ptr<void>(hat),
-                                            ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd,
-                                            with_diagonal, ptr<void>(grad_a), ptr<void>(grad_b), threads);
+bool barlow_twins_backward(int dtype, bool gram, uintptr_t matrix_a, uintptr_t matrix_b, uintptr_t hat,
+                           uintptr_t statistics, uintptr_t upstream, int64_t rows, int64_t columns,
+                           double lambd, uintptr_t grad_a, uintptr_t grad_b, int threads) {
+  return KERNEL(barlow_twins_backward)(dtype, gram, ptr<void>(matrix_a), ptr<void>(matrix_b), ptr<void>(hat),
+                                       ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd,
+                                       ptr<void>(grad_a), ptr<void>(grad_b), threads);
 }
 
 }  // namespace
@@ -132,7 +131,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("barlow_twins_standardise", &barlow_twins_standardise, unlocked);
   m.def("barlow_twins_gram_energy", &barlow_twins_gram_energy, unlocked);
   m.def("barlow_twins_correlation_energy", &barlow_twins_correlation_energy, unlocked);
-  m.def("barlow_twins_standardise_backward", &barlow_twins_standardise_backward, unlocked);
+  m.def("barlow_twins_backward", &barlow_twins_backward, unlocked);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_device_count", &mmfast::cuda_device_count, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_error_string", &mmfast::cuda_error_string);
