@@ -63,8 +63,8 @@ def barlow_twins(
 
 
 def _gram_is_cheaper(rows: int, columns: int) -> bool:
-    # 8 B^2 D operations against 6 B D^2. With the symmetry of Gram matrices it is even at B = 0.9 D, but there
-    # the subtraction of the diagonal may magnify rounding by 1 / (1 - B / D) = 10, here by 4 at most.
+    # 8 B^2 D operations against 6 B D^2. With symmetric Gram matrices it is even at B = 0.9 D, but there the
+    # subtraction of the diagonal may magnify rounding by 1 / (1 - B / D) = 10, here by 4 at most.
     return 4 * rows < 3 * columns
 
 
