@@ -24,24 +24,3 @@ def test_product(size, dtype, autocast):
                 z = ops.product(x, y)
             assert z.dtype == dtype and z.is_contiguous()
             assert error(z, x.double() @ y.double().t()) < 16 * torch.finfo(dtype).eps
-
-
-@SIZES
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("autocast", [False, True])
-def test_products(size, dtype, autocast):
-    m, n, k = size
-    x = torch.randn(2, m, k, dtype=dtype)
-    for y in (torch.randn(2, n, k, dtype=dtype), torch.randn(2, k, n, dtype=dtype).mT):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            pair = ops.products(x, y)
-        for z, a, b in zip(pair, x, y, strict=True):
-            assert z.dtype == dtype and z.is_contiguous()
-            assert error(z, a.double() @ b.double().t()) < 16 * torch.finfo(dtype).eps
-
-
-def test_a_pair_of_tensors_shares_no_memory():
-    x = torch.randn(2, 96, 301)
-    pair = ops.products(x, x)
-    if isinstance(pair, tuple):
-        assert pair[0].untyped_storage().data_ptr() != pair[1].untyped_storage().data_ptr()
