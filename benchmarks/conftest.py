@@ -1,8 +1,8 @@
 """Fair races: every contender in every round, beside what this machine's memory and arithmetic can do.
 
-Under pytest-benchmark's own table stand the median of each contender and how many times faster mmfast is;
-``--benchmark-json FILE`` keeps it all, with the machine. ``--benchmark-disable`` runs each benchmark once, on
-small sizes, without timing.
+pytest-benchmark's own table has mmfast alone. Above it stand the medians of the races and how many times
+faster mmfast is; ``--benchmark-json FILE`` keeps all of it, with the machine. ``--benchmark-disable`` runs each
+benchmark once, on small sizes, without timing.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import mmfast
 from mmfast import backends
 from mmfast.ops.products import product
 
-# Contenders faster than this, in seconds, run once more before they are timed: caches are warm for all.
-WARM_BELOW = 0.05
-# What the rounds of one race may take in all, in seconds, and how many there are.
-BUDGET, ROUNDS = 4.0, (5, 100)
+# Seconds: what a contender's calls in one round take at least, and what the rounds of a race take in all.
+SAMPLE, BUDGET = 0.005, 4.0
+ROUNDS = (5, 100)
 _TABLE = pytest.StashKey[list]()
 
 
@@ -44,16 +43,16 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     }
 
 
-def seconds(function, calls: int = 1) -> float:
-    """Time of a call: the best of nine, since what is sought is what the machine can do."""
-    function()
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        for _ in range(calls):
-            function()
-        times.append(time.perf_counter() - start)
-    return min(times) / calls
+def time_of(function, calls: int) -> float:
+    """Seconds a call, over calls in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
+
+
+def best_time(function, calls: int = 1) -> float:
+    return min(time_of(function, calls) for _ in range(9))
 
 
 class Machine:
@@ -64,13 +63,13 @@ class Machine:
         """Bytes read and written a second by a copy that moves ``nbytes`` in all, in cache where they fit."""
         source = torch.ones(max(1, nbytes // 8))
         target = torch.empty_like(source)
-        return nbytes / seconds(lambda: target.copy_(source), calls=max(1, 2**22 // nbytes))
+        return nbytes / best_time(lambda: target.copy_(source), calls=max(1, 2**22 // nbytes))
 
     @functools.cached_property
     def matmul_rate(self) -> float:
         """fp32 operations a second, of the better of torch's libraries."""
         x = torch.ones(1024, 1024)
-        return 2 * 1024**3 / min(seconds(lambda: x @ x), seconds(lambda: product(x, x)))
+        return 2 * 1024**3 / min(best_time(lambda: x @ x), best_time(lambda: product(x, x)))
 
 
 @pytest.fixture(scope="session")
@@ -94,36 +93,30 @@ def race(benchmark, machine, smoke, request):
     """
 
     def run(ours, baselines, nbytes, flops=0):
+        contenders = {"mmfast": ours, **baselines}
         if smoke:
-            for contender in baselines.values():
-                contender()
+            for call in baselines.values():
+                call()
             return benchmark(ours)
 
-        once = {}
-        for name, call in {**baselines, "mmfast": ours}.items():
+        calls = {}
+        for name, call in contenders.items():
             call()
-            start = time.perf_counter()
-            call()
-            once[name] = time.perf_counter() - start
-        warm = {name: value < WARM_BELOW for name, value in once.items()}
-        rounds = min(max(int(BUDGET / (2 * sum(once.values()))), ROUNDS[0]), ROUNDS[1])
-        times = {name: [] for name in baselines}
-
-        def others():
-            for name, call in baselines.items():
-                if warm[name]:
-                    call()
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
-            if warm["mmfast"]:
-                ours()
-
-        benchmark.pedantic(ours, setup=others, rounds=rounds)
-        median = benchmark.stats.stats.median
-        bandwidth = machine.copy_bandwidth(nbytes)
-        floor = nbytes / bandwidth + (flops / machine.matmul_rate if flops else 0)
+            calls[name] = max(1, round(SAMPLE / time_of(call, 2)))
+        times = {name: [] for name in contenders}
+        round_time = sum(time_of(call, calls[name]) for name, call in contenders.items())
+        for _ in range(min(max(int(BUDGET / round_time), ROUNDS[0]), ROUNDS[1])):
+            for name, call in contenders.items():
+                times[name].append(time_of(call, calls[name]))
         medians = {name: statistics.median(values) for name, values in times.items()}
+        median = medians["mmfast"]
+
+        bandwidth = machine.copy_bandwidth(nbytes)
+        floor = nbytes / bandwidth
+        if flops:
+            rate = machine.matmul_rate
+            floor += flops / rate
+            benchmark.extra_info.update(matmul_rate=rate, share_of_matmul_rate=flops / median / rate)
         benchmark.extra_info.update(
             bytes=nbytes,
             flops=flops,
@@ -131,13 +124,11 @@ def race(benchmark, machine, smoke, request):
             share_of_copy_bandwidth=nbytes / median / bandwidth,
             floor=floor,
             share_of_floor=floor / median,
-            baselines={name: [value, *statistics.quantiles(times[name])] for name, value in medians.items()},
-            speedup={name: value / median for name, value in medians.items()},
+            quartiles={name: statistics.quantiles(values) for name, values in times.items()},
+            speedup={name: medians[name] / median for name in baselines},
         )
-        if flops:
-            rate = machine.matmul_rate
-            benchmark.extra_info.update(matmul_rate=rate, share_of_matmul_rate=flops / median / rate)
         request.config.stash[_TABLE].append((request.node.name, median, floor / median, medians))
+        return benchmark.pedantic(ours, iterations=calls["mmfast"], rounds=ROUNDS[0])
 
     return run
 
@@ -145,10 +136,10 @@ def race(benchmark, machine, smoke, request):
 def pytest_terminal_summary(terminalreporter, config):
     if not config.stash[_TABLE]:
         return
-    write = terminalreporter.write_line
-    terminalreporter.section("medians in ms, and how many times faster mmfast is")
+    terminalreporter.section("races: medians in ms (and how many times faster mmfast is)")
     for name, median, share, medians in config.stash[_TABLE]:
-        others = "  ".join(
-            f"{other} {value * 1e3:.3f} ({value / median:.1f}x)" for other, value in medians.items()
-        )
-        write(f"{name:42} mmfast {median * 1e3:.3f} ({share:.0%} of the floor's speed)  {others}")
+        cells = [f"mmfast {median * 1e3:.3f} ({share:.0%} of the floor's speed)"]
+        for other, value in medians.items():
+            if other != "mmfast":
+                cells.append(f"{other} {value * 1e3:.3f} ({value / median:.1f}x)")
+        terminalreporter.write_line(f"{name:40} {'  '.join(cells)}")
