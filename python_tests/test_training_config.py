@@ -114,7 +114,9 @@ def test_first_difference_descends_and_ignores():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid(preset):
-    check(config_of(PRESETS[preset]))
+    settings = dict(PRESETS[preset])
+    check_experiment(ExperimentConfig(**settings.pop("experiment", {})))
+    check(config_of(settings))
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -232,7 +232,15 @@ def test_report_is_complete(whole):
     }
     assert page.count("data:image/png;base64,") == len(plots)
     assert all(f"plots/{name}" in text for name in plots)
-    for word in (*ROWS, "SSL - FS", "acc7_cmu", "supervised:", "torch:", "16 test samples, 2 seeds"):
+    for word in (
+        *ROWS,
+        "SSL - FS",
+        "acc7_cmu",
+        "supervised:",
+        "torch:",
+        "16 test samples, 2 seeds",
+        "took over 49 tensors",
+    ):
         assert word in page and word in text, word
     assert not re.search(r"src=\"(?!data:)|href=", page)
     with open(whole / "results.csv", newline="") as file:

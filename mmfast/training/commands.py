@@ -143,7 +143,8 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
     try:
         preset = early.parse_known_args(argv)[0].preset
         if preset in PRESETS:
-            parser.set_defaults(PRESETS[preset])
+            known = parser.get_defaults()
+            parser.set_defaults({name: values for name, values in PRESETS[preset].items() if name in known})
         return parser.instantiate(parser.parse_args(argv))
     except argparse.ArgumentError as error:
         raise UserError(f"{error} (see {parser.prog} --help)") from error

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import sys
 import threading
 import time
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -125,16 +126,18 @@ def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) ->
     arguments = (asdict(config), asdict(experiment))
     if workers == 1:
         for unit in units:
-            _report(unit, _run_unit(*arguments, unit))
+            _run_unit(*arguments, unit)
         return
     # Fresh processes: forking one whose OpenMP threads have run deadlocks.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
-        futures: dict[Future, Unit] = {pool.submit(_run_unit, *arguments, unit): unit for unit in units}
+    with ProcessPoolExecutor(
+        workers, context, initializer=_start_worker, initargs=(os.getpid(), log.getEffectiveLevel())
+    ) as pool:
+        futures = [pool.submit(_run_unit, *arguments, unit) for unit in units]
         try:
             for future in as_completed(futures):
-                _report(futures[future], future.result())
+                future.result()
         except BrokenProcessPool as error:
             raise UserError(
                 "experiment: a worker was killed, perhaps for memory; the same command goes on"
@@ -147,8 +150,13 @@ def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) ->
             raise
 
 
-def _end_with(parent: int) -> None:
-    """End this worker soon after its parent was killed; it would keep its run's folder locked until it is done."""
+def _start_worker(parent: int, level: int) -> None:
+    """Log to the parent's standard output, and end soon after the parent was killed.
+
+    A worker that lives on would keep its run's folder locked until the run is done.
+    """
+    log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(level)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -165,13 +173,8 @@ def _workers(config: Config) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _report(unit: Unit, results: dict[str, dict[str, Any]]) -> None:
-    maes = ", ".join(f"{name} {r['metrics']['mae']:.3f}" for name, r in results.items() if r.get("metrics"))
-    log.info("%s: MAE %s (%.0f s)", unit, maes, sum(r["seconds"] for r in results.values()))
-
-
-def _run_unit(config: dict[str, Any], experiment: dict[str, Any], unit: Unit) -> dict[str, dict[str, Any]]:
-    """All of a unit's runs that are not complete yet; results by row. Runs in a process of its own."""
+def _run_unit(config: dict[str, Any], experiment: dict[str, Any], unit: Unit) -> None:
+    """All of a unit's runs that are not complete yet, perhaps in a process of their own."""
     config, experiment = unit.config(config_of(config)), ExperimentConfig(**experiment)
     root = Path(config.run.folder)
     torch.set_num_threads(config.run.threads)
@@ -179,16 +182,19 @@ def _run_unit(config: dict[str, Any], experiment: dict[str, Any], unit: Unit) ->
     if len(splits.test) == 0:
         raise UserError(f"experiment: data {config.data.path} hold no labelled test samples")
 
-    results = {}
     if any(METHODS[name].pretrained for name in experiment.methods):
-        results[PRETRAINED] = _pretrain(_in(config, unit, root, PRETRAINED), splits)
+        result = _pretrain(_in(config, unit, root, PRETRAINED), splits)
+        log.info("%s, pre-training: %d epochs (%.0f s)", unit, result["epochs"], result["seconds"])
     for name in experiment.methods:
         source = unit.folder(root) / PRETRAINED / LAST if METHODS[name].pretrained else None
-        results[name] = _finetune(_in(config, unit, root, name), splits, source, METHODS[name].frozen)
+        _log(unit, name, _finetune(_in(config, unit, root, name), splits, source, METHODS[name].frozen))
     if _has_baselines(config, experiment, unit.seed):
         for name in BASELINES:
-            results[name] = _baseline(name, unit.folder(root) / name, splits)
-    return results
+            _log(unit, name, _baseline(name, unit.folder(root) / name, splits))
+
+
+def _log(unit: Unit, name: str, result: dict[str, Any]) -> None:
+    log.info("%s, %s: MAE %.3f (%.0f s)", unit, name, result["metrics"]["mae"], result["seconds"])
 
 
 def _in(config: Config, unit: Unit, root: Path, name: str) -> Config:

@@ -121,10 +121,22 @@ def _summary(config: Config, data: MultimodalData, units: list[Unit], outcomes: 
     seconds = sum(r["seconds"] for runs in outcomes.values() for run in runs for r in run.results)
     pretraining = [load_result(unit.folder(root) / PRETRAINED) for unit in units]
     seconds += sum(r["seconds"] for r in pretraining if r)
+    handovers = {
+        "{tensors} tensors ({parameters:,} parameters)".format(**taken)
+        for runs in outcomes.values()
+        for run in runs
+        for result in run.results
+        if (taken := result.get("handover"))
+    }
+    handed = (
+        f"Every SSL and LE run took over {' or '.join(handovers)} of the pre-trained encoder. "
+        if handovers
+        else ""
+    )
     return (
         f"Data {data.name} ({config.data.path}): {how} Networks are tested at the epoch of lowest validation loss; "
         "inputs are standardised on what pre-training may see, never on validation or test samples; ridge regression "
-        f"is fitted on training and validation samples. Work in all: {seconds:.0f} s."
+        f"is fitted on training and validation samples. {handed}Work in all: {seconds:.0f} s."
     )
 
 
