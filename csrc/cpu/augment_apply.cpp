@@ -270,19 +270,26 @@ void apply_view(const AugmentCall& call, const Fired* fired, int count, int64_t 
   const int64_t after = at.start + at.n, cells = at.n * at.width;
   copy_rows(block, rows, at.start, at.width);
   copy_rows(block + after * at.width, {rows[after], stride_t}, shape.steps - after, at.width);
-  const auto chain = [&](const U* in, U* to) {
-    run_chain<C>({in, at.width}, to, scratch.at<U>(kSpare), scratch.at<U>(kMask), scratch.wanted, at.n, fired,
-                 count, shape, *call.seed, sample_id(call, b), (uint32_t)v, (uint32_t)m, with_noise);
+  const auto chain = [&](Rows<U> in, U* to) {
+    run_chain<C>(in, to, scratch.at<U>(kSpare), scratch.at<U>(kMask), scratch.wanted, at.n, fired, count,
+                 shape, *call.seed, sample_id(call, b), (uint32_t)v, (uint32_t)m, with_noise);
   };
   U* const result = scratch.at<U>(kResult);
   if constexpr (sizeof(E) == sizeof(C)) {
-    // Worked out in the cache and copied in one go: memcpy writes whole lines without reading them first.
-    chain((const U*)real, result);
-    __builtin_memcpy(block + at.start * at.width, result, (size_t)cells * sizeof(U));
+    U* const to = block + at.start * at.width;
+    if (with_noise) {
+      // Bound by arithmetic: any pass over memory beside it would only cost.
+      chain({rows[at.start], stride_t}, to);
+    } else {
+      // Bound by memory: worked out in the cache and copied in one go, for memcpy writes whole lines without
+      // reading them first.
+      chain({(const U*)real, at.width}, result);
+      __builtin_memcpy(to, result, (size_t)cells * sizeof(U));
+    }
   } else {
     C* const numbers = (C*)result;
     for (int64_t i = 0; i < cells; ++i) numbers[i] = Scalar<E>::load(real[i]);
-    chain(result, result);
+    chain({result, at.width}, result);
     E* to = out + at.start * at.width;
     for (int64_t i = 0; i < cells; ++i) to[i] = Scalar<E>::store(numbers[i]);
   }
@@ -307,11 +314,13 @@ int apply_typed(const AugmentCall& call, const int32_t* plan, const void* const*
           copy_rows((Stored*)to, {(const Stored*)from, stride_t}, call.shapes[m].steps, at.width);
           return;
         }
-        // Read once and in order for all views: a permutation would wait for each row it fetched from memory.
-        if (!read) copy_rows(real, {(const Stored*)from + at.start * stride_t, stride_t}, at.n, at.width);
-        read = true;
         bool noisy = false;
         for (int i = 0; i < count; ++i) noisy |= with_noise && scratch.fired[i].step->kind == kGaussianNoise;
+        // Read once and in order for all views: a permutation would wait for each row it fetched from memory.
+        if (!read && (!noisy || sizeof(E) != sizeof(C))) {
+          copy_rows(real, {(const Stored*)from + at.start * stride_t, stride_t}, at.n, at.width);
+          read = true;
+        }
         // Without noise nothing is computed: elements move as bit patterns of their own size.
         if (noisy)
           apply_view<E, C>(call, scratch.fired, count, b, m, v, from, stride_t, (const E*)real, to, true,
