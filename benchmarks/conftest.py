@@ -1,8 +1,8 @@
 """Fair races: every contender in every round, beside what this machine's memory and arithmetic can do.
 
 pytest-benchmark's own table has mmfast alone. Above it stand the medians of the races and how many times
-faster mmfast is; ``--benchmark-json FILE`` keeps all of it, with the machine. ``--benchmark-disable`` runs each
-benchmark once, on small sizes, without timing.
+faster mmfast is; ``--benchmark-json FILE`` keeps all of it, with the machine. ``--benchmark-disable`` runs
+each benchmark once, on small sizes, without timing.
 """
 
 from __future__ import annotations

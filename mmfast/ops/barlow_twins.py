@@ -102,24 +102,22 @@ def check_embeddings(z_a: Tensor, z_b: Tensor) -> None:
         raise ValueError(f"barlow_twins: z_b must be on the device of z_a ({z_a.device}), got {z_b.device}")
 
 
-def _refuse(name: str, z: Tensor) -> None:
-    """Raises if ``z`` holds NaN, infinities or values too large for its variance to be computed."""
-    wrong = ~z.isfinite()
-    if count := int(wrong.sum()):
-        row, column = wrong.nonzero()[0].tolist()
-        raise UserError(
-            f"barlow_twins: {name} must be finite, got {count} NaN or infinite values of {z.numel()}, "
-            f"the first ({float(z[row, column])}) in row {row}, column {column}"
-        )
-    wide = z.double()
-    variance = (wide - wide[:1]).square().amax(0)
-    limit = torch.finfo(_compute_dtype(z)).max / len(z)
-    if int((variance > limit).sum()):
-        column = int(variance.argmax())
-        raise UserError(
-            f"barlow_twins: {name} must have variances within the range of {_compute_dtype(z)}, "
-            f"got values up to {float(wide[:, column].abs().max()):.3g} in column {column}"
-        )
+def _refuse(**views: Tensor) -> None:
+    """Says which of the embeddings are not finite, or too large for their variance to be computed."""
+    for name, z in views.items():
+        wrong = ~z.isfinite()
+        if count := int(wrong.sum()):
+            row, column = wrong.nonzero()[0].tolist()
+            raise UserError(
+                f"barlow_twins: {name} must be finite, got {count} NaN or infinite values of {z.numel()}, "
+                f"the first ({float(z[row, column])}) in row {row}, column {column}"
+            )
+    largest = {name: float(z.abs().max()) for name, z in views.items()}
+    name = max(largest, key=largest.get)
+    raise UserError(
+        f"barlow_twins: {name} must have variances within the range of {_compute_dtype(views[name])}, "
+        f"got values up to {largest[name]:.3g}"
+    )
 
 
 def _check_memory(enough: bool, rows: int) -> None:
@@ -305,8 +303,7 @@ def _forward(z_a, z_b, lambd, center, eps, gram, grad_a, grad_b):
     passes = _passes(z_a.device)
     hat, statistics, finite = passes.standardise(z_a, z_b, center, eps)
     if not finite:
-        _refuse("z_a", z_a)
-        _refuse("z_b", z_b)
+        _refuse(z_a=z_a, z_b=z_b)
     if gram:
         energy = passes.gram_energy(hat, statistics, lambd, grad_a, grad_b)
     else:
