@@ -61,6 +61,33 @@ WRONG = {
     "wrong type": (["pretrain", "--run.seed=many"], "run.seed"),
     "out of range": (["pretrain", "--data.label_share=0"], "data.label_share must be in (0, 1], got 0"),
     "batch of one": (["pretrain", "--pretraining.batch_size=1"], "pretraining.batch_size must be at least 2"),
+    "negative weight": (["pretrain", "--loss.lambd=-1"], "loss.lambd must be finite and at least 0, got -1"),
+    "no number": (["pretrain", "--pretraining.lr=nan"], "pretraining.lr"),
+    "no width": (["pretrain", "--model.hidden=0"], "hidden must be at least 1, got 0"),
+    "all dropped": (["finetune", "--model.dropout=1"], "dropout must lie in [0, 1), got 1"),
+    "no projector": (["pretrain", "--model.projector=[]"], "Projector: "),
+    "too few to split": (
+        ["pretrain", "--data.synthetic.samples=3"],
+        "samples must be an integer >= 10, got 3",
+    ),
+    "no modality": (
+        ["pretrain", "--data.synthetic.features={{}}"],
+        "features must name at least one modality",
+    ),
+    "a step without name": (["pretrain", "--augmentation.view_a=[{{p: 1}}]"], "each step needs a name"),
+    "a name that is none": (
+        ["pretrain", "--augmentation.view_a=[{{name: [noise]}}]"],
+        "a step must be one of noise",
+    ),
+    "a step that is none": (["pretrain", "--augmentation.view_a=[noise]"], "augmentation.view_a"),
+    "an argument that is no number": (
+        ["pretrain", "--augmentation.view_a=[{{name: noise, sigma: loud}}]"],
+        "GaussianNoise: sigma must be",
+    ),
+    "an argument that is none": (
+        ["pretrain", "--augmentation.view_a=[{{name: noise, apply: [all]}}]"],
+        "apply must be one of",
+    ),
     "unknown preset": (["pretrain", "--preset=huge"], "preset"),
     "no such configuration": (["pretrain", "--config=none.yaml"], "none.yaml"),
     "configuration that is none": (["pretrain", "--config={made}/file.txt"], "config"),

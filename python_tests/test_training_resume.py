@@ -61,7 +61,9 @@ def assert_same_run(one: Path, other: Path) -> None:
             for key, value in state.items():
                 if key not in ("dirpath", "best_k_models", "current_score") and not key.endswith("_path"):
                     assert_same(value, b["callbacks"][callback][key], f"{callback} {key}")
-    predictions = [folder / "predictions.csv" for folder in (one, other) if (folder / "predictions.csv").exists()]
+    predictions = [
+        folder / "predictions.csv" for folder in (one, other) if (folder / "predictions.csv").exists()
+    ]
     assert len({path.read_bytes() for path in predictions}) == (0 if not predictions else 1)
     assert len(predictions) in (0, 2)
 
@@ -145,6 +147,17 @@ def test_resume_from_before_the_best_epoch(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
 
+def test_resume_of_linear_evaluation(whole, tmp_path, monkeypatch):
+    frozen = [*options("finetune", whole), "--freeze=true"]
+    train("finetune", tmp_path / "whole", *frozen)
+    with monkeypatch.context() as patch:
+        dies_at(patch, 10)
+        with pytest.raises(Died):
+            train("finetune", tmp_path / "resumed", *frozen)
+    train("finetune", tmp_path / "resumed", *frozen, "--resume")
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
 def test_resume_of_a_complete_run_changes_nothing(whole):
     before = {path: path.read_bytes() for path in whole["finetune"].iterdir() if path.is_file()}
     train("finetune", whole["finetune"], *options("finetune", whole), "--resume")
@@ -174,6 +187,8 @@ def test_resume_in_a_folder_that_was_moved(tmp_path, monkeypatch):
         with pytest.raises(Died):
             train("finetune", tmp_path / "before", *fast)
     os.rename(tmp_path / "before", tmp_path / "after")
-    assert checkpoint(tmp_path / "whole/best.ckpt")["epoch"] < 4  # so that the best of the first sitting counts
+    assert (
+        checkpoint(tmp_path / "whole/best.ckpt")["epoch"] < 4
+    )  # so that the best of the first sitting counts
     train("finetune", tmp_path / "after", *fast, "--resume")
     assert_same_run(tmp_path / "after", tmp_path / "whole")

@@ -62,7 +62,7 @@ def fit(
         ]
     # Written after the callbacks above have seen the epoch, for it holds their state.
     callbacks.append(LastCheckpoint(folder / LAST, run.checkpoint_seconds))
-    progress = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
+    progress = run.progress == "on" or (run.progress == "auto" and sys.stdout.isatty())
     if progress:
         callbacks.append(RichProgressBar())
 
