@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_help import TINY, assert_same, checkpoint, train
+from training_help import TINY, assert_same, checkpoint, mmfast, train
 
 from mmfast.training import files, pretraining, supervised
 from mmfast.training.checkpoint import LastCheckpoint
@@ -160,7 +160,7 @@ def test_resume_of_linear_evaluation(whole, tmp_path, monkeypatch):
 
 def test_resume_of_a_complete_run_changes_nothing(whole):
     before = {path: path.read_bytes() for path in whole["finetune"].iterdir() if path.is_file()}
-    train("finetune", whole["finetune"], *options("finetune", whole), "--resume")
+    assert mmfast("finetune", f"--config={whole['finetune'] / 'config.yaml'}", "--resume") == 0
     assert before == {path: path.read_bytes() for path in whole["finetune"].iterdir() if path.is_file()}
 
 
