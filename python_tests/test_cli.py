@@ -191,7 +191,8 @@ def test_real_process_wrong_input(made):
     assert done.stdout == ""
 
 
-def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_exits_130_and_says_how_to_go_on(number, tmp_path):
     arguments = ["pretrain", *TINY, f"--run.folder={tmp_path}", "--pretraining.epochs=2000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "mmfast.cli", *arguments],
@@ -202,7 +203,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path):
     deadline = time.monotonic() + 120
     while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     again = f"mmfast pretrain --config {tmp_path / 'config.yaml'} --resume"
