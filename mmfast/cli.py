@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0 is success; 2 a user's error, with one sentence on standard error; 130 an interruption (Ctrl-C).
+    0 is success; 2 a user's error, with one sentence on standard error; 130 an interruption (Ctrl-C, SIGTERM).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:

@@ -61,6 +61,33 @@ WRONG = {
     "wrong type": (["pretrain", "--run.seed=many"], "run.seed"),
     "out of range": (["pretrain", "--data.label_share=0"], "data.label_share must be in (0, 1], got 0"),
     "batch of one": (["pretrain", "--pretraining.batch_size=1"], "pretraining.batch_size must be at least 2"),
+    "negative weight": (["pretrain", "--loss.lambd=-1"], "loss.lambd must be finite and at least 0, got -1"),
+    "no number": (["pretrain", "--pretraining.lr=nan"], "pretraining.lr"),
+    "no width": (["pretrain", "--model.hidden=0"], "hidden must be at least 1, got 0"),
+    "all dropped": (["finetune", "--model.dropout=1"], "dropout must lie in [0, 1), got 1"),
+    "no projector": (["pretrain", "--model.projector=[]"], "Projector: "),
+    "too few to split": (
+        ["pretrain", "--data.synthetic.samples=3"],
+        "samples must be an integer >= 10, got 3",
+    ),
+    "no modality": (
+        ["pretrain", "--data.synthetic.features={{}}"],
+        "features must name at least one modality",
+    ),
+    "a step without name": (["pretrain", "--augmentation.view_a=[{{p: 1}}]"], "each step needs a name"),
+    "a name that is none": (
+        ["pretrain", "--augmentation.view_a=[{{name: [noise]}}]"],
+        "a step must be one of noise",
+    ),
+    "a step that is none": (["pretrain", "--augmentation.view_a=[noise]"], "augmentation.view_a"),
+    "an argument that is no number": (
+        ["pretrain", "--augmentation.view_a=[{{name: noise, sigma: loud}}]"],
+        "GaussianNoise: sigma must be",
+    ),
+    "an argument that is none": (
+        ["pretrain", "--augmentation.view_a=[{{name: noise, apply: [all]}}]"],
+        "apply must be one of",
+    ),
     "unknown preset": (["pretrain", "--preset=huge"], "preset"),
     "no such configuration": (["pretrain", "--config=none.yaml"], "none.yaml"),
     "configuration that is none": (["pretrain", "--config={made}/file.txt"], "config"),
@@ -164,7 +191,8 @@ def test_real_process_wrong_input(made):
     assert done.stdout == ""
 
 
-def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_exits_130_and_says_how_to_go_on(number, tmp_path):
     arguments = ["pretrain", *TINY, f"--run.folder={tmp_path}", "--pretraining.epochs=2000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "mmfast.cli", *arguments],
@@ -175,7 +203,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(tmp_path):
     deadline = time.monotonic() + 120
     while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     again = f"mmfast pretrain --config {tmp_path / 'config.yaml'} --resume"

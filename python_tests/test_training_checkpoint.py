@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 from pathlib import Path
@@ -15,7 +16,7 @@ from training_help import TINY, assert_same, checkpoint, mmfast, train
 from mmfast.errors import UserError
 from mmfast.training import files
 from mmfast.training.checkpoint import PRETRAINING, SUPERVISED, read_checkpoint
-from mmfast.training.files import write_atomically
+from mmfast.training.files import write_atomically, write_json
 from mmfast.training.handover import load_part
 
 
@@ -47,6 +48,11 @@ def test_write_replaces_and_leaves_nothing_else(tmp_path):
     write_atomically(tmp_path / "new" / "a", b"two")
     assert (tmp_path / "new" / "a").read_bytes() == b"two"
     assert os.listdir(tmp_path / "new") == ["a"]
+
+
+def test_json_is_strict(tmp_path):
+    write_json(tmp_path / "a.json", {"a": float("nan"), "b": [1.5, float("inf"), (2, "x")], "c": None})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": None, "b": [1.5, None, [2, "x"]], "c": None}
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -107,7 +107,7 @@ def test_frozen_rows_kept_their_encoder(whole):
 def test_a_complete_experiment_is_not_run_again(whole, monkeypatch):
     monkeypatch.setattr(runs, "fit", None)
     before = results(whole)
-    experiment(whole)
+    assert mmfast("experiment", f"--config={whole / 'config.yaml'}") == 0
     assert results(whole) == before
 
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_help import TINY, assert_same, checkpoint, train
+from training_help import TINY, assert_same, checkpoint, mmfast, train
 
 from mmfast.training import files, pretraining, supervised
 from mmfast.training.checkpoint import LastCheckpoint
@@ -147,9 +147,20 @@ def test_resume_from_before_the_best_epoch(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
 
+def test_resume_of_linear_evaluation(whole, tmp_path, monkeypatch):
+    frozen = [*options("finetune", whole), "--freeze=true"]
+    train("finetune", tmp_path / "whole", *frozen)
+    with monkeypatch.context() as patch:
+        dies_at(patch, 10)
+        with pytest.raises(Died):
+            train("finetune", tmp_path / "resumed", *frozen)
+    train("finetune", tmp_path / "resumed", *frozen, "--resume")
+    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+
+
 def test_resume_of_a_complete_run_changes_nothing(whole):
     before = {path: path.read_bytes() for path in whole["finetune"].iterdir() if path.is_file()}
-    train("finetune", whole["finetune"], *options("finetune", whole), "--resume")
+    assert mmfast("finetune", f"--config={whole['finetune'] / 'config.yaml'}", "--resume") == 0
     assert before == {path: path.read_bytes() for path in whole["finetune"].iterdir() if path.is_file()}
 
 
@@ -176,7 +187,8 @@ def test_resume_in_a_folder_that_was_moved(tmp_path, monkeypatch):
         with pytest.raises(Died):
             train("finetune", tmp_path / "before", *fast)
     os.rename(tmp_path / "before", tmp_path / "after")
-    # So that the best of the first sitting counts.
-    assert checkpoint(tmp_path / "whole/best.ckpt")["epoch"] < 4
+    assert (
+        checkpoint(tmp_path / "whole/best.ckpt")["epoch"] < 4
+    )  # so that the best of the first sitting counts
     train("finetune", tmp_path / "after", *fast, "--resume")
     assert_same_run(tmp_path / "after", tmp_path / "whole")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from mmfast.errors import UserError
 from mmfast.training import runs
 from mmfast.training.checkpoint import PRETRAINING, RECORD, read_checkpoint
 from mmfast.training.config import ExperimentConfig, RunConfig, check_experiment
-from mmfast.training.files import write_atomically
+from mmfast.training.files import write_json
 from mmfast.training.fitting import BEST, LAST
 from mmfast.training.folder import CONFIG, claim
 from mmfast.training.parsing import config_parser, sections
@@ -111,7 +110,7 @@ def evaluate(argv: list[str]) -> None:
         raise UserError(f"evaluate: the {given.split} split holds no labelled samples")
     metrics = measure(predictions_of(module, dataset), dataset.labels)
     if given.out:
-        write_atomically(given.out, json.dumps(metrics, indent=2) + "\n")
+        write_json(given.out, metrics)
     print(f"{given.split}, {len(dataset)} samples:\n{_lines(metrics)}")
 
 

@@ -75,7 +75,7 @@ def _step(step: Mapping[str, Any], where: str, apply: str):
 
 
 def _known(name: str, where: str) -> tuple:
-    if name not in STEPS:
+    if not isinstance(name, str) or name not in STEPS:
         raise UserError(f"{where}: a step must be one of {', '.join(STEPS)}, got {name!r}")
     return STEPS[name]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -219,7 +220,7 @@ class ExperimentConfig:
 
 
 def _positive(value: float) -> bool:
-    return value > 0
+    return 0 < value < inf
 
 
 def _distinct(values: list) -> bool:
@@ -230,6 +231,7 @@ def _distinct(values: list) -> bool:
 RULES = (
     ("data.label_share", "in (0, 1]", lambda v: 0 < v <= 1),
     ("data.folds", "at least 2", lambda v: v >= 2),
+    ("loss.lambd", "finite and at least 0", lambda v: 0 <= v < inf),
     ("pretraining.lr", "positive", _positive),
     ("pretraining.epochs", "positive", _positive),
     ("pretraining.batch_size", "at least 2, for a loss over one sample is undefined", lambda v: v >= 2),

@@ -64,7 +64,7 @@ class Unit(NamedTuple):
     def config(self, config: Config) -> Config:
         """The experiment's configuration for this unit's runs."""
         # The thread count decides bits of the results, so it must not follow the machine's.
-        run = replace(config.run, seed=self.seed, threads=config.run.threads or 1)
+        run = replace(config.run, seed=self.seed, threads=config.run.threads or 1, progress="off")
         data = config.data if self.fold is None else replace(config.data, fold=self.fold)
         return replace(config, run=run, data=data)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from mmfast.errors import UserError
 
@@ -34,6 +38,19 @@ def write_atomically(path: str | os.PathLike, data: bytes | memoryview | str) ->
             temporary.unlink()
         kept = "; the previous file is untouched" if path.exists() else ""
         raise UserError(f"cannot save {path}: {error.strerror or error}{kept}") from error
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """:func:`write_atomically` of a value as JSON; NaN and infinity, which JSON does not know, become null."""
+
+    def known(item: Any) -> Any:
+        if isinstance(item, Mapping):
+            return {key: known(inner) for key, inner in item.items()}
+        if isinstance(item, (list, tuple)):
+            return [known(inner) for inner in item]
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    write_atomically(path, json.dumps(known(value), indent=2, allow_nan=False) + "\n")
 
 
 def _sync_folder(folder: Path) -> None:

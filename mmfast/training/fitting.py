@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.utils.data import DataLoader
 
 from mmfast.errors import UserError
@@ -51,7 +51,7 @@ def fit(
         What was logged in each epoch, over all sittings.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; what was reached is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the latest checkpoint is kept.
     """
     history = History()
     callbacks: list[Callback] = [history]
@@ -62,7 +62,7 @@ def fit(
         ]
     # Written after the callbacks above have seen the epoch, for it holds their state.
     callbacks.append(LastCheckpoint(folder / LAST, run.checkpoint_seconds))
-    progress = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
+    progress = run.progress == "on" or (run.progress == "auto" and sys.stdout.isatty())
     if progress:
         callbacks.append(RichProgressBar())
 
@@ -125,12 +125,15 @@ def _quiet():
 
 @contextlib.contextmanager
 def _interruptible():
-    """Ctrl-C as the KeyboardInterrupt that it is: Lightning turns it into exit status 1 and ignores the next ones."""
+    """Ctrl-C and SIGTERM as KeyboardInterrupt.
+
+    Lightning turns the one into exit status 1, ignoring further ones, and the other into exit status 0.
+    """
     handler = signal.getsignal(signal.SIGINT)
     try:
         yield
     except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):
+        if isinstance(error, SIGTERMException) or isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
         raise
     finally:

@@ -12,7 +12,7 @@ from typing import Any
 from mmfast.errors import UserError
 from mmfast.training.config import first_difference
 from mmfast.training.environment import environment
-from mmfast.training.files import write_atomically
+from mmfast.training.files import write_json
 from mmfast.training.parsing import load_yaml, save_yaml
 
 CONFIG, ENVIRONMENT, RESULT, PREDICTIONS = "config.yaml", "environment.yaml", "result.json", "predictions.csv"
@@ -76,14 +76,16 @@ def _lock(folder: Path) -> Iterator[None]:
         try:
             # The system drops the lock with the process, however it ends.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"run.folder {folder}: another process is running in it") from error
+        except OSError as error:
+            raise UserError(f"run.folder {folder}: cannot be locked: {error.strerror}") from error
         yield
 
 
 def save_result(folder: Path, result: Mapping[str, Any]) -> None:
     """``result.json``: its presence says that the run is complete."""
-    write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
+    write_json(folder / RESULT, result)
 
 
 def load_result(folder: Path) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.correlation import before_and_after
 from mmfast.training.document import Block, Code, Figure, Heading, Table, Text, to_html, to_markdown
 from mmfast.training.experiment import METHODS, PRETRAINED, TITLES, Outcome, Unit, units_of
-from mmfast.training.files import write_atomically
+from mmfast.training.files import write_atomically, write_json
 from mmfast.training.fitting import LAST
 from mmfast.training.folder import ENVIRONMENT, load_result
 from mmfast.training.parsing import load_yaml
@@ -79,7 +78,7 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
             write_atomically(root / block.name, block.png)
     write_atomically(root / "report.md", to_markdown(blocks))
     write_atomically(root / "report.html", to_html(title, blocks))
-    write_atomically(root / "results.json", json.dumps(_results(outcomes), indent=2) + "\n")
+    write_json(root / "results.json", _results(outcomes))
     write_atomically(root / "results.csv", _csv(outcomes))
     return Report(root / "report.html", main.text())
 
@@ -142,14 +141,13 @@ def _summary(config: Config, data: MultimodalData, units: list[Unit], outcomes: 
 
 def _resampled(outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
     """metric -> row -> its bootstrap distribution over test samples, mean over seeds; rows share the resamples."""
-    order = {name: i for i, name in enumerate(next(iter(outcomes.values()))[0].names)}
-    tables = {}
-    for name, runs in outcomes.items():
-        aligned = [np.argsort([order[sample] for sample in run.names]) for run in runs]
-        p = np.stack([run.predictions[rows] for run, rows in zip(runs, aligned, strict=True)]).astype(float)
-        tables[name] = (p, runs[0].truths[aligned[0]].astype(float))
+    # Test samples and folds are the same for all rows and seeds, in one order.
+    truths = next(iter(outcomes.values()))[0].truths.astype(float)
+    predictions = {
+        name: np.stack([run.predictions for run in runs]).astype(float) for name, runs in outcomes.items()
+    }
     return {
-        key: {name: bootstrap(p, y, metric) for name, (p, y) in tables.items()}
+        key: {name: bootstrap(p, truths, metric) for name, p in predictions.items()}
         for key, metric in RESAMPLED.items()
     }
 

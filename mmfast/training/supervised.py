@@ -113,6 +113,7 @@ class Supervised(pl.LightningModule):
     def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
         loss, count = self._mae(batch)
         if count:
+            check_finite(loss, "supervised", self.global_step)
             self.log("valid_loss", loss, batch_size=count)
 
     def _mae(self, batch: MultimodalBatch) -> tuple[Tensor, int]:
