@@ -26,16 +26,18 @@ inline void threshold_bits(const uint32_t* words, int64_t count, uint64_t thresh
 }
 
 // order = indices of keys sorted upwards, equal keys by index. Counting how many keys are smaller vectorises
-// and wins for short sequences; a byte-wise radix sort takes over for long ones.
+// and wins for short sequences; a byte-wise radix sort takes over for long ones. Keys fill whole chunks, so
+// counting may run to a whole number of vectors.
 inline void sort_indices(const uint32_t* keys, int64_t n, int32_t* order, int32_t* spare) {
   if (n <= 256) {
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t key = keys[i];
-      int32_t rank = 0;
-      for (int64_t j = 0; j < i; ++j) rank += keys[j] <= key;
-      for (int64_t j = i + 1; j < n; ++j) rank += keys[j] < key;
-      order[rank] = (int32_t)i;
+    int32_t* rank = spare;
+    const int32_t padded = (int32_t)((n + 15) / 16 * 16);
+    for (int32_t i = 0; i < padded; ++i) rank[i] = 0;
+    for (int32_t j = 0; j < (int32_t)n; ++j) {
+      const uint32_t key = keys[j];
+      for (int32_t i = 0; i < padded; ++i) rank[i] += (key < keys[i]) | ((key == keys[i]) & (j < i));
     }
+    for (int32_t i = 0; i < (int32_t)n; ++i) order[rank[i]] = i;
     return;
   }
   for (int64_t i = 0; i < n; ++i) order[i] = (int32_t)i;
