@@ -21,7 +21,7 @@ from mmfast import backends
 from mmfast.ops.products import product
 
 # Seconds: what a contender's calls in one round take at least, and what the rounds of a race take in all.
-SAMPLE, BUDGET = 0.005, 4.0
+SAMPLE, BUDGET = 0.02, 4.0
 ROUNDS = (5, 100)
 _TABLE = pytest.StashKey[list]()
 
