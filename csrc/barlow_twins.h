@@ -28,14 +28,14 @@ MMFAST_HD C one_minus_c(C mean_square_difference, C r_a, C r_b, C eps) {
 
 // The gradient with respect to one column of view a (of b alike, with the views exchanged):
 //   dL/dâ = alpha m - weight b̂,  dL/dz = r (dL/dâ - â mean(â dL/dâ)).
-// m = (b̂ b̂') â is the column of the product, weight corrects its diagonal. With centred columns dL/dâ has no
-// mean.
+// m is the column of (B̂B̂')Â, weight corrects its diagonal. dL/dâ of centred columns has mean zero.
 template <class C>
 struct ColumnGradient {
   C weight, projection;
 };
 
-// `diagonal` is lambd if m contains the diagonal of the correlation matrix, 0 if that was left out.
+// deficit: 1 - c; diagonal: lambd if m contains the diagonal of the correlation matrix, 0 if that was left
+// out.
 template <class C>
 MMFAST_HD ColumnGradient<C> column_gradient(C mean_own_m, C deficit, C alpha, C beta, C diagonal) {
   C c = 1 - deficit;

@@ -156,12 +156,12 @@ int barlow_twins_standardise(int dtype, Address z_a, int64_t stride_a, Address z
                                           threads);
 }
 
-void barlow_twins_gram_energy(bool wide, Address gram_a, Address gram_b, Address statistics, int64_t rows,
-                              int64_t columns, double lambd, bool grad_a, bool grad_b, Address kept,
-                              Address loss, Address components, int threads) {
-  KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(gram_a), ptr<void>(gram_b), ptr<void>(statistics), rows,
-                                   columns, lambd, grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
-                                   ptr<void>(components), threads);
+bool barlow_twins_gram_energy(bool wide, Address hat, Address statistics, int64_t rows, int64_t columns,
+                              double lambd, bool grad_a, bool grad_b, Address kept, Address loss,
+                              Address components, int threads) {
+  return KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(hat), ptr<void>(statistics), rows, columns, lambd,
+                                          grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
+                                          ptr<void>(components), threads);
 }
 
 void barlow_twins_correlation_energy(bool wide, Address p, Address statistics, int64_t rows, int64_t columns,
@@ -170,12 +170,12 @@ void barlow_twins_correlation_energy(bool wide, Address p, Address statistics, i
                                           ptr<void>(loss), ptr<void>(components), threads);
 }
 
-void barlow_twins_standardise_backward(int dtype, Address m_a, Address m_b, Address hat, Address statistics,
-                                       Address upstream, int64_t rows, int64_t columns, double lambd,
-                                       bool with_diagonal, Address grad_a, Address grad_b, int threads) {
-  KERNEL(barlow_twins_standardise_backward)(dtype, ptr<void>(m_a), ptr<void>(m_b), ptr<void>(hat),
-                                            ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd,
-                                            with_diagonal, ptr<void>(grad_a), ptr<void>(grad_b), threads);
+bool barlow_twins_backward(int dtype, bool gram, Address matrix_a, Address matrix_b, Address hat,
+                           Address statistics, Address upstream, int64_t rows, int64_t columns, double lambd,
+                           Address grad_a, Address grad_b, int threads) {
+  return KERNEL(barlow_twins_backward)(dtype, gram, ptr<void>(matrix_a), ptr<void>(matrix_b), ptr<void>(hat),
+                                       ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd,
+                                       ptr<void>(grad_a), ptr<void>(grad_b), threads);
 }
 
 }  // namespace
@@ -195,7 +195,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("barlow_twins_standardise", &barlow_twins_standardise, no_gil);
   m.def("barlow_twins_gram_energy", &barlow_twins_gram_energy, no_gil);
   m.def("barlow_twins_correlation_energy", &barlow_twins_correlation_energy, no_gil);
-  m.def("barlow_twins_standardise_backward", &barlow_twins_standardise_backward, no_gil);
+  m.def("barlow_twins_backward", &barlow_twins_backward, no_gil);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_device_count", &mmfast::cuda_device_count, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_error_string", &mmfast::cuda_error_string);

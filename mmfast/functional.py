@@ -34,7 +34,7 @@ def barlow_twins(
         c_{ij} = \frac{1}{B} \sum_b \hat a_{bi} \hat b_{bj}, \qquad
         \hat a_{bi} = \frac{a_{bi} - \bar a_i}{\sqrt{\mathrm{var}(a_i) + \epsilon}}
 
-    with mean and biased variance over the batch, of each view on its own (an affine-free batch norm). Exact in
+    with mean and biased variance over the batch, each view on its own (an affine-free batch norm). Exact in
     O(B D min(B, D)) time; for 4 B < 3 D nothing of size D x D is stored. Runs are bit-for-bit repeatable.
 
     Args:
@@ -42,15 +42,15 @@ def barlow_twins(
             types are computed in float32, whatever autocast says.
         lambd: weight of the off-diagonal term, finite and >= 0.
         center: False leaves the mean in: c_ij = a_i . b_j / (|a_i| |b_j|) where eps is added to |a_i|^2 / B.
-        eps: added to the variance, finite and >= 0. A column of variance 0 correlates with nothing: its c is 0.
+        eps: added to the variance, finite and >= 0. A column without variance correlates with nothing: c = 0.
 
     Returns:
         A scalar, float64 for float64 embeddings, else float32. Gradients have the dtype of the embeddings and
         are not differentiable again.
 
     Raises:
-        ValueError: shapes or devices that do not match, B < 2, D < 1, lambd or eps out of range. On the CPU also
-            NaN or infinite embeddings, with the view, their number and the first position.
+        ValueError: shapes or devices that do not match, B < 2, D < 1, lambd or eps out of range. On the CPU
+            also NaN or infinite embeddings, with the view, their number and the first position.
         TypeError: unequal or unsupported dtypes.
     """
     return _barlow_twins.barlow_twins(z_a, z_b, lambd, center, eps)[0]

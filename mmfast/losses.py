@@ -9,7 +9,7 @@ from mmfast.ops import barlow_twins as _barlow_twins
 
 
 class BarlowTwinsLoss(nn.Module):
-    """Barlow Twins loss of two views' embeddings (B, D), as :func:`mmfast.functional.barlow_twins` defines it.
+    """Barlow Twins loss of two views' embeddings (B, D), defined in :func:`mmfast.functional.barlow_twins`.
 
     >>> loss = BarlowTwinsLoss()
     >>> loss(z_a, z_b).backward()

@@ -166,7 +166,7 @@ void run_chain(Rows<typename Bits<sizeof(C)>::type> in, typename Bits<sizeof(C)>
 }
 
 // Planes of the work space, each with room for one sample of the widest type.
-enum Plane { kMask, kSpare, kNumbers, kApplyPlanes };
+enum Plane { kMask, kSpare, kResult, kInput, kApplyPlanes };
 enum AdjointPlane { kSum, kGrad, kGradSpare, kKeep, kAdjointPlanes };
 
 // Work space of one thread.
@@ -256,39 +256,35 @@ inline void each_view(const AugmentCall& call, const int32_t* plan, int64_t b, i
 }
 
 // One view of one sample of one modality. E is stored, C is computed in; they differ for half types with
-// noise.
+// noise. x: its first time step; real: its real steps, dense.
 template <class E, class C>
 void apply_view(const AugmentCall& call, const Fired* fired, int count, int64_t b, int64_t m, int64_t v,
-                const E* x, int64_t stride_t, E* out, bool with_noise, const Scratch& scratch) {
+                const E* x, int64_t stride_t, const E* real, E* out, bool with_noise,
+                const Scratch& scratch) {
   typedef typename Bits<sizeof(E)>::type Stored;
   typedef typename Bits<sizeof(C)>::type U;
   const ModalitySpec& shape = call.shapes[m];
   const Place at = place_of(shape, b);
   const Rows<Stored> rows = {(const Stored*)x, stride_t};
   Stored* const block = (Stored*)out;
-  if (count == 0) {
-    copy_rows(block, rows, shape.steps, at.width);
-    return;
-  }
-  const int64_t after = at.start + at.n;
+  const int64_t after = at.start + at.n, cells = at.n * at.width;
   copy_rows(block, rows, at.start, at.width);
   copy_rows(block + after * at.width, {rows[after], stride_t}, shape.steps - after, at.width);
-  Stored* const real = block + at.start * at.width;
-  const auto chain = [&](Rows<U> in, U* to) {
-    run_chain<C>(in, to, scratch.at<U>(kSpare), scratch.at<U>(kMask), scratch.wanted, at.n, fired, count,
-                 shape, *call.seed, sample_id(call, b), (uint32_t)v, (uint32_t)m, with_noise);
+  const auto chain = [&](const U* in, U* to) {
+    run_chain<C>({in, at.width}, to, scratch.at<U>(kSpare), scratch.at<U>(kMask), scratch.wanted, at.n, fired,
+                 count, shape, *call.seed, sample_id(call, b), (uint32_t)v, (uint32_t)m, with_noise);
   };
+  U* const result = scratch.at<U>(kResult);
   if constexpr (sizeof(E) == sizeof(C)) {
-    chain({rows[at.start], stride_t}, real);
+    // Worked out in the cache and copied in one go: memcpy writes whole lines without reading them first.
+    chain((const U*)real, result);
+    __builtin_memcpy(block + at.start * at.width, result, (size_t)cells * sizeof(U));
   } else {
-    C* const numbers = scratch.at<C>(kNumbers);
-    for (int64_t t = 0; t < at.n; ++t) {
-      const E* row = x + (at.start + t) * stride_t;
-      for (int64_t f = 0; f < at.width; ++f) numbers[t * at.width + f] = Scalar<E>::load(row[f]);
-    }
-    chain({(const U*)numbers, at.width}, (U*)numbers);
+    C* const numbers = (C*)result;
+    for (int64_t i = 0; i < cells; ++i) numbers[i] = Scalar<E>::load(real[i]);
+    chain(result, result);
     E* to = out + at.start * at.width;
-    for (int64_t i = 0; i < at.n * at.width; ++i) to[i] = Scalar<E>::store(numbers[i]);
+    for (int64_t i = 0; i < cells; ++i) to[i] = Scalar<E>::store(numbers[i]);
   }
 }
 
@@ -296,20 +292,33 @@ template <class E>
 int apply_typed(const AugmentCall& call, const int32_t* plan, const void* const* x, const int64_t* strides,
                 void* const* out, bool with_noise, int threads) {
   using C = typename Scalar<E>::compute;
+  typedef typename Bits<sizeof(E)>::type Stored;
   return each_sample(call, kApplyPlanes, threads, 0.2, [&](int64_t b, const Scratch& scratch) {
     for (int64_t m = 0; m < call.modalities; ++m) {
-      const int64_t block = call.shapes[m].steps * call.shapes[m].features;
-      if (block == 0) continue;
+      const Place at = place_of(call.shapes[m], b);
+      if (at.block == 0) continue;
       const E* from = (const E*)x[m] + b * strides[2 * m];
+      const int64_t stride_t = strides[2 * m + 1];
+      Stored* const real = scratch.at<Stored>(kInput);
+      bool read = false;
       each_view(call, plan, b, m, scratch, [&](int64_t v, int count) {
-        E* to = (E*)out[v * call.modalities + m] + b * block;
+        E* to = (E*)out[v * call.modalities + m] + b * at.block;
+        if (count == 0) {
+          copy_rows((Stored*)to, {(const Stored*)from, stride_t}, call.shapes[m].steps, at.width);
+          return;
+        }
+        // Read once and in order for all views: a permutation would wait for each row it fetched from memory.
+        if (!read) copy_rows(real, {(const Stored*)from + at.start * stride_t, stride_t}, at.n, at.width);
+        read = true;
         bool noisy = false;
         for (int i = 0; i < count; ++i) noisy |= with_noise && scratch.fired[i].step->kind == kGaussianNoise;
         // Without noise nothing is computed: elements move as bit patterns of their own size.
         if (noisy)
-          apply_view<E, C>(call, scratch.fired, count, b, m, v, from, strides[2 * m + 1], to, true, scratch);
+          apply_view<E, C>(call, scratch.fired, count, b, m, v, from, stride_t, (const E*)real, to, true,
+                           scratch);
         else
-          apply_view<E, E>(call, scratch.fired, count, b, m, v, from, strides[2 * m + 1], to, false, scratch);
+          apply_view<E, E>(call, scratch.fired, count, b, m, v, from, stride_t, (const E*)real, to, false,
+                           scratch);
       });
     }
   });

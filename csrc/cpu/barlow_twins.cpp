@@ -1,144 +1,66 @@
-// Barlow Twins on the CPU: the passes between the matrix products.
+// Barlow Twins on the CPU.
 //
-// Columns are processed in blocks of 256 bytes, each by one thread and always in the same order, so results
-// depend neither on the number of threads nor on chance.
+// Blocks of columns, or of a Gram matrix, are each the work of one thread and always done in the same order,
+// so results depend neither on the number of threads nor on chance.
 #include "../barlow_twins.h"
 
-#include "../scalar.h"
 #include "kernels.h"
+#include "tiles.h"
 
 namespace MMFAST_NS {
 namespace {
 
-#if defined(__AVX512F__)
-#define VECTOR_BYTES 64
-#elif defined(__AVX__)
-#define VECTOR_BYTES 32
-#else
-#define VECTOR_BYTES 16
-#endif
-
-constexpr int kVectors = 4;
-// Shares into which the rows of a matrix are cut to sum over it; more than any machine has use for.
-constexpr int kShares = 128;
-// Rows that are summed in a row before the sum moves on: bounds the growth of rounding errors.
-constexpr int64_t kRun = 64;
-
-template <class C>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(VECTOR_BYTES), aligned(8), may_alias));
-};
-
-// One row of a block of columns, in registers; C is float or double.
-template <class C>
-struct Row {
-  using Vector = typename VectorOf<C>::type;
-  static constexpr int kLanes = VECTOR_BYTES / sizeof(C);
-  static constexpr int kWidth = kVectors * kLanes;
-  Vector v[kVectors];
-
-  MMFAST_HD static Row of(const C* p) {
-    Row row;
-    for (int i = 0; i < kVectors; ++i) row.v[i] = *(const Vector*)(p + i * kLanes);
-    return row;
+// body(j, extent, scratch) for every block of columns j, j + 1, ...; `scratch` has `rows` rows of a block and
+// belongs to the thread. False if there is no memory.
+template <class C, class Body>
+bool for_blocks(int64_t columns, int64_t rows, int threads, Body body) {
+  bool memory = true;
+  const int64_t blocks = (columns + kWidth<C> - 1) / kWidth<C>;
+#pragma omp parallel num_threads(blocks < threads ? (int)blocks : threads)
+  {
+    C* scratch = rows ? (C*)__builtin_malloc(rows * kWidth<C> * sizeof(C)) : 0;
+    const bool mine = scratch || !rows;
+    if (!mine) {
+#pragma omp atomic write
+      memory = false;
+    }
+#pragma omp for schedule(static)
+    for (int64_t j = 0; j < columns; j += kWidth<C>) {
+      if (!mine) continue;
+      if (columns - j >= kWidth<C>)
+        body(j, Whole{}, scratch);
+      else
+        body(j, Part{(int)(columns - j)}, scratch);
+    }
+    __builtin_free(scratch);
   }
-  MMFAST_HD static Row all(C x) {
-    Row row;
-    for (int i = 0; i < kVectors; ++i) row.v[i] = Vector{} + x;
-    return row;
-  }
-  MMFAST_HD void to(C* p) const {
-    for (int i = 0; i < kVectors; ++i) *(Vector*)(p + i * kLanes) = v[i];
-  }
-};
-
-template <class C>
-MMFAST_HD Row<C> operator+(const Row<C>& x, const Row<C>& y) {
-  Row<C> row;
-  for (int i = 0; i < kVectors; ++i) row.v[i] = x.v[i] + y.v[i];
-  return row;
-}
-template <class C>
-MMFAST_HD Row<C> operator-(const Row<C>& x, const Row<C>& y) {
-  Row<C> row;
-  for (int i = 0; i < kVectors; ++i) row.v[i] = x.v[i] - y.v[i];
-  return row;
-}
-template <class C>
-MMFAST_HD Row<C> operator*(const Row<C>& x, const Row<C>& y) {
-  Row<C> row;
-  for (int i = 0; i < kVectors; ++i) row.v[i] = x.v[i] * y.v[i];
-  return row;
+  return memory;
 }
 
-// How many columns of a block exist: all of them (known to the compiler), or fewer in the last block.
-struct Whole {};
-struct Part {
-  int width;
-};
-MMFAST_HD bool exists(Whole, int) { return true; }
-MMFAST_HD bool exists(Part part, int j) { return j < part.width; }
-
-// A row of T from memory; columns that do not exist are not read and come out as zero.
-template <class C, class T, class Extent>
-MMFAST_HD Row<C> load(const T* p, Extent extent) {
-  C values[Row<C>::kWidth];
-  for (int j = 0; j < Row<C>::kWidth; ++j) values[j] = exists(extent, j) ? Scalar<T>::load(p[j]) : 0;
-  return Row<C>::of(values);
-}
-
-template <class C, class T, class Extent>
-MMFAST_HD void store(const Row<C>& row, T* p, Extent extent) {
-  C values[Row<C>::kWidth];
-  row.to(values);
-  for (int j = 0; j < Row<C>::kWidth; ++j)
-    if (exists(extent, j)) p[j] = Scalar<T>::store(values[j]);
-}
-
-// The sum of term(i) over the rows i.
-template <class C, class Term>
-MMFAST_HD Row<C> sum_rows(int64_t rows, Term term) {
-  Row<C> total = Row<C>::all(0);
-  for (int64_t start = 0; start < rows; start += kRun) {
-    int64_t stop = start + kRun < rows ? start + kRun : rows;
-    Row<C> run = Row<C>::all(0);
-    for (int64_t i = start; i < stop; ++i) run = run + term(i);
-    total = total + run;
-  }
-  return total;
-}
-
-// Copies one block of a view to `block`, less its column means if `center`, and returns r.
-// Sums are relative to the first row: a constant column comes out exactly zero, and an offset costs no
-// precision.
+// Copies one block of a view to `block`, less its column means if `center`, and returns r. Sums are relative
+// to the first row: a constant column comes out exactly zero, and an offset costs no precision.
 template <class C, class T, class Extent>
 MMFAST_HD Row<C> centred(const T* z, int64_t stride, int64_t rows, Extent extent, bool center, C eps,
                          C* block) {
-  constexpr int kWidth = Row<C>::kWidth;
   const Row<C> shift = center ? load<C>(z, extent) : Row<C>::all(0);
   const Row<C> sum = sum_rows<C>(rows, [&](int64_t i) {
     Row<C> x = load<C>(z + i * stride, extent) - shift;
-    x.to(block + i * kWidth);
+    x.to(block + i * kWidth<C>);
     return x;
   });
   const Row<C> mean = center ? sum * Row<C>::all(1 / (C)rows) : Row<C>::all(0);
   const Row<C> square = sum_rows<C>(rows, [&](int64_t i) {
-    Row<C> d = Row<C>::of(block + i * kWidth) - mean;
-    d.to(block + i * kWidth);
+    Row<C> d = Row<C>::of(block + i * kWidth<C>) - mean;
+    d.to(block + i * kWidth<C>);
     return d * d;
   });
-  C r[kWidth];
+  C r[kWidth<C>];
   square.to(r);
-  for (int j = 0; j < kWidth; ++j) r[j] = inverse_deviation(r[j] / (C)rows, eps);
+  for (int j = 0; j < kWidth<C>; ++j) r[j] = inverse_deviation(r[j] / (C)rows, eps);
   return Row<C>::of(r);
 }
 
+// deficit: 1 - c, here and below.
 template <class C, class T>
 struct Standardise {
   const T *z_a, *z_b;
@@ -149,146 +71,236 @@ struct Standardise {
 
   template <class Extent>
   MMFAST_HD void block(int64_t j, Extent extent, C* a, C* b) const {
-    constexpr int kWidth = Row<C>::kWidth;
     const Row<C> ra = centred<C>(z_a + j, stride_a, rows, extent, center, eps, a);
     const Row<C> rb = centred<C>(z_b + j, stride_b, rows, extent, center, eps, b);
     const Row<C> square = sum_rows<C>(rows, [&](int64_t i) {
-      Row<C> x = Row<C>::of(a + i * kWidth) * ra;
-      Row<C> y = Row<C>::of(b + i * kWidth) * rb;
+      Row<C> x = Row<C>::of(a + i * kWidth<C>) * ra;
+      Row<C> y = Row<C>::of(b + i * kWidth<C>) * rb;
       store(x, hat_a + i * columns + j, extent);
       store(y, hat_b + i * columns + j, extent);
       return (x - y) * (x - y);
     });
-    C d[kWidth], r[kWidth], q[kWidth];
+    C d[kWidth<C>], r[kWidth<C>], q[kWidth<C>];
     square.to(d);
     ra.to(r);
     rb.to(q);
-    for (int k = 0; k < kWidth; ++k) d[k] = one_minus_c(d[k] / (C)rows, r[k], q[k], eps);
+    for (int k = 0; k < kWidth<C>; ++k) d[k] = one_minus_c(d[k] / (C)rows, r[k], q[k], eps);
     store(ra, r_a + j, extent);
     store(rb, r_b + j, extent);
     store(Row<C>::of(d), deficit + j, extent);
   }
 
-  // False if there is no memory.
   bool run(int threads) const {
-    constexpr int kWidth = Row<C>::kWidth;
-    bool memory = true;
-#pragma omp parallel num_threads(threads)
-    {
-      C* a = (C*)__builtin_malloc(2 * rows * kWidth * sizeof(C));
-      C* b = a + rows * kWidth;
-      if (!a) {
-#pragma omp atomic write
-        memory = false;
-      }
-#pragma omp for schedule(static)
-      for (int64_t j = 0; j < columns; j += kWidth) {
-        if (!a) continue;
-        if (columns - j >= kWidth)
-          block(j, Whole{}, a, b);
-        else
-          block(j, Part{(int)(columns - j)}, a, b);
-      }
-      __builtin_free(a);
-    }
-    return memory;
+    return for_blocks<C>(columns, 2 * rows, threads, [&](int64_t j, auto extent, C* scratch) {
+      block(j, extent, scratch, scratch + rows * kWidth<C>);
+    });
   }
 };
 
-// The gradient of one view; m may be `out`.
+// <ÂÂ', B̂B̂'>, the matrices computed block by block of their lower triangle and kept where there is a place.
+template <class C>
+struct GramEnergy {
+  static constexpr int kMax = 24;  // rows of a block; it and its half are multiples of the tile's sides
+  static constexpr int kDown = kMax / kDotRows, kAcross = kMax / kDotColumns;
+  using Tiles = DotTile<C>[kDown][kAcross];
+  const C *hat_a, *hat_b;
+  int64_t rows, columns;
+  C *keep_a, *keep_b;
+
+  struct Block {
+    int64_t i, k;  // first row and column
+    int side;
+
+    // body(t, u) for the tiles that reach the lower triangle.
+    template <class Body>
+    MMFAST_HD void for_tiles(int64_t rows, Body body) const {
+      for (int t = 0; t * kDotRows < side && i + t * kDotRows < rows; ++t)
+        for (int u = 0; u * kDotColumns < side && k + u * kDotColumns < i + (t + 1) * kDotRows; ++u)
+          body(t, u);
+    }
+  };
+
+  // The block's inner products of one view.
+  void gram(const C* hat, const Block& block, C (&g)[kMax][kMax]) const {
+    constexpr int64_t kDepth = 4096 / sizeof(C);  // columns that stay in cache for all tiles of the block
+    const C *x[kMax], *y[kMax];
+    for (int t = 0; t < block.side; ++t) {
+      x[t] = hat + (block.i + t < rows ? block.i + t : rows - 1) * columns;
+      y[t] = hat + (block.k + t < rows ? block.k + t : rows - 1) * columns;
+    }
+    Tiles tiles = {};
+    const auto add = [&](int64_t start, int64_t stop) {
+      block.for_tiles(rows, [&](int t, int u) {
+        add_dots(tiles[t][u], x + t * kDotRows, y + u * kDotColumns, start, stop);
+      });
+    };
+    const int64_t whole = columns - columns % kLanes<C>;
+    for (int64_t start = 0; start < whole; start += kDepth)
+      add(start, start + kDepth < whole ? start + kDepth : whole);
+    if (whole < columns) {
+      C last[2][kMax][kLanes<C>] = {};
+      for (int t = 0; t < block.side; ++t) {
+        for (int64_t j = whole; j < columns; ++j) {
+          last[0][t][j - whole] = x[t][j];
+          last[1][t][j - whole] = y[t][j];
+        }
+        x[t] = last[0][t];
+        y[t] = last[1][t];
+      }
+      add(0, kLanes<C>);
+    }
+    block.for_tiles(rows, [&](int t, int u) { dots(tiles[t][u], &g[t * kDotRows][u * kDotColumns], kMax); });
+  }
+
+  double energy(const Block& block) const {
+    C a[kMax][kMax], b[kMax][kMax];
+    gram(hat_a, block, a);
+    gram(hat_b, block, b);
+    double sum = 0;
+    for (int t = 0; t < block.side && block.i + t < rows; ++t)
+      for (int u = 0; u < block.side && block.k + u <= block.i + t; ++u)
+        sum += (block.k + u < block.i + t ? 2 : 1) * (double)(a[t][u] * b[t][u]);
+    keep(a, block, keep_a);
+    keep(b, block, keep_b);
+    return sum;
+  }
+
+  // The block and its mirror image, each row by row.
+  void keep(const C (&g)[kMax][kMax], const Block& block, C* to) const {
+    if (!to) return;
+    const int64_t down = rows - block.i < block.side ? rows - block.i : block.side;
+    for (int64_t t = 0; t < down; ++t)
+      for (int64_t u = 0; u < block.side && block.k + u <= block.i + t; ++u)
+        to[(block.i + t) * rows + block.k + u] = g[t][u];
+    for (int64_t u = 0; u < block.side && block.k + u < rows; ++u)
+      for (int64_t t = block.k + u > block.i ? block.k + u - block.i : 0; t < down; ++t)
+        to[(block.k + u) * rows + block.i + t] = g[t][u];
+  }
+
+  // False if there is no memory.
+  bool run(int threads, double& total) const {
+    const int side = rows <= 64 ? kMax / 2 : kMax;  // smaller blocks balance better, larger ones read less
+    const int64_t n = (rows + side - 1) / side, blocks = n * (n + 1) / 2;
+    double* energies = (double*)__builtin_malloc(blocks * sizeof(double));
+    if (!energies) return false;
+#pragma omp parallel for num_threads(blocks < threads ? (int)blocks : threads) schedule(dynamic)
+    for (int64_t t = 0; t < blocks; ++t) {
+      int64_t i = 0, k = t;
+      while (k > i) k -= ++i;
+      energies[t] = energy({i * side, k * side, side});
+    }
+    total = 0;
+    for (int64_t t = 0; t < blocks; ++t) total += energies[t];
+    __builtin_free(energies);
+    return true;
+  }
+};
+
+// A view in the backward pass. matrix: in Gram form that of the other view, in direct form the product m,
+// which may be `grad`. grad: null if not wanted.
 template <class C, class T>
 struct View {
-  const C *m, *own, *partner, *r;
-  T* out;
+  const C *hat, *r, *matrix;
+  T* grad;
 };
 
 template <class C, class T>
-struct StandardiseBackward {
-  View<C, T> views[2];
+struct Backward {
+  View<C, T> a, b;
   const C* deficit;
   int64_t rows, columns;
   C alpha, beta, diagonal;
 
-  template <class Extent>
-  MMFAST_HD void block(const View<C, T>& view, int64_t j, Extent extent) const {
-    constexpr int kWidth = Row<C>::kWidth;
-    const Row<C> products = sum_rows<C>(rows, [&](int64_t i) {
-      return load<C>(view.m + i * columns + j, extent) * load<C>(view.own + i * columns + j, extent);
-    });
-    C p[kWidth], w[kWidth];
+  // The gradient of one block of columns, from m, own and partner with rows of `stride`.
+  template <class Stored, class Extent>
+  MMFAST_HD void gradient(const C* m, const C* own, const C* partner, int64_t stride, Stored stored,
+                          const C* r, int64_t j, Extent extent, T* grad) const {
+    const Row<C> products = sum_rows<C>(
+        rows, [&](int64_t i) { return load<C>(m + i * stride, stored) * load<C>(own + i * stride, stored); });
+    C p[kWidth<C>], w[kWidth<C>];
     products.to(p);
     load<C>(deficit + j, extent).to(w);
-    for (int k = 0; k < kWidth; ++k) {
+    for (int k = 0; k < kWidth<C>; ++k) {
       ColumnGradient<C> g = column_gradient(p[k] / (C)rows, w[k], alpha, beta, diagonal);
       p[k] = g.projection;
       w[k] = g.weight;
     }
-    const Row<C> r = load<C>(view.r + j, extent);
-    const Row<C> a = r * Row<C>::all(alpha), b = r * Row<C>::of(w), c = r * Row<C>::of(p);
+    const Row<C> scale = load<C>(r + j, extent);
+    const Row<C> x = scale * Row<C>::all(alpha), y = scale * Row<C>::of(w), z = scale * Row<C>::of(p);
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = i * columns + j;
-      Row<C> g = a * load<C>(view.m + at, extent) - b * load<C>(view.partner + at, extent) -
-                 c * load<C>(view.own + at, extent);
-      store(g, view.out + at, extent);
+      const int64_t at = i * stride;
+      Row<C> g =
+          x * load<C>(m + at, stored) - y * load<C>(partner + at, stored) - z * load<C>(own + at, stored);
+      store(g, grad + i * columns + j, extent);
     }
   }
 
-  void run(int threads) const {
-    constexpr int kWidth = Row<C>::kWidth;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t j = 0; j < columns; j += kWidth) {
-      for (const View<C, T>& view : views) {
-        if (!view.m) continue;
-        if (columns - j >= kWidth)
-          block(view, j, Whole{});
-        else
-          block(view, j, Part{(int)(columns - j)});
-      }
+  template <class Extent>
+  MMFAST_HD void direct(int64_t j, Extent extent) const {
+    if (a.grad) gradient(a.matrix + j, a.hat + j, b.hat + j, columns, extent, a.r, j, extent, a.grad);
+    if (b.grad) gradient(b.matrix + j, b.hat + j, a.hat + j, columns, extent, b.r, j, extent, b.grad);
+  }
+
+  template <class Extent>
+  MMFAST_HD void gram(int64_t j, Extent extent, C* scratch) const {
+    constexpr int kStride = kWidth<C>;
+    C *own = scratch, *partner = own + rows * kStride, *m = partner + rows * kStride;
+    for (int64_t i = 0; i < rows; ++i) {
+      load<C>(a.hat + i * columns + j, extent).to(own + i * kStride);
+      load<C>(b.hat + i * columns + j, extent).to(partner + i * kStride);
     }
+    if (a.grad) {
+      multiply(a.matrix, rows, own, rows, rows, m);
+      gradient(m, own, partner, kStride, Whole{}, a.r, j, extent, a.grad);
+    }
+    if (b.grad) {
+      multiply(b.matrix, rows, partner, rows, rows, m);
+      gradient(m, partner, own, kStride, Whole{}, b.r, j, extent, b.grad);
+    }
+  }
+
+  // False if there is no memory.
+  bool run(bool gram_form, int threads) const {
+    return for_blocks<C>(columns, gram_form ? 3 * rows : 0, threads, [&](int64_t j, auto extent, C* scratch) {
+      gram_form ? gram(j, extent, scratch) : direct(j, extent);
+    });
   }
 };
 
-// Inner product of two contiguous stretches; y is copied to `keep` unless that is null.
+// The sum of the squares of a row.
 template <class C>
-MMFAST_HD double inner(const C* x, const C* y, int64_t n) {
-  constexpr int kWidth = Row<C>::kWidth;
+MMFAST_HD double squares(const C* x, int64_t n) {
   Row<C> sum = Row<C>::all(0);
   int64_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) sum = sum + load<C>(x + j, Whole{}) * load<C>(y + j, Whole{});
-  const Part rest{(int)(n - j)};
-  sum = sum + load<C>(x + j, rest) * load<C>(y + j, rest);
-  C lanes[kWidth];
-  sum.to(lanes);
+  for (; j + kWidth<C> <= n; j += kWidth<C>) sum = sum + load<C>(x + j, Whole{}) * load<C>(x + j, Whole{});
+  const Row<C> rest = load<C>(x + j, Part{(int)(n - j)});
+  C lanes[kWidth<C>];
+  (sum + rest * rest).to(lanes);
   double total = 0;
-  for (int k = 0; k < kWidth; ++k) total += lanes[k];
+  for (int k = 0; k < kWidth<C>; ++k) total += lanes[k];
   return total;
 }
 
+// Takes the diagonal out of p = Â'B̂ and returns the sum of the squares of the rest.
 template <class C>
-void copy(const C* from, int64_t n, C* to) {
-  constexpr int kWidth = Row<C>::kWidth;
-  int64_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) store(load<C>(from + j, Whole{}), to + j, Whole{});
-  const Part rest{(int)(n - j)};
-  store(load<C>(from + j, rest), to + j, rest);
-}
-
-// The sum of term(i) over the rows of a matrix, in an order that does not depend on `threads`.
-template <class Term>
-double sum_over_rows(int64_t rows, int threads, Term term) {
+double correlation_energy(C* p, int64_t columns, int threads) {
+  constexpr int kShares = 128;  // more than there are threads
   double shares[kShares];
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int s = 0; s < kShares; ++s) {
     shares[s] = 0;
-    for (int64_t i = rows * s / kShares; i < rows * (s + 1) / kShares; ++i) shares[s] += term(i);
+    for (int64_t i = columns * s / kShares; i < columns * (s + 1) / kShares; ++i) {
+      p[i * columns + i] = 0;
+      shares[s] += squares(p + i * columns, columns);
+    }
   }
   double total = 0;
   for (int s = 0; s < kShares; ++s) total += shares[s];
   return total;
 }
 
-// The loss, and its components as in kernels.h. `energy` is the sum of the squares of B C; with_diagonal: of
-// all.
+// The loss, and its components as in kernels.h. `energy` is the sum of the squares of B C, with_diagonal or
+// not.
 template <class C>
 void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool with_diagonal, double lambd,
             C* loss, C* components) {
@@ -310,107 +322,87 @@ void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool
   components[4] = (C)square_root(off / pairs);
 }
 
+// run(T(), C()) for the element type `dtype` and its compute type.
+template <class Run>
+bool with_types(int dtype, Run run) {
+  switch (dtype) {
+    case kFloat64:
+      return run(double(), double());
+    case kBFloat16:
+      return run(bfloat16(), float());
+    case kFloat16:
+      return run(float16(), float());
+    default:
+      return run(float(), float());
+  }
+}
+
 }  // namespace
 
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
                              int64_t rows, int64_t columns, bool center, double eps, void* hat,
                              void* statistics, int threads) {
-  auto run = [&](auto element, auto compute) {
+  bool finite = true;
+  const bool memory = with_types(dtype, [&](auto element, auto compute) {
     using T = decltype(element);
     using C = decltype(compute);
-    C *s = (C*)statistics, *hats = (C*)hat;
-    const bool memory = Standardise<C, T>{(const T*)z_a,
-                                          (const T*)z_b,
-                                          stride_a,
-                                          stride_b,
-                                          rows,
-                                          columns,
-                                          center,
-                                          (C)eps,
-                                          hats,
-                                          hats + rows * columns,
-                                          s,
-                                          s + columns,
-                                          s + 2 * columns}
-                            .run(threads);
+    C *hats = (C*)hat, *r = (C*)statistics, *deficit = r + 2 * columns;
+    const Standardise<C, T> pass{
+        (const T*)z_a, (const T*)z_b,         stride_a, stride_b,    rows,   columns, center, (C)eps,
+        hats,          hats + rows * columns, r,        r + columns, deficit};
+    if (!pass.run(threads)) return false;
     C total = 0;
-    for (int64_t j = 0; j < columns; ++j) total += s[2 * columns + j];
-    return !memory ? 2 : total - total == 0 ? 0 : 1;
-  };
-  switch (dtype) {
-    case kFloat64:
-      return run(double(), double());
-    case kBFloat16:
-      return run(bfloat16(), float());
-    case kFloat16:
-      return run(float16(), float());
-    default:
-      return run(float(), float());
-  }
+    for (int64_t j = 0; j < columns; ++j) total += deficit[j];
+    finite = total - total == 0;
+    return true;
+  });
+  return !memory ? 2 : finite ? 0 : 1;
 }
 
-void barlow_twins_gram_energy(bool wide, const void* gram_a, const void* gram_b, const void* statistics,
-                              int64_t rows, int64_t columns, double lambd, bool grad_a, bool grad_b,
-                              void* kept, void* loss, void* components, int threads) {
-  auto run = [&](auto compute) {
+bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics, int64_t rows,
+                              int64_t columns, double lambd, bool grad_a, bool grad_b, void* kept, void* loss,
+                              void* components, int threads) {
+  return with_types(wide ? kFloat64 : kFloat32, [&](auto, auto compute) {
     using C = decltype(compute);
-    const C *a = (const C*)gram_a, *b = (const C*)gram_b;
+    const C* hats = (const C*)hat;
     C *keep_b = grad_a ? (C*)kept : 0, *keep_a = grad_b ? (C*)kept + grad_a * rows * rows : 0;
-    const double energy = sum_over_rows(rows, threads, [&](int64_t i) {
-      const int64_t at = i * rows;
-      if (keep_b) copy(b + at, rows, keep_b + at);
-      if (keep_a) copy(a + at, rows, keep_a + at);
-      return inner(a + at, b + at, rows);
-    });
+    double energy;
+    if (!GramEnergy<C>{hats, hats + rows * columns, rows, columns, keep_a, keep_b}.run(threads, energy))
+      return false;
     finish((const C*)statistics + 2 * columns, rows, columns, energy, true, lambd, (C*)loss, (C*)components);
-  };
-  wide ? run(double()) : run(float());
+    return true;
+  });
 }
 
 void barlow_twins_correlation_energy(bool wide, void* p, const void* statistics, int64_t rows,
                                      int64_t columns, double lambd, void* loss, void* components,
                                      int threads) {
-  auto run = [&](auto compute) {
+  with_types(wide ? kFloat64 : kFloat32, [&](auto, auto compute) {
     using C = decltype(compute);
-    const double energy = sum_over_rows(columns, threads, [&](int64_t i) {
-      C* row = (C*)p + i * columns;
-      row[i] = 0;
-      return inner(row, row, columns);
-    });
+    const double energy = correlation_energy((C*)p, columns, threads);
     finish((const C*)statistics + 2 * columns, rows, columns, energy, false, lambd, (C*)loss, (C*)components);
-  };
-  wide ? run(double()) : run(float());
+    return true;
+  });
 }
 
-void barlow_twins_standardise_backward(int dtype, const void* m_a, const void* m_b, const void* hat,
-                                       const void* statistics, const void* upstream, int64_t rows,
-                                       int64_t columns, double lambd, bool with_diagonal, void* grad_a,
-                                       void* grad_b, int threads) {
-  auto run = [&](auto element, auto compute) {
+bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const void* matrix_b, const void* hat,
+                           const void* statistics, const void* upstream, int64_t rows, int64_t columns,
+                           double lambd, void* grad_a, void* grad_b, int threads) {
+  return with_types(dtype, [&](auto element, auto compute) {
     using T = decltype(element);
     using C = decltype(compute);
-    const C *s = (const C*)statistics, *hat_a = (const C*)hat, *hat_b = hat_a + rows * columns;
+    const C *hat_a = (const C*)hat, *hat_b = hat_a + rows * columns, *r = (const C*)statistics;
     const double u = *(const C*)upstream;
-    StandardiseBackward<C, T>{{{(const C*)m_a, hat_a, hat_b, s, (T*)grad_a},
-                               {(const C*)m_b, hat_b, hat_a, s + columns, (T*)grad_b}},
-                              s + 2 * columns,
-                              rows,
-                              columns,
-                              (C)(2 * lambd * u / rows / rows),
-                              (C)(2 * u / rows),
-                              with_diagonal ? (C)lambd : 0}
-        .run(threads);
-  };
-  switch (dtype) {
-    case kFloat64:
-      return run(double(), double());
-    case kBFloat16:
-      return run(bfloat16(), float());
-    case kFloat16:
-      return run(float16(), float());
-    default:
-      return run(float(), float());
-  }
+    return Backward<C, T>{{hat_a, r, (const C*)matrix_a, (T*)grad_a},
+                          {hat_b, r + columns, (const C*)matrix_b, (T*)grad_b},
+                          r + 2 * columns,
+                          rows,
+                          columns,
+                          (C)(2 * lambd * u / rows / rows),
+                          (C)(2 * u / rows),
+                          gram ? (C)lambd : 0}
+        .run(gram, threads);
+  });
 }
 
 }  // namespace MMFAST_NS

@@ -23,28 +23,27 @@ int augment_adjoint(const mmfast::AugmentCall& call, const int32_t* plan, int dt
                     void* const* x_grads, int threads);
 
 // barlow_twins.cpp. B rows, D columns; embeddings are of type `dtype` with unit column stride, all else is
-// dense and in compute type, fp64 if `wide`, else fp32. statistics (3, D): r of view a, r of view b, 1 - c.
-// Passes in the order of use; the matrix products between them are the caller's.
+// dense and in compute type, fp64 for fp64 (`wide`), else fp32. hat (2, B, D): the standardised embeddings Â
+// and B̂. statistics (3, D): r of view a, r of view b, 1 - c. components (5): loss, on-diagonal, off-diagonal,
+// mean c, off-diagonal RMS.
 
-// hat (2, B, D). Returns 0; 1 if some column has a mean or variance that is not finite; 2 if memory ran out.
+// Returns 0; 1 if some column has a mean or variance that is not finite; 2 if memory ran out.
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
                              int64_t rows, int64_t columns, bool center, double eps, void* hat,
                              void* statistics, int threads);
-// Gram form, from ÂÂ' and B̂B̂' (B, B). kept (grad_a + grad_b, B, B): copies of B̂B̂' if grad_a, then ÂÂ' if
-// grad_b. loss (1); components (4): on-diagonal, off-diagonal, mean c, off-diagonal RMS.
-void barlow_twins_gram_energy(bool wide, const void* gram_a, const void* gram_b, const void* statistics,
-                              int64_t rows, int64_t columns, double lambd, bool grad_a, bool grad_b,
-                              void* kept, void* loss, void* components, int threads);
+// Gram form. kept (grad_a + grad_b, B, B): B̂B̂' if grad_a, then ÂÂ' if grad_b. False if memory ran out.
+bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics, int64_t rows,
+                              int64_t columns, double lambd, bool grad_a, bool grad_b, void* kept, void* loss,
+                              void* components, int threads);
 // Direct form, from p = Â'B̂ (D, D), whose diagonal is set to zero.
 void barlow_twins_correlation_energy(bool wide, void* p, const void* statistics, int64_t rows,
                                      int64_t columns, double lambd, void* loss, void* components,
                                      int threads);
-// From m_a = (B̂ B̂') Â and m_b = (Â Â') B̂ to gradients of type `dtype`; either view may be null. m may be its
-// own gradient. with_diagonal: m holds the diagonal of the correlation matrix (Gram form). upstream: one
-// compute number.
-void barlow_twins_standardise_backward(int dtype, const void* m_a, const void* m_b, const void* hat,
-                                       const void* statistics, const void* upstream, int64_t rows,
-                                       int64_t columns, double lambd, bool with_diagonal, void* grad_a,
-                                       void* grad_b, int threads);
+// Gradients of type `dtype`, either of them null if not wanted, for the `upstream` gradient of the loss.
+// matrix_a and matrix_b: with `gram` B̂B̂' and ÂÂ' (B, B), otherwise the products B̂p' and Âp (B, D), which may
+// become the gradients in place. False if memory ran out.
+bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const void* matrix_b, const void* hat,
+                           const void* statistics, const void* upstream, int64_t rows, int64_t columns,
+                           double lambd, void* grad_a, void* grad_b, int threads);
 
 }  // namespace MMFAST_NS

@@ -15,7 +15,7 @@ inline void parallel_for(int64_t n, int threads, double cost, const Body& body) 
     for (int64_t i = 0; i < n; ++i) body(i, 0);
     return;
   }
-  const int64_t chunk = n > threads * 8 ? n / (threads * 8) : 1;
+  const int64_t chunk = n > threads * 32 ? n / (threads * 32) : 1;
 #pragma omp parallel for schedule(dynamic, chunk) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
 }

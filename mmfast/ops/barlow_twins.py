@@ -6,12 +6,12 @@ For embeddings of two views (B, D) with standardised columns Â and B̂ and corr
 
 The direct form computes C, O(B D^2). The Gram form uses that the squares of C sum to <ÂÂ', B̂B̂'> / B^2, and
 that the gradient needs (B̂B̂')Â where the direct form has B̂(B̂'Â): O(B^2 D), and nothing of size D x D exists.
-Both are exact (the identity is the duality of Garrido et al., ICLR 2023). The Gram form subtracts the diagonal
-from that sum, which is safe where the form is cheaper: C has at most rank B, so for B < D its diagonal cannot
-make up nearly all of it.
+Both are exact (the identity is the duality of Garrido et al., ICLR 2023). The Gram form subtracts the
+diagonal from that sum, which is safe where the form is cheaper: C has at most rank B, so for B < D its
+diagonal cannot make up nearly all of it.
 
-Around the matrix products both forms are the same passes, in C++ (:class:`_Native`) and in PyTorch
-(:class:`_Plain`): ``standardise``; ``gram_energy`` or ``correlation_energy``; ``standardise_backward``.
+The passes of both forms exist in C++ (:class:`_Native`) and in PyTorch (:class:`_Plain`): ``standardise``,
+then ``gram_energy`` and ``gram_backward`` or ``correlation_energy`` and ``direct_backward``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops.native import dtype_code
-from mmfast.ops.products import product, products
+from mmfast.ops.products import product
 
 
 def reference(
@@ -63,7 +63,8 @@ def barlow_twins(
 
 
 def _gram_is_cheaper(rows: int, columns: int) -> bool:
-    # Forward and backward take 8 B^2 D operations, against 6 B D^2; measured, the two meet there as well.
+    # 8 B^2 D operations against 6 B D^2. With symmetric Gram matrices it is even at B = 0.9 D, but there the
+    # subtraction of the diagonal may magnify rounding by 1 / (1 - B / D) = 10, here by 4 at most.
     return 4 * rows < 3 * columns
 
 
@@ -121,6 +122,11 @@ def _refuse(name: str, z: Tensor) -> None:
         )
 
 
+def _check_memory(enough: bool, rows: int) -> None:
+    if not enough:
+        raise MemoryError(f"barlow_twins: no memory for copies of blocks of {rows} rows")
+
+
 class _Native:
     """The passes in C++, for CPU tensors: csrc/cpu/kernels.h.
 
@@ -148,23 +154,21 @@ class _Native:
             statistics.data_ptr(),
             torch.get_num_threads(),
         )
-        if status == 2:
-            raise MemoryError(f"barlow_twins: no memory for working copies of blocks of {rows} rows")
+        _check_memory(status < 2, rows)
         return hat, statistics, status == 0
 
     @staticmethod
-    def gram_energy(gram_a, gram_b, statistics, lambd, grad_a, grad_b):
+    def gram_energy(hat, statistics, lambd, grad_a, grad_b):
         """Loss, components, and what the backward pass needs: B̂B̂' if ``grad_a``, ÂÂ' if ``grad_b``."""
-        rows = len(gram_a)
-        kept = gram_a.new_empty(grad_a + grad_b, rows, rows)
-        loss, components = gram_a.new_empty(()), gram_a.new_empty(5)
-        backends._C.barlow_twins_gram_energy(
-            gram_a.dtype == torch.float64,
-            gram_a.data_ptr(),
-            gram_b.data_ptr(),
+        _, rows, columns = hat.shape
+        kept = hat.new_empty(grad_a + grad_b, rows, rows)
+        loss, components = hat.new_empty(()), hat.new_empty(5)
+        done = backends._C.barlow_twins_gram_energy(
+            hat.dtype == torch.float64,
+            hat.data_ptr(),
             statistics.data_ptr(),
             rows,
-            statistics.shape[1],
+            columns,
             lambd,
             grad_a,
             grad_b,
@@ -173,6 +177,7 @@ class _Native:
             components.data_ptr(),
             torch.get_num_threads(),
         )
+        _check_memory(done, rows)
         return loss, components, kept
 
     @staticmethod
@@ -193,24 +198,35 @@ class _Native:
         return loss, components, p
 
     @staticmethod
-    def standardise_backward(m_a, m_b, hat, statistics, upstream, lambd, gram, grad_a, grad_b):
-        """Gradients from m_a = (B̂B̂')Â and m_b = (ÂÂ')B̂ or None, into ``grad_a`` and ``grad_b``."""
+    def gram_backward(kept, hat, statistics, upstream, lambd, grad_a, grad_b):
+        """Fills ``grad_a`` and ``grad_b``, unless None, from the Gram matrices."""
+        gram_b, gram_a = kept[0], kept[-1]
+        _Native._backward(True, gram_b, gram_a, hat, statistics, upstream, lambd, grad_a, grad_b)
+
+    @staticmethod
+    def direct_backward(m_a, m_b, hat, statistics, upstream, lambd, grad_a, grad_b):
+        """The same from m_a = B̂p' and m_b = Âp, each of which may be its own gradient."""
+        _Native._backward(False, m_a, m_b, hat, statistics, upstream, lambd, grad_a, grad_b)
+
+    @staticmethod
+    def _backward(gram, matrix_a, matrix_b, hat, statistics, upstream, lambd, grad_a, grad_b):
         _, rows, columns = hat.shape
-        backends._C.barlow_twins_standardise_backward(
-            dtype_code("barlow_twins", "z_a", grad_a),
-            0 if m_a is None else m_a.data_ptr(),
-            0 if m_b is None else m_b.data_ptr(),
+        done = backends._C.barlow_twins_backward(
+            dtype_code("barlow_twins", "z_a", grad_b if grad_a is None else grad_a),
+            gram,
+            0 if grad_a is None else matrix_a.data_ptr(),
+            0 if grad_b is None else matrix_b.data_ptr(),
             hat.data_ptr(),
             statistics.data_ptr(),
             upstream.data_ptr(),
             rows,
             columns,
             lambd,
-            gram,
-            grad_a.data_ptr(),
-            grad_b.data_ptr(),
+            0 if grad_a is None else grad_a.data_ptr(),
+            0 if grad_b is None else grad_b.data_ptr(),
             torch.get_num_threads(),
         )
+        _check_memory(done, rows)
 
 
 class _Plain:
@@ -234,10 +250,12 @@ class _Plain:
         return hat, torch.cat((r, one_minus_c[None])), finite
 
     @staticmethod
-    def gram_energy(gram_a, gram_b, statistics, lambd, grad_a, grad_b):
-        rows = len(gram_a)
+    def gram_energy(hat, statistics, lambd, grad_a, grad_b):
+        rows = hat.shape[1]
+        # With ``out``, autocast leaves the product alone.
+        gram_a, gram_b = torch.bmm(hat, hat.mT, out=hat.new_empty(2, rows, rows))
         energy = (gram_a * gram_b).sum() / rows**2 - (1 - statistics[2]).square().sum()
-        kept = gram_a.new_empty(grad_a + grad_b, rows, rows)
+        kept = hat.new_empty(grad_a + grad_b, rows, rows)
         for place, gram in zip(kept, [gram_b] * grad_a + [gram_a] * grad_b, strict=True):
             place.copy_(gram)
         return *_Plain._finish(energy.clamp(min=0), statistics[2], lambd), kept
@@ -256,17 +274,25 @@ class _Plain:
         return loss, torch.stack((loss, on_diagonal, off_diagonal, 1 - one_minus_c.mean(), rms))
 
     @staticmethod
-    def standardise_backward(m_a, m_b, hat, statistics, upstream, lambd, gram, grad_a, grad_b):
-        rows = hat.shape[1]
-        r_a, r_b, one_minus_c = statistics
-        weight = one_minus_c + lambd * (1 - one_minus_c) if gram else one_minus_c
-        for m, own, partner, r, grad in (
-            (m_a, hat[0], hat[1], r_a, grad_a),
-            (m_b, hat[1], hat[0], r_b, grad_b),
-        ):
-            if m is not None:
-                g = upstream * (2 / rows) * (lambd / rows * m - weight * partner)
-                grad.copy_(r * (g - own * (own * g).mean(0)))
+    def gram_backward(kept, hat, statistics, upstream, lambd, grad_a, grad_b):
+        one_minus_c = statistics[2]
+        weight = one_minus_c + lambd * (1 - one_minus_c)
+        for i, gram, grad in ((0, kept[0], grad_a), (1, kept[-1], grad_b)):
+            if grad is not None:
+                m = torch.mm(gram, hat[i], out=torch.empty_like(hat[i]))
+                _Plain._standardise_backward(i, m, weight, hat, statistics, upstream, lambd, grad)
+
+    @staticmethod
+    def direct_backward(m_a, m_b, hat, statistics, upstream, lambd, grad_a, grad_b):
+        for i, m, grad in ((0, m_a, grad_a), (1, m_b, grad_b)):
+            if grad is not None:
+                _Plain._standardise_backward(i, m, statistics[2], hat, statistics, upstream, lambd, grad)
+
+    @staticmethod
+    def _standardise_backward(i, m, weight, hat, statistics, upstream, lambd, grad):
+        rows, own, partner = len(m), hat[i], hat[1 - i]
+        g = upstream * (2 / rows) * (lambd / rows * m - weight * partner)
+        grad.copy_(statistics[i] * (g - own * (own * g).mean(0)))
 
 
 def _passes(device: torch.device):
@@ -282,7 +308,7 @@ def _forward(z_a, z_b, lambd, center, eps, gram, grad_a, grad_b):
         _refuse("z_a", z_a)
         _refuse("z_b", z_b)
     if gram:
-        energy = passes.gram_energy(*products(hat, hat), statistics, lambd, grad_a, grad_b)
+        energy = passes.gram_energy(hat, statistics, lambd, grad_a, grad_b)
     else:
         p = product(hat[0].t(), hat[1].t())
         energy = passes.correlation_energy(p, len(z_a), statistics, lambd)
@@ -301,24 +327,18 @@ def _forward_fake(z_a, z_b, lambd, center, eps, gram, grad_a, grad_b):
 
 def _backward(upstream, views, statistics, matrices, lambd, center, eps, gram, grad_a, grad_b):
     passes = _passes(statistics.device)
+    dtype = views[0].dtype
     hat = views[0] if len(views) == 1 else passes.standardise(*views, center, eps)[0]
-    if gram and grad_a and grad_b:
-        m = products(matrices, hat.mT)
-    elif gram:
-        m = product(matrices[0], hat[0 if grad_a else 1].t())
-        m = (m, None) if grad_a else (None, m)
+    if gram:
+        grads = [torch.empty_like(hat[0], dtype=dtype) if wanted else None for wanted in (grad_a, grad_b)]
+        passes.gram_backward(matrices, hat, statistics, upstream, lambd, *grads)
     else:
         m_a = product(hat[1], matrices) if grad_a else None
         m_b = product(hat[0], matrices.t()) if grad_b else None
-        m = (m_a, m_b)
-    # Products with a tensor of their own become the gradient in place.
-    in_place = isinstance(m, tuple) and views[0].dtype == hat.dtype
-    grads = [
-        x if in_place and wanted else hat.new_empty(hat.shape[1:] if wanted else 0, dtype=views[0].dtype)
-        for x, wanted in zip(m, (grad_a, grad_b), strict=True)
-    ]
-    passes.standardise_backward(*m, hat, statistics, upstream, lambd, gram, *grads)
-    return tuple(grads)
+        in_place = dtype == hat.dtype
+        grads = [m if m is None or in_place else torch.empty_like(m, dtype=dtype) for m in (m_a, m_b)]
+        passes.direct_backward(m_a, m_b, hat, statistics, upstream, lambd, *grads)
+    return tuple(hat.new_empty(0, dtype=dtype) if grad is None else grad for grad in grads)
 
 
 def _backward_fake(upstream, views, statistics, matrices, lambd, center, eps, gram, grad_a, grad_b):
@@ -327,8 +347,8 @@ def _backward_fake(upstream, views, statistics, matrices, lambd, center, eps, gr
 
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
-# hat (2, B, D): standardised embeddings; statistics (3, D): see _Native; matrices: in Gram form (n, B, B), B̂B̂'
-# if grad_a and ÂÂ' if grad_b, in direct form Â'B̂ less its diagonal; views: hat, or z_a and z_b to standardise.
+# hat (2, B, D): standardised embeddings; views: hat, or z_a and z_b to standardise; statistics (3, D): see
+# _Native; matrices: in Gram form (n, B, B), B̂B̂' if grad_a and ÂÂ' if grad_b, else Â'B̂ less its diagonal.
 _options = "float lambd, bool center, float eps, bool gram, bool grad_a, bool grad_b"
 _ops = {
     f"barlow_twins_forward(Tensor z_a, Tensor z_b, {_options})"

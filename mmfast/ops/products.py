@@ -1,7 +1,4 @@
-"""Matrix products of the losses: torch's own, by the library that is fastest on this processor.
-
-All of them write into ``out`` tensors or call oneDNN directly, neither of which autocast touches.
-"""
+"""Matrix products of the losses: torch's own, by the library that is fastest on this processor."""
 
 from __future__ import annotations
 
@@ -30,24 +27,15 @@ def _onednn_linear():
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def _onednn(x: Tensor, work: int):
-    if x.dtype != torch.float32 or x.device.type != "cpu" or work < _SMALL:
-        return None
-    return _onednn_linear()
-
-
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y.T`` of (m, k) and (n, k)."""
+    """``x @ y.T`` of (m, k) and (n, k), in their precision whatever autocast says."""
     (m, k), n = x.shape, y.shape[0]
-    if linear := _onednn(x, m * n * k):
+    if (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and m * n * k >= _SMALL
+        and (linear := _onednn_linear())
+    ):
         return linear(x, y, None, "none", [], "")
+    # Autocast leaves calls with ``out`` alone.
     return torch.mm(x, y.t(), out=x.new_empty(m, n))
-
-
-def products(x: Tensor, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """``x[i] @ y[i].T`` of (2, m, k) and (2, n, k): one tensor (2, m, n), or two, whichever is faster."""
-    (_, m, k), n = x.shape, y.shape[1]
-    if linear := _onednn(x, m * n * k):
-        (x_a, x_b), (y_a, y_b) = x, y
-        return linear(x_a, y_a, None, "none", [], ""), linear(x_b, y_b, None, "none", [], "")
-    return torch.bmm(x, y.mT, out=x.new_empty(2, m, n))

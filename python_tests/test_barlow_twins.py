@@ -1,0 +1,642 @@
+"""The Barlow Twins loss: definition, gradients, invariances, contracts and refusals."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mmfast
+from mmfast import backends
+from mmfast import functional as F
+from mmfast.losses import BarlowTwinsLoss
+from mmfast.ops import barlow_twins as ops
+
+WHY_NOT = backends.why_not_native()
+native = pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)
+BACKENDS = pytest.mark.parametrize("backend", [pytest.param("native", marks=native), "reference"])
+FORMS = pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
+CENTER = pytest.mark.parametrize("center", [True, False], ids=["centred", "raw"])
+# On both sides of the choice of form.
+SHAPES = pytest.mark.parametrize("shape", [(20, 90), (90, 20)], ids=str)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty is full of NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def views(rows, columns, dtype=torch.float64, seed=0, noise=0.5):
+    """Two embeddings that agree up to noise, and whose features are correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    z = torch.randn(rows, columns, generator=generator, dtype=torch.float64) @ mix
+    other = z + noise * mix.norm(dim=0) * torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+    return z.to(dtype), other.to(dtype)
+
+
+def brute_force(z_a, z_b, lambd=5e-3, center=True, eps=1e-5):
+    a, b = z_a.double().T.tolist(), z_b.double().T.tolist()
+
+    def standardise(column):
+        mean = math.fsum(column) / len(column) if center else 0.0
+        variance = math.fsum((x - mean) ** 2 for x in column) / len(column)
+        return [(x - mean) / math.sqrt(variance + eps) for x in column]
+
+    a, b = [standardise(x) for x in a], [standardise(x) for x in b]
+    loss = 0.0
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            c = math.fsum(p * q for p, q in zip(x, y, strict=True)) / len(x)
+            loss += (1 - c) ** 2 if i == j else lambd * c**2
+    return loss
+
+
+def gradients(function, z_a, z_b, upstream=1.0, dtype=None, **options):
+    """(loss, gradients of both views), in float64."""
+    z_a, z_b = (z.detach().to(dtype or z.dtype).requires_grad_() for z in (z_a, z_b))
+    result = function(z_a, z_b, **options)
+    loss = result[0] if isinstance(result, tuple) else result
+    (upstream * loss).backward()
+    return loss.detach().double(), z_a.grad.double(), z_b.grad.double()
+
+
+def relative_error(x, truth):
+    return float((x.double() - truth.double()).norm() / truth.double().norm())
+
+
+@BACKENDS
+@FORMS
+@CENTER
+@pytest.mark.parametrize("shape", [(2, 3), (3, 2), (7, 5), (19, 70), (70, 19), (33, 64)], ids=str)
+def test_value_is_the_definition(shape, center, gram, backend):
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        z_a, z_b = views(*shape, dtype)
+        with mmfast.backend(backend):
+            loss, _ = ops.barlow_twins(z_a, z_b, 0.02, center, 1e-3, gram=gram)
+        assert loss.dtype == dtype and loss.shape == ()
+        assert float(loss) == pytest.approx(brute_force(z_a, z_b, 0.02, center, 1e-3), rel=tolerance)
+
+
+@CENTER
+def test_the_reference_is_the_definition(center):
+    z_a, z_b = views(9, 6)
+    loss = ops.reference(z_a, z_b, 0.02, center, 1e-3)
+    assert float(loss) == pytest.approx(brute_force(z_a, z_b, 0.02, center, 1e-3), rel=1e-13)
+
+
+@BACKENDS
+@FORMS
+@CENTER
+def test_gradcheck(center, gram, backend):
+    z_a, z_b = (z.requires_grad_() for z in views(6, 5))
+    with mmfast.backend(backend):
+        assert torch.autograd.gradcheck(
+            lambda a, b: ops.barlow_twins(a, b, 0.3, center, 1e-2, gram=gram)[0], (z_a, z_b)
+        )
+
+
+@BACKENDS
+@FORMS
+@CENTER
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradient_error_is_that_of_plain_pytorch(dtype, center, gram, backend):
+    for shape in ((24, 100), (100, 24)):
+        z_a, z_b = views(*shape, dtype)
+        truth = gradients(ops.reference, z_a, z_b, -3.0, torch.float64, center=center)
+        plain = gradients(ops.reference, z_a, z_b, -3.0, center=center)
+        with mmfast.backend(backend):
+            ours = gradients(ops.barlow_twins, z_a, z_b, -3.0, center=center, gram=gram)
+        for x, y, z in zip(ours, plain, truth, strict=True):
+            # Plus a few units in the last place of fp32, in which all of these are computed.
+            assert relative_error(x, z) <= 2 * relative_error(y, z) + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(170, 1000), (30, 2500), (600, 810), (600, 130)], ids=str)
+def test_sizes_at_which_products_are_cut_up(shape):
+    z_a, z_b = (torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    z_b += z_a
+    truth = gradients(ops.reference, z_a, z_b, dtype=torch.float64)
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        ours = gradients(F.barlow_twins, z_a, z_b, dtype=dtype)
+        assert all(relative_error(x, y) < tolerance for x, y in zip(ours, truth, strict=True))
+
+
+@FORMS
+def test_only_the_gradients_that_are_needed(gram):
+    z_a, z_b = views(10, 12, torch.float32)
+    _, grad_a, grad_b = gradients(ops.barlow_twins, z_a, z_b, gram=gram)
+    a, b = z_a.clone().requires_grad_(), z_b.clone().requires_grad_()
+    ops.barlow_twins(a, z_b, gram=gram)[0].backward()
+    ops.barlow_twins(z_a, b, gram=gram)[0].backward()
+    torch.testing.assert_close(a.grad.double(), grad_a, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(b.grad.double(), grad_b, rtol=1e-5, atol=1e-7)
+
+
+@FORMS
+def test_inputs_can_be_used_again(gram):
+    z_a, z_b = views(10, 12, torch.float32)
+    _, once, _ = gradients(ops.barlow_twins, z_a, z_b, gram=gram)
+    a, b = z_a.clone().requires_grad_(), z_b.clone().requires_grad_()
+    loss = ops.barlow_twins(a, b, gram=gram)[0]
+    loss.backward(retain_graph=True)
+    loss.backward()
+    ops.barlow_twins(a, b, gram=gram)[0].backward()
+    torch.testing.assert_close(a.grad.double(), 3 * once, rtol=1e-6, atol=1e-8)
+    assert torch.equal(a.detach(), z_a) and torch.equal(b.detach(), z_b)
+
+
+def test_one_tensor_as_both_views():
+    z, _ = views(8, 30)
+    x, y = z.clone().requires_grad_(), z.clone().requires_grad_()
+    F.barlow_twins(x, x, eps=1e-2).backward()
+    ops.reference(y, y, eps=1e-2).backward()
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-9, atol=1e-12)
+
+
+# What the definition implies.
+
+
+@SHAPES
+def test_affine_maps_of_columns_change_nothing(shape):
+    z_a, z_b = views(*shape)
+    scale, offset = torch.linspace(0.5, 20, shape[1]), torch.linspace(-50, 80, shape[1])
+    mapped = F.barlow_twins(z_a * scale + offset, z_b * 3 - 1, eps=0)
+    assert float(mapped) == pytest.approx(float(F.barlow_twins(z_a, z_b, eps=0)), rel=1e-9)
+    scaled = F.barlow_twins(z_a * scale, z_b / 7, eps=0, center=False)
+    assert float(scaled) == pytest.approx(float(F.barlow_twins(z_a, z_b, eps=0, center=False)), rel=1e-11)
+
+
+@SHAPES
+def test_permutations_and_exchange_of_views_permute_the_gradient(shape):
+    z_a, z_b = views(*shape)
+    loss, grad_a, grad_b = gradients(F.barlow_twins, z_a, z_b)
+    rows, columns = torch.randperm(shape[0]), torch.randperm(shape[1])
+    permuted = gradients(F.barlow_twins, z_a[rows][:, columns], z_b[rows][:, columns])
+    torch.testing.assert_close(permuted, (loss, grad_a[rows][:, columns], grad_b[rows][:, columns]))
+    torch.testing.assert_close(gradients(F.barlow_twins, z_b, z_a), (loss, grad_b, grad_a))
+
+
+@SHAPES
+def test_repeating_the_batch_keeps_the_loss(shape):
+    z_a, z_b = views(*shape)
+    twice = F.barlow_twins(z_a.repeat(2, 1), z_b.repeat(2, 1))
+    assert float(twice) == pytest.approx(float(F.barlow_twins(z_a, z_b)), rel=1e-12)
+
+
+@BACKENDS
+@SHAPES
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_scale_and_offset_cost_no_precision(shape, scale, offset, backend):
+    z_a, z_b = (z * scale + offset for z in views(*shape, torch.float32))
+    truth = gradients(ops.reference, z_a, z_b, dtype=torch.float64)
+    with mmfast.backend(backend):
+        ours = gradients(F.barlow_twins, z_a, z_b)
+    assert float(ours[0]) == pytest.approx(float(truth[0]), rel=2e-6)
+    for x, y in zip(ours[1:], truth[1:], strict=True):
+        assert relative_error(x, y) < 2e-5
+
+
+@BACKENDS
+@SHAPES
+def test_an_outlier_in_the_first_row_costs_no_precision(shape, backend):
+    z_a, z_b = views(*shape, torch.float32)
+    z_a[0] += 1e4
+    with mmfast.backend(backend):
+        loss = float(F.barlow_twins(z_a, z_b))
+    assert loss == pytest.approx(brute_force(z_a, z_b), rel=2e-6)
+
+
+@BACKENDS
+@SHAPES
+@pytest.mark.parametrize("eps", [0.0, 1e-5])
+def test_a_constant_column_correlates_with_nothing(shape, eps, backend):
+    z_a, z_b = views(*shape, torch.float32)
+    z_a[:, 3] = 1234.567
+    z_b[:, 5] = 0
+    kept = [j for j in range(shape[1]) if j not in (3, 5)]
+    with mmfast.backend(backend):
+        parts = F.barlow_twins_components(z_a, z_b, eps=eps)
+        fewer = F.barlow_twins_components(z_a[:, kept], z_b[:, kept], eps=eps)
+        _, grad_a, grad_b = gradients(F.barlow_twins, z_a, z_b, eps=eps)
+    assert float(parts.on_diagonal - fewer.on_diagonal) == pytest.approx(2, abs=1e-5)
+    assert grad_a.isfinite().all() and grad_b.isfinite().all()
+    if eps == 0:
+        assert not grad_a[:, 3].any() and not grad_b[:, 5].any()
+
+
+def test_zero_embeddings_have_correlation_zero():
+    z = torch.zeros(4, 6)
+    assert float(F.barlow_twins(z, z)) == pytest.approx(6, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2, 9), (9, 1)], ids=str)
+def test_smallest_sizes(shape):
+    z_a, z_b = views(*shape, noise=3.0)
+    truth = gradients(ops.reference, z_a, z_b, eps=0.1)
+    torch.testing.assert_close(gradients(F.barlow_twins, z_a, z_b, eps=0.1), truth, rtol=1e-9, atol=1e-12)
+
+
+@BACKENDS
+def test_nearly_equal_views_have_no_cancellation(backend):
+    z_a, _ = views(90, 20, torch.float32)
+    z_b = z_a * (1 + 1e-3 * torch.randn_like(z_a))
+    truth = gradients(ops.reference, z_a, z_b, lambd=0.0, eps=0.0, dtype=torch.float64)
+    with mmfast.backend(backend):
+        ours = gradients(F.barlow_twins, z_a, z_b, lambd=0.0, eps=0.0)
+    # 1 - c is 1e-6 here: subtracted in fp32 it would have three correct bits.
+    assert float(ours[0]) == pytest.approx(float(truth[0]), rel=1e-4)
+    assert relative_error(ours[1], truth[1]) < 1e-3
+
+
+@BACKENDS
+def test_nearly_decorrelated_features_have_no_cancellation(backend):
+    z, _ = views(2048, 16)
+    z = (torch.linalg.qr(z - z.mean(0))[0] * math.sqrt(2048)).float()
+    z[:, 1] += 1e-3 * z[:, 0]
+    truth = float(ops.reference(z.double(), z.double(), lambd=1.0, eps=0.0))
+    with mmfast.backend(backend):
+        parts = F.barlow_twins_components(z, z, eps=0)
+    # 2e-6, which the difference of two sums of 16 would not have in fp32.
+    assert float(parts.off_diagonal) == pytest.approx(truth, rel=1e-3)
+
+
+# Memory.
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@SHAPES
+def test_layout_does_not_matter_and_nothing_else_is_read(shape, dtype, backend):
+    z_a, z_b = views(*shape, dtype)
+    rows, columns = shape
+
+    def inside(z, row_step, column_step):
+        """z as a slice of a buffer that is NaN everywhere else."""
+        buffer = torch.full((rows * row_step + 5, columns * column_step + 7), math.nan, dtype=dtype)
+        place = buffer[3 : 3 + rows * row_step : row_step, 5 : 5 + columns * column_step : column_step]
+        return place.copy_(z)
+
+    with mmfast.backend(backend):
+        plain = gradients(F.barlow_twins, z_a, z_b)
+        for a, b in (
+            (inside(z_a, 1, 1), inside(z_b, 3, 1)),
+            (inside(z_a, 2, 2), z_b.T.contiguous().T),
+        ):
+            a, b = (z.detach().requires_grad_() for z in (a, b))
+            loss = F.barlow_twins(a, b)
+            loss.backward()
+            assert torch.equal(loss.double(), plain[0])
+            assert torch.equal(a.grad.double(), plain[1]) and torch.equal(b.grad.double(), plain[2])
+
+
+def test_a_broadcast_row_is_constant_columns():
+    z = torch.randn(1, 12).expand(5, 12)
+    assert float(F.barlow_twins(z, torch.randn(5, 12))) == pytest.approx(12, rel=1e-6)
+
+
+@native
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_write_only_their_outputs(dtype, gram):
+    """Every output lies between red zones of a sentinel value."""
+    rows, columns, zone = 27, 83, 64
+    buffers = []
+
+    def guarded(*shape, dtype=torch.float32):
+        buffers.append(torch.full((math.prod(shape) + 2 * zone,), 7.5, dtype=dtype))
+        return buffers[-1][zone:-zone].view(shape)
+
+    def call(name, *arguments):
+        addresses = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
+        return getattr(backends._C, name)(*addresses, 2)
+
+    z_a, z_b = views(rows, columns, dtype)
+    code = ops.dtype_code("test", "z_a", z_a)
+    hat, statistics = guarded(2, rows, columns), guarded(3, columns)
+    sizes = (rows, columns)
+    call("barlow_twins_standardise", code, z_a, columns, z_b, columns, *sizes, True, 1e-5, hat, statistics)
+    loss, components = guarded(), guarded(5)
+    if gram:
+        kept = guarded(2, rows, rows)
+        options = (*sizes, 0.01, True, True)
+        call("barlow_twins_gram_energy", False, hat, statistics, *options, kept, loss, components)
+        torch.testing.assert_close(kept, (hat @ hat.mT).flip(0))
+        assert torch.equal(kept, kept.mT)
+        matrices = list(kept)
+    else:
+        p = guarded(columns, columns).copy_(hat[0].T @ hat[1])
+        call("barlow_twins_correlation_energy", False, p, statistics, *sizes, 0.01, loss, components)
+        assert not p.diagonal().any()
+        matrices = [hat[1] @ p.T, hat[0] @ p]
+    assert float(loss) == pytest.approx(float(ops.reference(z_a, z_b, 0.01)), rel=1e-5)
+    grads = [guarded(rows, columns, dtype=dtype) for _ in range(2)]
+    call("barlow_twins_backward", code, gram, *matrices, hat, statistics, loss, *sizes, 0.01, *grads)
+    for buffer in buffers:
+        assert (buffer[:zone] == 7.5).all() and (buffer[-zone:] == 7.5).all()
+
+
+# Repeatability.
+
+
+@native
+@pytest.mark.parametrize("isa", backends._C.isas() if backends._C else [])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, dtype):
+    previous = backends._C.use_isa(isa)
+    try:
+        for shape in ((5, 77), (70, 9), (3, 33), (2, 1)):
+            z_a, z_b = views(*shape, dtype, noise=2.0)
+            truth = gradients(ops.reference, z_a, z_b, dtype=torch.float64, eps=1e-2)
+            plain = gradients(ops.reference, z_a, z_b, eps=1e-2)
+            ours = gradients(F.barlow_twins, z_a, z_b, eps=1e-2)
+            slack = 1e-11 if dtype == torch.float64 else 2e-6
+            for x, y, z in zip(ours, plain, truth, strict=True):
+                assert relative_error(x, z) <= 2 * relative_error(y, z) + slack
+    finally:
+        backends._C.use_isa(previous)
+
+
+@native
+@pytest.mark.parametrize("shape", [(32, 1000), (200, 300), (300, 64)], ids=str)
+def test_bits_depend_neither_on_threads_nor_on_chance(shape):
+    z_a, z_b = views(*shape, torch.float32)
+    fixed = torch.randn(shape[1], shape[1])
+
+    def passes():
+        hat, statistics, _ = ops._Native.standardise(z_a, z_b, True, 1e-5)
+        loss, components, kept = ops._Native.gram_energy(hat, statistics, 0.01, True, True)
+        direct = ops._Native.correlation_energy(fixed.clone(), shape[0], statistics, 0.01)
+        grads = torch.empty(2, *hat.shape)
+        ops._Native.gram_backward(kept, hat, statistics, loss, 0.01, *grads[0])
+        ops._Native.direct_backward(*hat, hat, statistics, loss, 0.01, *grads[1])
+        return hat, statistics, loss, components, kept, *direct, grads
+
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 2, 3):
+            torch.set_num_threads(count)
+            results.append(passes())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    first, second = (gradients(F.barlow_twins, z_a, z_b) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+# Behaving like a built-in.
+
+
+@BACKENDS
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(dtype, gram, backend):
+    z_a, z_b = views(6, 9, dtype)
+    options = (0.01, True, 1e-5, gram)
+    with mmfast.backend(backend):
+        for needs in ((True, True), (False, True), (False, False)):
+            arguments = (z_a, z_b, *options, *needs)
+            torch.library.opcheck(torch.ops.mmfast.barlow_twins_forward, arguments)
+            if any(needs):
+                loss, _, hat, *saved = torch.ops.mmfast.barlow_twins_forward(*arguments)
+                kept = [hat] if dtype == hat.dtype else [z_a, z_b]
+                torch.library.opcheck(
+                    torch.ops.mmfast.barlow_twins_backward,
+                    (torch.ones_like(loss), kept, *saved, *options, *needs),
+                )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_compile_fullgraph_gives_the_same_bits(dtype):
+    loss = BarlowTwinsLoss(lambd=0.02)
+
+    def train(z_a, z_b):
+        return 2 * loss(z_a * 1.0, z_b)
+
+    compiled = torch.compile(train, fullgraph=True, backend="aot_eager")
+    for shape in ((10, 40), (40, 10)):
+        z_a, z_b = views(*shape, dtype)
+        expected = gradients(train, z_a, z_b)
+        parts = loss.last
+        assert all(torch.equal(x, y) for x, y in zip(gradients(compiled, z_a, z_b), expected, strict=True))
+        assert loss.last == parts
+    with pytest.raises(mmfast.UserError, match="z_a must be finite"):
+        compiled(z_a * math.nan, z_b)
+
+
+def test_compile_with_inductor():
+    z_a, z_b = views(10, 40, torch.float32)
+    expected = gradients(F.barlow_twins, z_a, z_b)
+    compiled = torch.compile(F.barlow_twins, fullgraph=True)
+    torch.testing.assert_close(gradients(compiled, z_a, z_b), expected)
+
+
+@BACKENDS
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_cannot_demote(dtype, gram, backend):
+    z_a, z_b = views(48, 40, dtype)
+    with mmfast.backend(backend):
+        expected = gradients(ops.barlow_twins, z_a, z_b, gram=gram)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = gradients(ops.barlow_twins, z_a, z_b, gram=gram)
+    assert all(torch.equal(x, y) for x, y in zip(inside, expected, strict=True))
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saved_for_backward(dtype, needs):
+    rows, columns = 24, 500
+    z_a, z_b = (z.requires_grad_(need) for z, need in zip(views(rows, columns, dtype), needs, strict=True))
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = F.barlow_twins(z_a, z_b)
+    inputs = z_a.nbytes + z_b.nbytes
+    small = (sum(needs) * rows**2 + 3 * columns) * loss.element_size()
+    assert 0 < sum(storages.values()) <= inputs + small
+
+
+def test_no_graph_without_need():
+    z_a, z_b = views(8, 20)
+    assert not F.barlow_twins(z_a, z_b).requires_grad
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            assert not F.barlow_twins(z_a.clone().requires_grad_(), z_b).requires_grad
+
+
+@BACKENDS
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_double_backward_is_refused(dtype, gram, backend):
+    z_a, z_b = (z.requires_grad_() for z in views(6, 9, dtype))
+    with mmfast.backend(backend):
+        loss = ops.barlow_twins(z_a, z_b, gram=gram)[0]
+        expected = torch.autograd.grad(loss, z_a, retain_graph=True)[0]
+        (recorded,) = torch.autograd.grad(loss, z_a, create_graph=True)
+        assert torch.equal(recorded, expected)
+        # Also where the rest of the graph has an answer, and where autograd may skip what is unused.
+        for penalty in (recorded.sum(), recorded.square().sum() + z_b.square().sum()):
+            with pytest.raises(RuntimeError, match=r"barlow_twins: .*double backward"):
+                torch.autograd.grad(penalty, z_b, retain_graph=True, allow_unused=True)
+            with pytest.raises(RuntimeError, match=r"barlow_twins: .*double backward"):
+                penalty.backward(retain_graph=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(2, 70),
+    columns=st.integers(1, 140),
+    lambd=st.floats(0, 2),
+    eps=st.sampled_from([1e-5, 1e-2, 1.0]),
+    center=st.booleans(),
+    gram=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape(rows, columns, lambd, eps, center, gram, seed):
+    z_a, z_b = views(rows, columns, seed=seed, noise=1.0)
+    truth = gradients(ops.reference, z_a, z_b, lambd=lambd, center=center, eps=eps)
+    ours = gradients(ops.barlow_twins, z_a, z_b, lambd=lambd, center=center, eps=eps, gram=gram)
+    for x, y in zip(ours, truth, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-11 * (1 + float(y.abs().max())))
+
+
+# Components and the module.
+
+
+@BACKENDS
+@SHAPES
+def test_components(shape, backend):
+    z_a, z_b = views(*shape)
+    a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z_a, z_b))
+    c = a.T @ b / shape[0]
+    off = c[~torch.eye(shape[1], dtype=torch.bool)]
+    with mmfast.backend(backend):
+        parts = F.barlow_twins_components(z_a.requires_grad_(), z_b, lambd=0.1)
+        loss = F.barlow_twins(z_a, z_b, lambd=0.1)
+    expected = (
+        loss.detach(),
+        (1 - c.diagonal()).square().sum(),
+        off.square().sum(),
+        c.diagonal().mean(),
+        off.square().mean().sqrt(),
+    )
+    for x, y in zip(parts, expected, strict=True):
+        assert not x.requires_grad and x.shape == ()
+        assert float(x) == pytest.approx(float(y), rel=1e-9)
+
+
+def test_one_feature_has_no_off_diagonal():
+    parts = F.barlow_twins_components(*views(6, 1))
+    assert float(parts.off_diagonal) == 0 and float(parts.off_diagonal_rms) == 0
+
+
+def test_module():
+    z_a, z_b = views(8, 30)
+    loss = BarlowTwinsLoss(lambd=0.02, center=False, eps=1e-3)
+    assert mmfast.BarlowTwinsLoss is BarlowTwinsLoss
+    assert loss.last is None
+    value = loss(z_a.requires_grad_(), z_b)
+    assert torch.equal(value, F.barlow_twins(z_a, z_b, 0.02, False, 1e-3))
+    assert loss.last == loss.components(z_a, z_b) and torch.equal(loss.last.loss, value.detach())
+    assert not loss.last.on_diagonal.requires_grad
+    assert not loss.state_dict() and not list(loss.parameters())
+    assert repr(loss) == "BarlowTwinsLoss(lambd=0.02, center=False, eps=0.001)"
+
+
+# Refusals.
+
+A = torch.arange(24.0).view(4, 6)
+ROWS = "z_a must have at least 2 rows (a correlation over one sample is undefined), got "
+TYPES = "z_a must be one of float32, float64, bfloat16, float16, got "
+INVALID = [
+    (TypeError, ([[1.0]], A), {}, "z_a must be a tensor, got list"),
+    (TypeError, (A, None), {}, "z_b must be a tensor, got NoneType"),
+    (ValueError, (A[0], A), {}, "z_a must have shape (B, D), got (6,)"),
+    (ValueError, (A[None], A[None]), {}, "z_a must have shape (B, D), got (1, 4, 6)"),
+    (ValueError, (A, A[:, :5]), {}, "z_b must have the shape of z_a (4, 6), got (4, 5)"),
+    (ValueError, (torch.zeros(1, 1000), torch.zeros(1, 1000)), {}, ROWS + "(1, 1000)"),
+    (ValueError, (A[:0], A[:0]), {}, ROWS + "(0, 6)"),
+    (ValueError, (A[:, :0], A[:, :0]), {}, "z_a must have at least 1 column, got (4, 0)"),
+    (TypeError, (A, A.half()), {}, "z_b must have the dtype of z_a (torch.float32), got torch.float16"),
+    (TypeError, (A.long(), A.long()), {}, TYPES + "int64"),
+    (TypeError, (A.cfloat(), A.cfloat()), {}, TYPES + "complex64"),
+    (ValueError, (A, A.to("meta")), {}, "z_b must be on the device of z_a (cpu), got meta"),
+    (ValueError, (A, A), {"lambd": -1}, "lambd must be finite and at least 0, got -1"),
+    (ValueError, (A, A), {"lambd": math.nan}, "lambd must be finite and at least 0, got nan"),
+    (ValueError, (A, A), {"eps": -1e-5}, "eps must be finite and at least 0, got -1e-05"),
+    (ValueError, (A, A), {"eps": math.inf}, "eps must be finite and at least 0, got inf"),
+]
+
+
+@pytest.mark.parametrize(("error", "arguments", "options", "message"), INVALID, ids=[x[3] for x in INVALID])
+def test_invalid_arguments(error, arguments, options, message):
+    with pytest.raises(error) as caught:
+        F.barlow_twins(*arguments, **options)
+    assert str(caught.value) == f"barlow_twins: {message}"
+
+
+def test_invalid_options_of_the_module():
+    with pytest.raises(ValueError, match="barlow_twins: lambd must be finite and at least 0, got nan"):
+        BarlowTwinsLoss(lambd=math.nan)
+
+
+@BACKENDS
+@SHAPES
+@CENTER
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_embeddings_that_are_not_finite_are_named(bad, dtype, center, shape, backend):
+    z_a, z_b = views(*shape, dtype)
+    z_b[2, 7] = z_b[5, 3] = bad
+    message = rf"^barlow_twins: z_b must be finite, got 2 .* \({bad}\) in row 2, column 7$"
+    with mmfast.backend(backend), pytest.raises(mmfast.UserError, match=message):
+        F.barlow_twins(z_a, z_b, center=center)
+
+
+@BACKENDS
+def test_a_variance_out_of_range_is_named(backend):
+    z_a, z_b = views(6, 4, torch.float32)
+    z_a[1, 2] = 3e25
+    with mmfast.backend(backend), pytest.raises(mmfast.UserError, match=r"z_a .* 3e\+25 in column 2"):
+        F.barlow_twins(z_a, z_b)
+
+
+# Learning.
+
+
+def test_training_follows_the_reference():
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(64, 20, generator=generator)
+    noise = torch.randn(30, 2, 64, 20, generator=generator) * 0.3
+
+    def curve(loss):
+        torch.manual_seed(2)
+        model = torch.nn.Sequential(torch.nn.Linear(20, 50), torch.nn.ReLU(), torch.nn.Linear(50, 120))
+        optimiser = torch.optim.Adam(model.parameters(), 1e-3)
+        losses = []
+        for step in noise:
+            value = loss(model(data + step[0]), model(data + step[1]))
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            losses.append(value.item())
+        return losses
+
+    ours, reference = curve(F.barlow_twins), curve(ops.reference)
+    assert ours[-1] < 0.7 * ours[0]
+    # Adam magnifies rounding differences a little from step to step.
+    assert ours == pytest.approx(reference, rel=1e-3)
+    assert ours[:3] == pytest.approx(reference[:3], rel=1e-5)
