@@ -187,8 +187,7 @@ def test_resume_in_a_folder_that_was_moved(tmp_path, monkeypatch):
         with pytest.raises(Died):
             train("finetune", tmp_path / "before", *fast)
     os.rename(tmp_path / "before", tmp_path / "after")
-    assert (
-        checkpoint(tmp_path / "whole/best.ckpt")["epoch"] < 4
-    )  # so that the best of the first sitting counts
+    # So that the best of the first sitting counts.
+    assert checkpoint(tmp_path / "whole/best.ckpt")["epoch"] < 4
     train("finetune", tmp_path / "after", *fast, "--resume")
     assert_same_run(tmp_path / "after", tmp_path / "whole")
