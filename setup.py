@@ -2,7 +2,8 @@
 
 Environment
     MMFAST_NATIVE   unset: build the kernels if a C++ compiler works; 0: never; 1: fail if it does not work.
-    MMFAST_CUDA     unset: build CUDA kernels if nvcc works; 0: never; 1: fail if it does not work.
+    MMFAST_CUDA     unset: build CUDA kernels if nvcc works; 0: never; 1: fail if it does not work; emulate: compile
+                    them for the CPU, where CUDA's threads are fibers (csrc/cuda/emulation.h; tests only).
     MMFAST_CUDA_ARCHS   compute capabilities, default "80 90 100"; PTX is added for the newest.
     MMFAST_SANITIZE     for example "address,undefined": instrument the kernels (tests only).
     CXX, NVCC, MAX_JOBS as usual.
@@ -52,14 +53,24 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibilit
 
 def switch(name):
     """None (best effort), False (off) or True (must succeed)."""
+    values = {"": None, "0": False, "1": True} | ({"emulate": "emulate"} if name == "MMFAST_CUDA" else {})
     value = os.environ.get(name, "")
-    if value not in ("", "0", "1"):
-        raise SystemExit(f"setup.py: {name} must be unset, 0 or 1, got {value!r}")
-    return {"": None, "0": False, "1": True}[value]
+    if value not in values:
+        raise SystemExit(
+            f"setup.py: {name} must be unset, {' or '.join(filter(None, values))}, got {value!r}"
+        )
+    return values[value]
 
 
 def first_line(command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[0]
+
+
+def compile_rule(name, compiler):
+    return (
+        f"rule {name}\n  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc"
+    )
 
 
 class NinjaFile:
@@ -67,9 +78,8 @@ class NinjaFile:
 
     def __init__(self, cxx):
         self.lines = [
-            f"cxx = {cxx}",
-            "rule cxx\n  command = $cxx -MMD -MF $out.d $flags -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $cxx -shared $in -o $out $flags",
+            compile_rule("cxx", cxx),
+            f"rule link\n  command = {cxx} -shared $in -o $out $flags",
         ]
         self.objects = []
 
@@ -115,7 +125,7 @@ class BuildKernels(build_ext):
         if native is not False:
             if cuda is not False:
                 record = self.attempt(record, "cuda", required=cuda)
-            if not record["cuda"]["built"]:
+            if not record["native"]["built"]:
                 record = self.attempt(record, "native", required=native)
         path = Path(self.get_ext_fullpath(ext.name)).with_name("_build.json")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -131,7 +141,8 @@ class BuildKernels(build_ext):
     def attempt(self, record, kind, required):
         """The record after one try at the build, with CUDA or without; a failure is recorded or raised."""
         try:
-            return self.compile(record, with_cuda=kind == "cuda")
+            how = None if kind == "native" else "emulate" if required == "emulate" else "nvcc"
+            return self.compile(record, cuda=how)
         except (OSError, RuntimeError, subprocess.CalledProcessError, StopIteration, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
             if required:
@@ -141,7 +152,8 @@ class BuildKernels(build_ext):
             print(f"mmfast: no {kind} kernels: {reason}", file=sys.stderr)
             return record | {kind: {"built": False, "reason": reason}}
 
-    def compile(self, record, with_cuda):
+    def compile(self, record, cuda):
+        """The record after compiling and linking everything; ``cuda``: None, "nvcc" or "emulate"."""
         import ninja
         import pybind11
 
@@ -166,12 +178,12 @@ class BuildKernels(build_ext):
                 build.compile("cxx", source, isa, CXX_FLAGS + flags + defines + extra)
         defines = [f"-DMMFAST_HAS_{isa.upper()}" for isa in ISAS]
         link_flags = ["-fopenmp", "-Wl,--gc-sections", "-s"] if not sanitize else ["-fopenmp", *extra]
-        if with_cuda:
+        if cuda == "nvcc":
             nvcc, libraries = find_nvcc()
             archs = os.environ.get("MMFAST_CUDA_ARCHS", "80 90 100").split()
             gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            build.lines.append(f"rule nvcc\n  command = {nvcc} $flags -c $in -o $out")
+            build.lines.append(compile_rule("nvcc", nvcc))
             for source in CUDA_SOURCES:
                 build.compile("nvcc", source, "cuda", NVCC_FLAGS + gencode)
             # The static runtime: the library loads on machines with no CUDA at all.
@@ -180,6 +192,13 @@ class BuildKernels(build_ext):
             version = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
             release = next(ln for ln in version.splitlines() if "release" in ln).split("release ")[1]
             record["cuda"] = {"built": True, "nvcc": release, "archs": archs, "flags": " ".join(NVCC_FLAGS)}
+        elif cuda == "emulate":
+            for source in CUDA_SOURCES:
+                build.compile(
+                    "cxx", source, "emulated", [*CXX_FLAGS, "-Wno-unknown-pragmas", *extra, "-x c++"]
+                )
+            defines.append("-DMMFAST_WITH_CUDA")
+            record["cuda"] = {"built": True, "emulated": True, "archs": []}
         includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         build.compile("cxx", Path("csrc/bindings.cpp"), "host", CXX_FLAGS + includes + defines + extra)
 
@@ -190,7 +209,7 @@ class BuildKernels(build_ext):
         (folder / "build.ninja").write_text(build.text(target, link_flags))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         print(
-            f"mmfast: compiling {len(build.objects)} files{' with CUDA' if with_cuda else ''}",
+            f"mmfast: compiling {len(build.objects)} files{' with CUDA' if cuda else ''}",
             file=sys.stderr,
         )
         run = subprocess.run(

@@ -1,12 +1,19 @@
-"""Which implementation of an op runs: compiled kernels or the plain-PyTorch reference.
+"""Which implementation of an op runs: compiled kernels, Triton kernels, or the plain-PyTorch reference.
 
-native     ``mmfast._C``, C++ kernels on CPU tensors
+cpu        ``mmfast._C``, C++ kernels on CPU tensors
+cuda       ``mmfast._C``, CUDA kernels on CUDA tensors, where the package was built with nvcc
+triton     ``mmfast.triton``, the same kernels in Triton on CUDA tensors, where it was not
 reference  plain PyTorch, on any device; always there, and the oracle of the tests
+
+On CUDA tensors cuda goes before triton before reference, on CPU tensors cpu before reference.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -16,8 +23,9 @@ import torch
 
 from mmfast.errors import UserError
 
-NAMES = ("native", "reference")
+NAMES = ("cpu", "cuda", "triton", "reference")
 OPS = ("augment_draw", "augment_apply", "barlow_twins")
+_AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 try:
     from mmfast import _C
@@ -28,21 +36,83 @@ else:
     _load_error = ""
 
 
+@functools.cache
 def build_record() -> dict:
     """What setup.py wrote when the package was built; empty for a source tree that was never built."""
     path = Path(__file__).with_name("_build.json")
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def why_not_native(device: torch.device | str = "cpu") -> str:
-    """Why compiled kernels cannot be used for tensors on ``device``; empty if they can."""
-    device = torch.device(device)
+def _why_not_built(kind: str) -> str:
+    reason = build_record().get(kind, {"reason": "the package was not built"}).get("reason")
+    return reason or _load_error
+
+
+def emulated() -> bool:
+    """Whether the CUDA kernels were compiled for the CPU (``MMFAST_CUDA=emulate``, for tests)."""
+    return bool(build_record().get("cuda", {}).get("emulated"))
+
+
+def _why_not_cpu(device: str) -> str:
     if _C is None:
-        native = build_record().get("native", {"reason": "the package was not built"})
-        return f"no compiled kernels: {native.get('reason') or _load_error}"
-    if device.type != "cpu":
-        return f"no compiled kernels for {device.type} tensors"
-    return ""
+        return f"no C++ kernels: {_why_not_built('native')}"
+    return "" if device == "cpu" else f"its kernels take CPU tensors, not {device} ones"
+
+
+def _why_not_cuda(device: str) -> str:
+    if not hasattr(_C, "cuda_device_count"):
+        reason = _why_not_built("native" if _C is None else "cuda")
+        return f"no CUDA kernels: {reason}"
+    if emulated():
+        return "" if device == "cpu" else "its kernels were built to be emulated on CPU tensors"
+    if device == "cuda":
+        return _no_code_for(torch.cuda.get_device_capability())
+    count = _C.cuda_device_count()
+    here = "" if count > 0 else f" (no device is here: {cuda_error(-count) if count else 'none found'})"
+    return f"its kernels take CUDA tensors, not {device} ones{here}"
+
+
+@functools.cache
+def _no_code_for(capability: tuple[int, int]) -> str:
+    """Machine code runs on devices of its own major version, PTX of the newest on all later ones."""
+    major, minor = capability
+    archs = [int(arch) for arch in build_record()["cuda"]["archs"]]
+    device = 10 * major + minor
+    if device >= archs[-1] or any(arch // 10 == major and arch <= device for arch in archs):
+        return ""
+    return f"its kernels were built for sm_{', sm_'.join(map(str, archs))}, and this device is sm_{device}"
+
+
+@functools.cache
+def _triton_missing() -> str:
+    return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
+
+
+def _why_not_triton(device: str) -> str:
+    if missing := _triton_missing():
+        return missing
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    if device == "cuda" or (device == "cpu" and interpreted):
+        return ""
+    return f"its kernels take CUDA tensors (CPU ones with TRITON_INTERPRET=1), not {device} ones"
+
+
+_WHY_NOT = {
+    "cpu": _why_not_cpu,
+    "cuda": _why_not_cuda,
+    "triton": _why_not_triton,
+    "reference": lambda device: "",
+}
+
+
+def why_not(name: str, device: torch.device | str) -> str:
+    """Why a backend cannot serve tensors on ``device``; empty if it can."""
+    return _WHY_NOT[name](torch.device(device).type)
+
+
+def cuda_error(code: int) -> str:
+    """The CUDA runtime's name for an error code."""
+    return _C.cuda_error_string(code)
 
 
 _forced: str | None = None
@@ -69,41 +139,50 @@ def backend(name: str):
         _forced = previous
 
 
+def _automatic(device: str) -> str:
+    return next((name for name in _AUTOMATIC.get(device, ()) if not why_not(name, device)), "reference")
+
+
 def choose(op: str, device: torch.device) -> str:
     """The backend that serves ``op`` for tensors on ``device``."""
     wanted = _forced or os.environ.get("MMFAST_BACKEND")
     if wanted is None:
-        return "reference" if _C is None or device.type != "cpu" else "native"
-    if _check(wanted, "MMFAST_BACKEND") == "native" and (reason := why_not_native(device)):
-        raise UserError(f"{op}: the native backend was asked for, but there are {reason}")
+        return _automatic(device.type)
+    if reason := why_not(_check(wanted, "MMFAST_BACKEND"), device):
+        raise UserError(f"{op}: the {wanted} backend was asked for, but {reason}")
     return wanted
 
 
 def info() -> dict:
     """Versions, build record, and per op and device the backend in use and why not the others."""
     record = build_record()
+    unbuilt = {"built": False, "reason": "the package was not built"}
     facts = {
         "mmfast": record.get("version") or _version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "native": record.get("native", {"built": False, "reason": "the package was not built"}),
-        "cuda": dict(record.get("cuda", {"built": False, "reason": "the package was not built"})),
+        "native": record.get("native", unbuilt),
+        "cuda": dict(record.get("cuda", unbuilt)),
+        "triton": _triton_missing() or importlib.metadata.version("triton"),
         "ops": {},
     }
     if _C is not None:
         facts["instruction sets"] = _C.isas()
+        if kernels := sorted(name for name in dir(_C) if name.startswith("cuda_") and name not in _CUDA_HELP):
+            facts["cuda"]["kernels"] = [name.removeprefix("cuda_") for name in kernels]
         if hasattr(_C, "cuda_device_count"):
             count = _C.cuda_device_count()
-            facts["cuda"]["devices"] = count if count >= 0 else _C.cuda_error_string(-count)
+            facts["cuda"]["devices"] = count if count >= 0 else cuda_error(-count)
     for op in OPS:
         for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-            facts["ops"][f"{op} ({device})"] = {
-                "uses": choose(op, torch.device(device)),
-                "native": why_not_native(device) or "available",
-                "reference": "available",
-            }
+            row = {"uses": choose(op, torch.device(device))}
+            row |= {name: why_not(name, device) or "available" for name in NAMES}
+            facts["ops"][f"{op} ({device})"] = row
     return facts
+
+
+_CUDA_HELP = ("cuda_device_count", "cuda_error_string")
 
 
 def info_text() -> str:

@@ -31,7 +31,7 @@ def poisoned_memory():
 def native():
     """``mmfast._C``; without a compiler the tests of the kernels themselves have nothing to test."""
     if mmfast.backends._C is None:
-        pytest.skip(mmfast.backends.why_not_native())
+        pytest.skip(mmfast.backends.why_not("cpu", "cpu"))
     return mmfast.backends._C
 
 

@@ -23,22 +23,56 @@ def python(code, **env):
     return run.stdout.strip()
 
 
-def test_kernels_are_used_on_the_cpu_and_the_reference_elsewhere(native):
-    assert backends.choose("augment_apply", CPU) == "native"
-    assert backends.choose("augment_apply", CUDA) == "reference"
+def available(monkeypatch, *names):
+    """Backends as on a machine where these serve CUDA tensors."""
+    for name in ("cuda", "triton"):
+        reason = "" if name in names else f"no {name} here"
+        monkeypatch.setitem(backends._WHY_NOT, name, lambda device, reason=reason: reason)
 
 
-def test_a_backend_can_be_forced_and_is_given_back():
+@pytest.mark.parametrize(
+    "names, chosen", [(["cuda", "triton"], "cuda"), (["triton"], "triton"), ([], "reference")], ids=str
+)
+def test_the_fastest_available_backend_serves_each_device(native, monkeypatch, names, chosen):
+    available(monkeypatch, *names)
+    assert backends.choose("augment_apply", CUDA) == chosen
+    assert backends.choose("augment_apply", CPU) == "cpu"
+
+
+@pytest.mark.parametrize(
+    "name, device, reason", [("cpu", CUDA, "its kernels take CPU tensors, not cuda ones")]
+)
+def test_a_backend_can_be_forced_and_is_given_back(native, name, device, reason):
     with mmfast.backend("reference"):
         assert backends.choose("augment_apply", CPU) == "reference"
         with (
             pytest.raises(
-                mmfast.UserError, match="the native backend was asked for, but there are no compiled"
+                mmfast.UserError, match=f"augment_apply: the {name} backend was asked for, but {reason}"
             ),
-            mmfast.backend("native"),
+            mmfast.backend(name),
         ):
-            backends.choose("augment_apply", CUDA)
+            backends.choose("augment_apply", device)
         assert backends.choose("augment_apply", CPU) == "reference"
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        ("80 90 100", (8, 0), True),
+        ("80 90 100", (8, 9), True),
+        ("80 90 100", (9, 0), True),
+        ("80 90 100", (12, 0), True),
+        ("80 90 100", (7, 5), False),
+        ("100", (9, 0), False),
+        ("86", (8, 0), False),
+    ],
+)
+def test_a_device_needs_machine_code_of_its_generation(monkeypatch, archs, capability, runs):
+    monkeypatch.setattr(backends, "build_record", lambda: {"cuda": {"archs": archs.split()}})
+    reason = backends._no_code_for.__wrapped__(capability)
+    assert (reason == "") == runs
+    if not runs:
+        assert f"this device is sm_{capability[0]}{capability[1]}" in reason
 
 
 def test_environment_variable_forces_a_backend():
@@ -46,11 +80,12 @@ def test_environment_variable_forces_a_backend():
     assert python(code, MMFAST_BACKEND="reference") == "reference"
 
 
-@pytest.mark.parametrize("name", ["cuda", "", "Native"])
+@pytest.mark.parametrize("name", ["native", "", "Triton"])
 def test_unknown_backends_are_named(name, monkeypatch):
     with (
         pytest.raises(
-            mmfast.UserError, match=f"backend: the backend must be one of native, reference, got '{name}'"
+            mmfast.UserError,
+            match=f"backend: the backend must be one of cpu, cuda, triton, reference, got '{name}'",
         ),
         mmfast.backend(name),
     ):
@@ -68,12 +103,11 @@ def test_without_kernels_the_reason_is_told(monkeypatch):
     monkeypatch.setattr(
         backends, "build_record", lambda: {"native": {"built": False, "reason": "no C++ compiler"}}
     )
-    assert backends.why_not_native() == "no compiled kernels: no C++ compiler"
-    assert mmfast.info()["ops"]["augment_apply (cpu)"] == {
-        "uses": "reference",
-        "native": "no compiled kernels: no C++ compiler",
-        "reference": "available",
-    }
+    assert backends.why_not("cpu", CPU) == "no C++ kernels: no C++ compiler"
+    row = mmfast.info()["ops"]["augment_apply (cpu)"]
+    assert row["uses"] == "reference" and row["reference"] == "available"
+    assert row["cpu"] == "no C++ kernels: no C++ compiler"
+    assert row["cuda"] == "no CUDA kernels: no C++ compiler"
     assert "uses: reference" in backends.info_text()
 
 
@@ -83,7 +117,7 @@ def test_info_tells_versions_build_and_backends(native):
     assert facts["torch"] == torch.__version__
     assert facts["native"]["built"] and facts["native"]["compiler"]
     assert facts["instruction sets"] == native.isas()
-    assert {row["uses"] for name, row in facts["ops"].items() if name.endswith("(cpu)")} == {"native"}
+    assert {row["uses"] for name, row in facts["ops"].items() if name.endswith("(cpu)")} == {"cpu"}
     assert set(facts["cuda"]) & {"reason", "nvcc"}
 
 

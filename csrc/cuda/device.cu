@@ -1,5 +1,5 @@
-// What the CUDA runtime says of this machine; also the proof that the CUDA step of the build works.
-#include <cuda_runtime_api.h>
+// What the CUDA runtime says of this machine.
+#include "launch.h"
 
 namespace mmfast {
 

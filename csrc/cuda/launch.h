@@ -1,0 +1,63 @@
+// The one place where kernels are launched: on the caller's device and stream, with nothing waited for.
+#pragma once
+#ifdef __CUDACC__
+#include <cuda_runtime_api.h>
+#else
+#include "emulation.h"
+#endif
+#include <stdint.h>
+
+namespace mmfast {
+
+struct Target {
+  int device;
+  void* stream;
+};
+
+// Blocks are one-dimensional and a multiple of 32 threads.
+struct Grid {
+  int64_t x, y = 1;
+};
+
+#ifdef __CUDACC__
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    error_ = cudaGetDevice(&previous_);
+    if (error_ == cudaSuccess && previous_ != device) {
+      error_ = cudaSetDevice(device);
+      changed_ = error_ == cudaSuccess;
+    }
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+  cudaError_t error_;
+};
+#endif
+
+// 0 or CUDA's error code. An empty grid is no launch.
+template <class... Parameters, class... Arguments>
+int launch(const Target& target, Grid grid, int threads, void (*kernel)(Parameters...),
+           const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0) return 0;
+  constexpr int kInvalidConfiguration = 9;
+  if (grid.x > INT32_MAX || grid.y > UINT16_MAX) return kInvalidConfiguration;
+#ifdef __CUDACC__
+  const DeviceGuard guard(target.device);
+  if (guard.error() != cudaSuccess) return (int)guard.error();
+  kernel<<<dim3((unsigned)grid.x, (unsigned)grid.y), threads, 0, (cudaStream_t)target.stream>>>(arguments...);
+  return (int)cudaGetLastError();
+#else
+  (void)target;
+  emulation::run((unsigned)grid.x, (unsigned)grid.y, (unsigned)threads, [&] { kernel(arguments...); });
+  return 0;
+#endif
+}
+
+}  // namespace mmfast
