@@ -22,10 +22,9 @@
 #undef MMFAST_NS
 #endif
 
-namespace mmfast {
-int cuda_device_count();
-const char* cuda_error_string(int code);
-}  // namespace mmfast
+#ifdef MMFAST_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 
@@ -139,6 +138,27 @@ void augment_adjoint(const AugmentArguments& arguments, Address plan, int dtype,
                                        ptrs<const void>(grads).data(), ptrs<void>(x_grads).data(), threads));
 }
 
+#ifdef MMFAST_WITH_CUDA
+int cuda_augment_draw(const AugmentArguments& arguments, Address plan, int device, Address stream) {
+  return mmfast::cuda_augment_draw(arguments.call, ptr<int32_t>(plan), {device, ptr<void>(stream)});
+}
+
+int cuda_augment_apply(const AugmentArguments& arguments, Address plan, int dtype, const Addresses& x,
+                       const Ints& strides, const Addresses& out, bool with_noise, int device,
+                       Address stream) {
+  return mmfast::cuda_augment_apply(arguments.call, ptr<const int32_t>(plan), dtype,
+                                    ptrs<const void>(x).data(), strides.data(), ptrs<void>(out).data(),
+                                    with_noise, {device, ptr<void>(stream)});
+}
+
+int cuda_augment_adjoint(const AugmentArguments& arguments, Address plan, int dtype, const Addresses& grads,
+                         const Addresses& x_grads, int device, Address stream) {
+  return mmfast::cuda_augment_adjoint(arguments.call, ptr<const int32_t>(plan), dtype,
+                                      ptrs<const void>(grads).data(), ptrs<void>(x_grads).data(),
+                                      {device, ptr<void>(stream)});
+}
+#endif
+
 // barlow_twins: see cpu/kernels.h.
 bool cpu_is_intel() {
 #if defined(__x86_64__)
@@ -197,6 +217,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("barlow_twins_correlation_energy", &barlow_twins_correlation_energy, no_gil);
   m.def("barlow_twins_backward", &barlow_twins_backward, no_gil);
 #ifdef MMFAST_WITH_CUDA
+  m.def("cuda_augment_draw", &cuda_augment_draw, no_gil);
+  m.def("cuda_augment_apply", &cuda_augment_apply, no_gil);
+  m.def("cuda_augment_adjoint", &cuda_augment_adjoint, no_gil);
   m.def("cuda_device_count", &mmfast::cuda_device_count, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_error_string", &mmfast::cuda_error_string);
 #endif
