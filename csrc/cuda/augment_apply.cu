@@ -1,5 +1,7 @@
 // Apply and its adjoint. A chain is walked backwards for every element: a resample step moves its time step,
 // a mask ends it, noise adds to it. x is read once, every view written once, and no intermediate exists.
+#include <string.h>
+
 #include <vector>
 
 #include "../scalar.h"
@@ -64,11 +66,21 @@ struct Tables {
 };
 static_assert(sizeof(Tables<double>) <= 4000, "kernel parameters");
 
-// 16 bytes that are loaded and stored at once.
+// 16 bytes, loaded and stored at once. Stores stream: the cache is for x, whose rows are read again.
 template <class E>
-struct alignas(16) Vector {
+struct Vector {
   static constexpr int kSize = 16 / sizeof(E);
   E lane[kSize];
+
+  __device__ void load(const E* from) {
+    const uint4 bits = __ldg((const uint4*)from);
+    memcpy(lane, &bits, 16);
+  }
+  __device__ void store(E* to) const {
+    uint4 bits;
+    memcpy(&bits, lane, 16);
+    __stcs((uint4*)to, bits);
+  }
 };
 
 // Bits begin .. begin + count - 1, count <= 8, from the lowest up.
@@ -134,7 +146,8 @@ struct Run {
 
 // E is stored, C computed in; without noise elements move as bit patterns of their size.
 template <class E, class C, bool kNoisy>
-__global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ Tables<C> call) {
+__global__ void __launch_bounds__(kThreads, kNoisy ? 3 : 4)
+    apply_kernel(const __grid_constant__ Tables<C> call) {
   constexpr int kLanes = Vector<E>::kSize;
   constexpr uint32_t kAll = (1u << kLanes) - 1;
   __shared__ int32_t fired[kSteps];  // per view, behind its first: the steps that fired, last first
@@ -182,7 +195,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
     const int32_t row = (int32_t)modality.features((uint32_t)(first < 0 ? 0 : first));
     Vector<E> own;
     if (modality.aligned && lanes == kAll) {
-      own = *(const Vector<E>*)(x + first);
+      own.load(x + first);
     } else {
 #pragma unroll
       for (int k = 0; k < kLanes; ++k) {
@@ -261,7 +274,7 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
       }
       E* out = (E*)view.out + b * cells + first;
       if (lanes == kAll) {
-        *(Vector<E>*)out = result;
+        result.store(out);
       } else {
 #pragma unroll
         for (int k = 0; k < kLanes; ++k)
