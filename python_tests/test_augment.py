@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from targets import KERNELS, on
 
 from mmfast import backends
 from mmfast.ops import random
 from mmfast.ops.augment import augment_apply, augment_draw
 from mmfast.ops.native import cuda_target
 from mmfast.ops.plan import APPLY_NAMES, MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains
-from targets import KERNELS, on
 
 SENTINEL = 12345
 

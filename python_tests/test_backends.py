@@ -78,7 +78,10 @@ def test_a_device_needs_machine_code_of_its_generation(monkeypatch, archs, capab
 
 def test_forcing_a_gpu_backend_on_cpu_tensors_says_what_it_needs(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    for name, reason in [("cuda", "no CUDA kernels|its kernels take CUDA"), ("triton", "CUDA tensors|not installed")]:
+    for name, reason in [
+        ("cuda", "no CUDA kernels|its kernels take CUDA"),
+        ("triton", "CUDA tensors|not installed"),
+    ]:
         if backends.why_not(name, CPU):
             with (
                 pytest.raises(mmfast.UserError, match=f"the {name} backend was asked for, but .*({reason})"),

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from targets import KERNELS, on
 
 import mmfast
 from mmfast import BarlowTwinsLoss, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
 from mmfast.ops.barlow_twins import reference
-from targets import KERNELS, on
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 on_gpu = pytest.mark.parametrize(
@@ -244,7 +244,9 @@ def test_lengths_out_of_range_touch_no_foreign_memory(target):
     wrong = {k: n + 1000 for k, n in lengths.items()}
     with on(target):
         got = TwoViews(*CHAINS)(xs, wrong, seed=3)
-        expected = TwoViews(*CHAINS)(xs, {k: torch.full_like(n, xs[k].shape[1]) for k, n in lengths.items()}, seed=3)
+        expected = TwoViews(*CHAINS)(
+            xs, {k: torch.full_like(n, xs[k].shape[1]) for k, n in lengths.items()}, seed=3
+        )
         TwoViews(*CHAINS)(xs, {k: n - 1000 for k, n in lengths.items()}, seed=3)
     torch.cuda.synchronize()
     for view, truth in zip(got, expected, strict=True):
