@@ -8,7 +8,7 @@ import torch
 
 import mmfast
 from mmfast import backends
-from mmfast.ops.native import check_cuda
+from mmfast.ops.native import call_cuda
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -100,7 +100,7 @@ def test_cuda_kernels_load_without_a_gpu_and_fail_with_a_reason():
     assert isinstance(facts["devices"], str) or facts["devices"] == 0
     arguments = backends._C.AugmentArguments(1, [1], [0, 0, 0, 0, 0], [0.5, 0.0], [3, 4, 0, 0], 0, 0, 6)
     with pytest.raises(RuntimeError, match=r"augment_draw: CUDA error \d+: .*(driver|device)"):
-        check_cuda("augment_draw", backends._C.cuda_augment_draw(arguments, 0, 0, 0))
+        call_cuda("augment_draw", backends._C.cuda_augment_draw, CPU, arguments, 0)
 
 
 def test_environment_variable_forces_a_backend():
