@@ -46,8 +46,8 @@ SHARE_PURPOSE, FEATURE_PURPOSE, GATE_PURPOSE, NOISE_PURPOSE = (
 )
 ALL_SAMPLES = tl.constexpr(stream.ALL_SAMPLES)
 
-DRAW_BLOCK, DRAW_KEYS = 128, 64  # positions of one program, and keys it compares them with at a time
-APPLY_BLOCK = 1024
+DRAW_BLOCK, DRAW_KEYS = 128, 32  # positions of one program, and keys it compares them with at a time
+APPLY_BYTES = 128 * 16  # of one program: a vector for each of its 128 threads
 ADJOINT_BLOCK = 1024
 # An adjoint walks 2^n paths through n resample steps: longer chains are cut.
 ADJOINT_RESAMPLES = 3
@@ -108,35 +108,11 @@ def ranks(keys, place, seed, id, tag, n, KEYS: tl.constexpr):
 
 
 @triton.jit
-def draw_bits(
-    out,
-    first,
-    seed,
-    id,
-    tag,
-    n,
-    size,
-    fired,
-    exact,
-    count,
-    threshold,
-    BLOCK: tl.constexpr,
-    KEYS: tl.constexpr,
-):
-    """The flags of one block of ``size`` positions, n of them real: ``count`` or those below a threshold."""
-    if first < size:
-        place = first + tl.arange(0, BLOCK)
-        chosen = tl.zeros_like(place)
-        if fired:
-            keys = words(seed, id, tag, first // 4, BLOCK // 4)
-            if exact:
-                chosen = (ranks(keys, place, seed, id, tag, n, KEYS) < count).to(tl.int32)
-            else:
-                chosen = (keys.to(tl.int64) < threshold).to(tl.int32)
-            chosen = tl.where(place < n, chosen, 0)
-        packed = tl.sum(tl.reshape(chosen, (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :], axis=1)
-        word = first // 32 + tl.arange(0, BLOCK // 32)
-        tl.store(out + word, packed, mask=word < (size + 31) // 32)
+def store_bits(out, chosen, first, size, BLOCK: tl.constexpr):
+    """One block of the packed flags of ``size`` positions."""
+    packed = tl.sum(tl.reshape(chosen.to(tl.int32), (BLOCK // 32, 32)) << tl.arange(0, 32)[None, :], axis=1)
+    word = first // 32 + tl.arange(0, BLOCK // 32)
+    tl.store(out + word, packed, mask=word < (size + 31) // 32)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "L", "F", "width"])
@@ -146,7 +122,7 @@ def draw_kernel(
 ):  # fmt: skip
     """A block of time steps and of features of one step of one sample."""
     program = tl.program_id(0).to(tl.int64)
-    block = (program % blocks).to(tl.int32)
+    first = (program % blocks).to(tl.int32) * BLOCK
     sample = program // blocks // rows
     row = table + program // blocks % rows * COLUMNS
     seed = tl.load(seed)
@@ -156,38 +132,59 @@ def draw_kernel(
     coin_id = tl.where(tl.load(row + PER_SAMPLE) != 0, id, ALL_SAMPLES)
     coin, _, _, _ = philox(seed, coin_id, tl.load(row + COIN_TAG), 0)
     fired = coin.to(tl.int64) < tl.load(row + COIN)
-    out = plan + sample * width + tl.load(row + PLACE)
-    if block == 0:
-        tl.store(out, fired.to(tl.int32))
+    words_of_step = plan + sample * width + tl.load(row + PLACE)
+    if first == 0:
+        tl.store(words_of_step, fired.to(tl.int32))
 
     kind = tl.load(row + KIND)
     tag = tl.load(row + TAG)
     time_tag = tl.load(row + TIME_TAG)
-    exact = tl.load(row + EXACT) != 0
-    share = draw_share(row, seed, id)
-    threshold = tl.floor(share * 4294967296.0 + 0.5).to(tl.int64)
-    first = block * BLOCK
-    bits = out + 1
-    if kind == MASK_STEPS:
-        count = tl.floor(share * n.to(tl.float64) + 0.5).to(tl.int32)
-        draw_bits(bits, first, seed, id, time_tag, n, L, fired, exact, count, threshold, BLOCK, KEYS)
-    elif (kind == MASK_FEATURES) | (kind == RESAMPLE):
-        count = tl.floor(share * F.to(tl.float64) + 0.5).to(tl.int32)
-        draw_bits(
-            bits, first, seed, id, tag | FEATURE_PURPOSE, F, F, fired, exact, count, threshold, BLOCK, KEYS
-        )
-        if kind == RESAMPLE:
-            order = bits + (F + 31) // 32
-            gate = tl.load(row + GATE)
-            draw_bits(
-                order + L, first, seed, id, tag | GATE_PURPOSE, n, L, fired, False, 0, gate, BLOCK, KEYS
-            )
-            place = first + tl.arange(0, BLOCK)
-            if fired & (first < n):
-                keys = words(seed, id, time_tag, first // 4, BLOCK // 4)
-                rank = ranks(keys, place, seed, id, time_tag, n, KEYS)
-                tl.store(order + rank, place, mask=place < n)
-            tl.store(order + place, place, mask=(place < L) & (place >= tl.where(fired, n, 0)))
+    bits = words_of_step + 1
+    place = first + tl.arange(0, BLOCK)
+    if kind != NOISE:
+        # Masked time steps, masked features, or the features to resample.
+        by_step = kind == MASK_STEPS
+        size = tl.where(by_step, L, F)
+        of = tl.where(by_step, n, F)
+        key_tag = tl.where(by_step, time_tag, tag | FEATURE_PURPOSE)
+        if first < size:
+            chosen = place < 0
+            if fired & (first < of):
+                share = draw_share(row, seed, id)
+                keys = words(seed, id, key_tag, first // 4, BLOCK // 4)
+                if tl.load(row + EXACT) != 0:
+                    count = tl.floor(share * of.to(tl.float64) + 0.5).to(tl.int32)
+                    chosen = ranks(keys, place, seed, id, key_tag, of, KEYS) < count
+                else:
+                    threshold = tl.floor(share * 4294967296.0 + 0.5).to(tl.int64)
+                    chosen = keys.to(tl.int64) < threshold
+            store_bits(bits, chosen & (place < of), first, size, BLOCK)
+    if (kind == RESAMPLE) & (first < L):
+        order = bits + (F + 31) // 32
+        opened = place < 0
+        if fired & (first < n):
+            keys = words(seed, id, tag | GATE_PURPOSE, first // 4, BLOCK // 4)
+            opened = (keys.to(tl.int64) < tl.load(row + GATE)) & (place < n)
+            keys = words(seed, id, time_tag, first // 4, BLOCK // 4)
+            rank = ranks(keys, place, seed, id, time_tag, n, KEYS)
+            tl.store(order + rank, place, mask=place < n)
+        store_bits(order + L, opened, first, L, BLOCK)
+        tl.store(order + place, place, mask=(place < L) & (place >= tl.where(fired, n, 0)))
+
+
+@triton.jit
+def fired_rows(plan, table, first, last):
+    """Bit i: did row ``first`` + i fire? Of up to 32 rows, read at once: one after the other, they would wait."""
+    i = tl.arange(0, 32)
+    mask = first + i < last
+    place = tl.load(table + (first + i) * COLUMNS + PLACE, mask=mask, other=0)
+    return tl.sum((tl.load(plan + place, mask=mask, other=0) != 0).to(tl.int32) << i, axis=0)
+
+
+@triton.jit
+def has_fired(fired, i, words):
+    on = (fired >> i) & 1 if i < 32 else tl.load(words)
+    return on != 0
 
 
 @triton.jit
@@ -207,10 +204,12 @@ def walk(
     moved = 0
     noisy = real & (t < 0)
     noise = tl.zeros((BLOCK,), C)
-    for i in range(first, last):
-        row = table + (first + last - 1 - i) * COLUMNS
+    fired = fired_rows(plan, table, first, last)
+    for back in range(first, last):
+        i = last - 1 - back
+        row = table + (first + i) * COLUMNS
         words = plan + tl.load(row + PLACE)
-        if tl.load(words) != 0:
+        if has_fired(fired, i, words):
             kind = tl.load(row + KIND)
             words += 1
             if kind == RESAMPLE:
@@ -330,25 +329,27 @@ def pull(
     own, for the tile it started from, so nothing is written by two programs.
     """
     real = (t >= 0) & (t < n)
+    fired = fired_rows(plan, table, first, last)
     resamples = 0
-    for i in range(first, last):
-        row = table + i * COLUMNS
+    for i in range(0, last - first):
+        row = table + (first + i) * COLUMNS
         if tl.load(row + KIND) == RESAMPLE:
-            resamples += (tl.load(plan + tl.load(row + PLACE)) != 0).to(tl.int32)
+            resamples += has_fired(fired, i, plan + tl.load(row + PLACE)).to(tl.int32)
     sum = tl.zeros((ROWS, WIDTH), C)
     for path in range(0, 1 << resamples):
         at = t
         # Padding comes straight through, on the path without moves.
-        live = inside & (real | (path == 0))[:, None]
+        wanted = real | (path == 0)
+        live = inside
         turn = 0
-        for i in range(first, last):
-            row = table + i * COLUMNS
+        for i in range(0, last - first):
+            row = table + (first + i) * COLUMNS
             words = plan + tl.load(row + PLACE)
-            if tl.load(words) != 0:
+            if has_fired(fired, i, words):
                 kind = tl.load(row + KIND)
                 words += 1
                 if kind == MASK_STEPS:
-                    live = live & (bit(words, at, real) == 0)[:, None]
+                    wanted = wanted & (bit(words, at, real) == 0)
                 elif kind == MASK_FEATURES:
                     live = live & ((bit(words, f, f < F) == 0)[None, :] | (real == 0)[:, None])
                 elif kind == RESAMPLE:
@@ -357,14 +358,16 @@ def pull(
                     if (path >> turn) & 1 == 1:
                         to = inverse(order, at, n.to(tl.int32), ROWS)
                         at = tl.where(real & (to >= 0), to, at)
-                        opened = (to >= 0) & (bit(order + L, at, real) != 0)
-                        live = live & chosen & opened[:, None]
+                        wanted = wanted & (to >= 0) & (bit(order + L, at, real) != 0)
+                        live = live & chosen
                     else:
                         opened = bit(order + L, at, real) != 0
                         live = live & ((chosen & opened[:, None]) == 0)
                     turn += 1
+        # Whole rows are loaded, as vectors, and from them what is live.
         cell = (at + start)[:, None] * F + f[None, :]
-        sum += tl.load(grad + cell, mask=live, other=0.0).to(C)
+        value = tl.load(grad + cell, mask=inside & wanted[:, None], other=0.0)
+        sum += tl.where(live, value.to(C), 0.0)
     return sum
 
 
@@ -537,8 +540,9 @@ def apply(xs, lengths, seed, ids, plan, chains, front, with_noise) -> list[Tenso
             x = x.contiguous()
         stride_b, stride_t, _ = x.stride()
         dense = stride_t == features or steps <= 1
-        wide = steps * max(features, stride_t) > MOST_INT32 - APPLY_BLOCK
-        blocks = triton.cdiv(steps * features, APPLY_BLOCK)
+        block = APPLY_BYTES // x.element_size()
+        wide = steps * max(features, stride_t) > MOST_INT32 - block
+        blocks = triton.cdiv(steps * features, block)
         for a in range(0, views, 2):
             b = min(a + 1, views - 1)
             noisy = with_noise and any(
@@ -553,7 +557,7 @@ def apply(xs, lengths, seed, ids, plan, chains, front, with_noise) -> list[Tenso
                 blocks, steps, features, stride_b, stride_t, plan.shape[1],
                 b > a, ids is not None, length is not None, front, noisy, dense,
                 divisor(16 // x.element_size(), steps * features, stride_b),
-                tl.int64 if wide else tl.int32, APPLY_BLOCK,
+                tl.int64 if wide else tl.int32, block,
             )  # fmt: skip
     return outs
 

@@ -6,16 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def philox(seed, id, tag, block):
-    """Four words of each block; ``seed`` and ``id`` are int64, ``tag`` and ``block`` any integers."""
-    return tl.philox(
-        seed, tl.to_tensor(block).to(tl.uint32), id.to(tl.uint32), (id >> 32).to(tl.uint32), tag.to(tl.uint32)
-    )
+    """Four words of each block: ``seed`` and ``id`` are int64, ``block`` has 32 bits."""
+    return tl.philox(seed, block, id.to(tl.uint32), (id >> 32).to(tl.uint32), tag.to(tl.uint32))
 
 
 @triton.jit
 def words(seed, id, tag, first, BLOCKS: tl.constexpr):
     """The 4 * BLOCKS words from block ``first`` on, in order."""
-    w0, w1, w2, w3 = philox(seed, id, tag, first + tl.arange(0, BLOCKS))
+    w0, w1, w2, w3 = philox(seed, id, tag, (first + tl.arange(0, BLOCKS)).to(tl.uint32))
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 
@@ -65,7 +63,7 @@ def normal_pair(w0, w1):
 @triton.jit
 def normals(seed, id, tag, first, BLOCKS: tl.constexpr):
     """The normals of 4 * BLOCKS coordinates from 4 * ``first`` on, in order."""
-    w0, w1, w2, w3 = philox(seed, id, tag, first + tl.arange(0, BLOCKS))
+    w0, w1, w2, w3 = philox(seed, id, tag, (first + tl.arange(0, BLOCKS)).to(tl.uint32))
     z0, z1 = normal_pair(w0, w1)
     z2, z3 = normal_pair(w2, w3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
@@ -74,7 +72,7 @@ def normals(seed, id, tag, first, BLOCKS: tl.constexpr):
 @triton.jit
 def normals_at(seed, id, tag, coordinate):
     """The normals of any coordinates."""
-    w0, w1, w2, w3 = philox(seed, id, tag, coordinate >> 2)
+    w0, w1, w2, w3 = philox(seed, id, tag, (coordinate >> 2).to(tl.uint32))
     upper = (coordinate & 2) != 0
     z0, z1 = normal_pair(tl.where(upper, w2, w0), tl.where(upper, w3, w1))
     return tl.where((coordinate & 1) != 0, z1, z0)
