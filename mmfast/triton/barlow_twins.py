@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmfast.triton import divisor, launch
 
-ROWS, WIDTH = 32, 64  # of a tile
+ROWS, WIDTH = 16, 64  # of a tile
 MERGE = 16  # chunks merged at a time
 SQUARE_ROWS, SQUARE_WIDTH = 16, 128  # of a tile of a square matrix
 FLAT = 2048  # elements of a pair of matrices at a time
@@ -183,11 +183,11 @@ def standardise_kernel(
         CENTER, C, MERGE, WIDTH,
     )  # fmt: skip
     if chunk == 0:
-        statistics += cols
-        tl.store(statistics, r_a, mask=wanted)
-        tl.store(statistics + columns, r_b, mask=wanted)
-        tl.store(statistics + 3 * columns.to(tl.int64), shift_a + mean_a, mask=wanted)
-        tl.store(statistics + 4 * columns.to(tl.int64), shift_b + mean_b, mask=wanted)
+        to = statistics + cols
+        tl.store(to, r_a, mask=wanted)
+        tl.store(to + columns, r_b, mask=wanted)
+        tl.store(to + 3 * columns.to(tl.int64), shift_a + mean_a, mask=wanted)
+        tl.store(to + 4 * columns.to(tl.int64), shift_b + mean_b, mask=wanted)
     stride_a = stride_a.to(tl.int64) // VECTOR * VECTOR
     stride_b = stride_b.to(tl.int64) // VECTOR * VECTOR
     stride = columns.to(tl.int64) // VECTOR * VECTOR
@@ -199,9 +199,9 @@ def standardise_kernel(
         b = tl.load(z_b + row[:, None] * stride_b + cols[None, :], mask=mask, other=0.0).to(C)
         a = ((a - shift_a[None, :]) - mean_a[None, :]) * r_a[None, :]
         b = ((b - shift_b[None, :]) - mean_b[None, :]) * r_b[None, :]
-        to = hat + row[:, None] * stride + cols[None, :]
-        tl.store(to, a.to(hat.dtype.element_ty), mask=mask)
-        tl.store(to + rows * stride, b.to(hat.dtype.element_ty), mask=mask)
+        at = hat + row[:, None] * stride + cols[None, :]
+        tl.store(at, a.to(hat.dtype.element_ty), mask=mask)
+        tl.store(at + rows * stride, b.to(hat.dtype.element_ty), mask=mask)
         d = tl.where(mask, a - b, 0.0)
         square += d * d
     tl.store(differences + chunk * columns + cols, tl.sum(square, axis=0), mask=wanted)
@@ -227,15 +227,14 @@ def deficit_kernel(
 
 @triton.jit(do_not_specialize=["size", "share"])
 def gram_kernel(grams, partial, size, share, VECTOR: tl.constexpr, FLAT: tl.constexpr):
-    """Partial sums of <gram_a, gram_b> over shares of their ``size`` elements each."""
+    """Partial sums of <gram_a, gram_b>, each over ``share`` blocks of their ``size`` elements."""
     program = tl.program_id(0).to(tl.int64)
     size = size.to(tl.int64) // VECTOR * VECTOR
     sum = tl.zeros((FLAT,), partial.dtype.element_ty)
-    last = tl.minimum((program + 1) * share, size)
-    for i in range(program * share, last, FLAT):
-        at = i + tl.arange(0, FLAT)
-        a = tl.load(grams + at, mask=at < last, other=0.0)
-        b = tl.load(grams + size + at, mask=at < last, other=0.0)
+    for i in range(0, share):
+        at = (program * share + i) * FLAT + tl.arange(0, FLAT)
+        a = tl.load(grams + at, mask=at < size, other=0.0)
+        b = tl.load(grams + size + at, mask=at < size, other=0.0)
         sum += a * b
     tl.store(partial + program, tl.sum(sum, axis=0))
 
@@ -409,10 +408,9 @@ def gradient_kernel(
     size = columns.to(tl.int64)
     stride = size // VECTOR * VECTOR
     lambd = number(lambd, lambd_low, C)
-    u = tl.load(upstream).to(C)
-    b = rows.to(C)
-    beta = divide(2 * u, b)
-    alpha = divide(lambd * beta, b)
+    count = rows.to(C)
+    beta = divide(2 * tl.load(upstream).to(C), count)
+    alpha = divide(lambd * beta, count)
     diagonal = lambd if GRAM else 0.0
     statistics += cols
     r_a = tl.load(statistics, mask=wanted, other=0.0)
@@ -515,8 +513,9 @@ def gram_loss(grams, statistics, lambd) -> tuple[Tensor, Tensor]:
     """Loss and components from the Gram matrices (2, B, B)."""
     rows = grams.shape[1]
     size = rows * rows
-    share = triton.cdiv(triton.cdiv(size, PROGRAMS), FLAT) * FLAT
-    partial = statistics.new_empty(triton.cdiv(size, share))
+    blocks = triton.cdiv(size, FLAT)
+    share = triton.cdiv(blocks, PROGRAMS)
+    partial = statistics.new_empty(triton.cdiv(blocks, share))
     vector = divisor(16 // grams.element_size(), size)
     launch(gram_kernel, len(partial), grams.device, grams, partial, size, share, vector, FLAT)
     return _loss(partial, rows, statistics, lambd, True)
