@@ -81,7 +81,7 @@ def test_numbers_of_launches(records):
     augmentation = ["adjoint", "apply"]
     loss = ["moments", "standardise", "deficit", "gram", "loss", "narrow", "projection", "gradient"]
     assert launches == augmentation + loss
-    assert [r["kernel"] for r in records if r["case"] == "float32" and r["arch"] == 90][0] == "draw"
+    assert [r["kernel"] for r in records].count("draw") == len(ARCHITECTURES)
 
 
 def test_importing_the_package_leaves_triton_alone():
