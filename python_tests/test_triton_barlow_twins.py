@@ -79,7 +79,9 @@ def test_loss_and_gradients(rows, columns, dtype, gram):
             actual = both(z_a, z_b, center, eps, gram, -2.5)
         # The Gram form takes the off-diagonal energy for a difference: what cancels has the size of LAMBD.
         close(actual[0], loss.detach(), dtype, floor=LAMBD)
-        close(actual[1], components, dtype, 5)
+        # The last is the root of that energy, and so of its rounding where there is nothing off the diagonal.
+        count = 4 if gram and columns == 1 else 5
+        close(actual[1][:count], components[:count], dtype, 5)
         for grad, good in zip(actual[2], expected, strict=True):
             close(grad, good, dtype, 5, floor=LAMBD)
 
