@@ -135,7 +135,8 @@ def test_every_kind_of_step(front, dtype):
 def test_padding_and_masks_let_nothing_through():
     """NaN of padding and of masked elements stays where it is; infinite gradients of the masked vanish."""
     mask = Step(MASK_STEPS, 1.0, "sample", 0.5, flags=1)
-    table = chains([[[mask], [Step(NOISE, 1.0, "sample", 0.0, 1.0)], [mask]]])
+    features = Step(MASK_FEATURES, 1.0, "sample", 0.4, flags=1)
+    table = chains([[[mask], [Step(NOISE, 1.0, "sample", 0.0, 1.0)], [features], [mask]]])
     x, lengths, seed = torch.randn(3, 10, 5), torch.tensor([10, 4, 0]), torch.tensor([1])
     plan = draw_reference(seed, None, [lengths], table, 3, [(10, 5)])
     clean = apply_reference([x], [lengths], seed, None, plan, table, False, True)[0]
