@@ -319,7 +319,7 @@ def test_kernels_write_only_their_outputs(dtype, gram):
 
     z_a, z_b = views(rows, columns, dtype)
     code = ops.dtype_code("test", "z_a", z_a)
-    hat, statistics = guarded(2, rows, columns), guarded(3, columns)
+    hat, statistics = guarded(2, rows, columns), guarded(5, columns)
     sizes = (rows, columns)
     call("barlow_twins_standardise", code, z_a, columns, z_b, columns, *sizes, True, 1e-5, hat, statistics)
     loss, components = guarded(), guarded(5)
@@ -327,9 +327,9 @@ def test_kernels_write_only_their_outputs(dtype, gram):
         kept = guarded(2, rows, rows)
         options = (*sizes, 0.01, True, True)
         call("barlow_twins_gram_energy", False, hat, statistics, *options, kept, loss, components)
-        torch.testing.assert_close(kept, (hat @ hat.mT).flip(0))
+        torch.testing.assert_close(kept, hat @ hat.mT)
         assert torch.equal(kept, kept.mT)
-        matrices = list(kept)
+        matrices = kept[1], kept[0]
     else:
         p = guarded(columns, columns).copy_(hat[0].T @ hat[1])
         call("barlow_twins_correlation_energy", False, p, statistics, *sizes, 0.01, loss, components)
@@ -370,12 +370,12 @@ def test_bits_depend_neither_on_threads_nor_on_chance(shape):
     fixed = torch.randn(shape[1], shape[1])
 
     def passes():
-        hat, statistics, _ = ops._Native.standardise(z_a, z_b, True, 1e-5)
-        loss, components, kept = ops._Native.gram_energy(hat, statistics, 0.01, True, True)
-        direct = ops._Native.correlation_energy(fixed.clone(), shape[0], statistics, 0.01)
+        hat, statistics = ops._Cpu.standardise(z_a, z_b, True, 1e-5, False)
+        loss, components, kept = ops._Cpu.gram_energy(hat, statistics, 0.01, True, True)
+        direct = ops._Cpu.correlation_loss(fixed.clone(), shape[0], statistics, 0.01)
         grads = torch.empty(2, *hat.shape)
-        ops._Native.gram_backward(kept, hat, statistics, loss, 0.01, *grads[0])
-        ops._Native.direct_backward(*hat, hat, statistics, loss, 0.01, *grads[1])
+        ops._Cpu.gram_backward(kept, hat, statistics, loss, 0.01, grads[0])
+        ops._Cpu.gradient(hat, hat, statistics, loss, 0.01, False, 0, None, grads[1])
         return hat, statistics, loss, components, kept, *direct, grads
 
     threads = torch.get_num_threads()
@@ -403,14 +403,14 @@ def test_opcheck(dtype, gram, backend):
     options = (0.01, True, 1e-5, gram)
     with mmfast.backend(backend):
         for needs in ((True, True), (False, True), (False, False)):
-            arguments = (z_a, z_b, *options, *needs)
+            arguments = (z_a, z_b, *options, False, *needs)
             torch.library.opcheck(torch.ops.mmfast.barlow_twins_forward, arguments)
             if any(needs):
                 loss, _, hat, *saved = torch.ops.mmfast.barlow_twins_forward(*arguments)
                 kept = [hat] if dtype == hat.dtype else [z_a, z_b]
                 torch.library.opcheck(
                     torch.ops.mmfast.barlow_twins_backward,
-                    (torch.ones_like(loss), kept, *saved, *options, *needs),
+                    (torch.ones_like(loss), kept, *saved, *options, False, *needs),
                 )
 
 
@@ -465,7 +465,7 @@ def test_saved_for_backward(dtype, needs):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = F.barlow_twins(z_a, z_b)
     inputs = z_a.nbytes + z_b.nbytes
-    small = (sum(needs) * rows**2 + 3 * columns) * loss.element_size()
+    small = (sum(needs) * rows**2 + 5 * columns) * loss.element_size()
     assert 0 < sum(storages.values()) <= inputs + small
 
 
