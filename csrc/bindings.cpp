@@ -22,6 +22,8 @@
 #undef MMFAST_NS
 #endif
 
+#include "cuda/barlow_twins.h"
+
 namespace mmfast {
 int cuda_device_count();
 const char* cuda_error_string(int code);
