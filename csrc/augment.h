@@ -79,6 +79,12 @@ MMFAST_HD int64_t real_steps(const ModalitySpec& modality, int64_t sample) {
   return modality.lengths ? modality.lengths[sample] : modality.steps;
 }
 
+// The same for lengths that nobody has checked.
+MMFAST_HD int64_t clamped_steps(const ModalitySpec& modality, int64_t sample) {
+  const int64_t n = real_steps(modality, sample);
+  return n < 0 ? 0 : n > modality.steps ? modality.steps : n;
+}
+
 MMFAST_HD uint64_t sample_id(const AugmentCall& call, int64_t sample) {
   return call.ids ? (uint64_t)call.ids[sample] : (uint64_t)sample;
 }
@@ -89,6 +95,17 @@ MMFAST_HD bool step_fires(const StepSpec& step, uint64_t seed, uint64_t id, int 
   const uint32_t who = step.apply == kPerBatch ? kAllModalities : (uint32_t)modality;
   const uint64_t whose = step.apply == kPerSample ? id : kAllSamples;
   return decide(philox(seed, whose, stream_tag(view, who, position, kCoin), 0).w[0], (uint64_t)step.coin);
+}
+
+// SeqAug's alpha of one sample: amount + |N(0, spread^2)|, clipped to [0, 1]. In fp64, so that backends whose
+// logarithm or cosine differ in the last bit still agree on the threshold made of it.
+MMFAST_HD double draw_alpha(double amount, double spread, uint64_t seed, uint64_t id, uint32_t tag) {
+  if (spread == 0) return amount;
+  const Words w = philox(seed, id, tag, 0);
+  const double radius = square_root(-2.0 * natural_log(1.0 - (double)uniform(w.w[0])));
+  const double normal = radius * cosine_of_turn((double)uniform(w.w[1]));
+  const double alpha = amount + spread * (normal < 0 ? -normal : normal);
+  return alpha < 1 ? alpha : 1;
 }
 
 MMFAST_HD bool get_bit(const int32_t* bits, int64_t i) { return (uint32_t)bits[i >> 5] >> (i & 31) & 1u; }

@@ -88,7 +88,7 @@ MMFAST_HD void cos_sin_turn(uint32_t word, float& c, float& s) {
 
 // Two standard normals from two words (Box and Muller 1958). 1 - u keeps the logarithm's argument off zero.
 MMFAST_HD void normal_pair(uint32_t w0, uint32_t w1, float& z0, float& z1) {
-  const float radius = square_root(-2.0f * log_positive(1.0f - uniform(w0)));
+  const float radius = fast_square_root(-2.0f * log_positive(1.0f - uniform(w0)));
   float c, s;
   cos_sin_turn(w1, c, s);
   z0 = radius * c;

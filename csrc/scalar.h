@@ -35,8 +35,8 @@ MMFAST_HD uint32_t as_bits(float f) {
   return b.u;
 }
 
-// Half types are computed in fp32; everything here is branch-free so that loops over it vectorise. CUDA devices
-// have instructions for it, which differ in the bits of NaN only.
+// Half types are computed in fp32; everything here is branch-free so that loops over it vectorise. CUDA
+// devices have instructions for it, which differ in the bits of NaN only.
 template <class T>
 struct Scalar;
 

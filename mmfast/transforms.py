@@ -90,7 +90,7 @@ def _seed(
             dtype = str(seed.dtype).removeprefix("torch.")
             raise ValueError(f"{op}: seed must be one int64, got {dtype} of shape {tuple(seed.shape)}")
         return seed.reshape(1).to(device)
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 class _Augmentation(nn.Module):

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 
 from mmfast import backends
 from mmfast.ops.augment import augment_apply, augment_draw
+from mmfast.ops.native import cuda_target
 from mmfast.ops.plan import APPLY_NAMES, MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains
+from targets import KERNELS, on
+
+SENTINEL = 12345
 
 TOLERANCE = {  # two roundings of the dtype; noise itself agrees to a few fp32 ulp
     torch.float32: 2e-6,
@@ -47,7 +51,7 @@ def calls(draw):
     )
     # All modalities of one step are of one kind.
     views = [[[s._replace(kind=row[0].kind) for s in row] for row in view] for view in views]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(draw(st.integers(0, 2**32)))
     lengths = [
         torch.randint(0, length + 1, (batch,), generator=generator) if draw(st.booleans()) else None
         for length, _ in shapes
@@ -62,13 +66,24 @@ def reference(function, *args):
         return function(*args)
 
 
-@given(calls(), st.sampled_from(list(TOLERANCE)))
-def test_kernels_agree_with_the_reference(native, call, dtype):
+@pytest.fixture(autouse=True, scope="module", params=KERNELS, ids="-".join)
+def target(request):
+    """Every test runs on all kernels there are."""
+    with on(request.param):
+        yield request.param
+
+
+on_cpu = pytest.mark.parametrize("target", KERNELS[:1], ids="-".join, indirect=True)
+
+
+@given(call=calls(), dtype=st.sampled_from(list(TOLERANCE)))
+def test_kernels_agree_with_the_reference(native, target, call, dtype):
     batch, shapes, views, lengths, ids, seed, front, generator = call
     table = chains(views)
     xs = [torch.randn(batch, *shape, generator=generator).to(dtype) for shape in shapes]
-    for isa in native.isas():
-        native.use_isa(isa)
+    for isa in native.isas() if target[0] == "cpu" else ["of the GPU"]:
+        if target[0] == "cpu":
+            native.use_isa(isa)
         plan = augment_draw(seed, ids, lengths, table, batch, shapes)
         assert torch.equal(plan, reference(augment_draw, seed, ids, lengths, table, batch, shapes))
         args = (xs, lengths, seed, ids, plan, table, front)
@@ -100,15 +115,15 @@ def flat(views):
 
 
 @pytest.mark.parametrize("front", [False, True])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_gradients_of_every_order(native, front, backend):
+@pytest.mark.parametrize("backend", ["kernel", "reference"])
+def test_gradients_of_every_order(target, front, backend):
     xs, *rest = example()
     xs = [x.requires_grad_() for x in xs]
 
     def f(*xs):
         return tuple(flat(augment_apply(xs, *rest, front)))
 
-    with backends.backend(backend):
+    with backends.backend(target[0] if backend == "kernel" else backend):
         assert torch.autograd.gradcheck(f, xs)
         assert torch.autograd.gradgradcheck(f, xs)
 
@@ -187,26 +202,41 @@ def test_slices_of_larger_buffers_and_red_zones(poisoned_memory):
         assert torch.equal(buffer.view(torch.int64), before.view(torch.int64))
 
 
-def test_kernels_write_nothing_outside_their_outputs(native):
+def test_kernels_write_nothing_outside_their_outputs(native, target):
     """Outputs inside larger buffers, called below the op: the zones around them stay as they are."""
     xs, lengths, seed, _, plan, table = example(torch.float32)
+    expected = flat(augment_apply(xs, lengths, seed, None, plan, table, False))
     zone = 64
-    shape_rows = [v for x, n in zip(xs, lengths, strict=True) for v in (*x.shape[1:], 0, n.data_ptr())]
-    for front in (0, 1):
-        rows = [front if i % 4 == 2 else v for i, v in enumerate(shape_rows)]
-        arguments = native.AugmentArguments(4, *table, rows, seed.data_ptr(), 0, plan.shape[1])
-        buffers = [torch.full((x.numel() + 2 * zone,), 12345.0) for _ in range(2) for x in xs]
-        starts = [buffer.data_ptr() + 4 * zone for buffer in buffers]
-        strides = [s for x in xs for s in x.stride()[:2]]
-        native.augment_apply(
-            arguments, plan.data_ptr(), 0, [x.data_ptr() for x in xs], strides, starts, True, 2
-        )
-        plans = torch.full((plan.numel() + 2 * zone,), 777, dtype=torch.int32)
-        native.augment_draw(arguments, plans.data_ptr() + 4 * zone, 2)
-        assert torch.equal(plans[zone:-zone].view_as(plan), plan)
-        for buffer in (*buffers, plans):
-            fill = 12345.0 if buffer.is_floating_point() else 777
-            assert (buffer[:zone] == fill).all() and (buffer[-zone:] == fill).all()
+
+    def call(kernel, *arguments):
+        if target[0] == "cpu":
+            getattr(native, f"augment_{kernel}")(*arguments, 2)
+        else:
+            where = cuda_target(seed.device)
+            assert getattr(native, f"cuda_augment_{kernel}")(*arguments, *where) == 0
+
+    def inner(tensors):
+        """Copies in the middle of buffers, and their addresses."""
+        buffers = [torch.full((t.numel() + 2 * zone,), SENTINEL).to(t.dtype) for t in tensors]
+        for buffer, t in zip(buffers, tensors, strict=True):
+            buffer[zone:-zone] = t.flatten()
+        return buffers, [buffer.data_ptr() + zone * buffer.element_size() for buffer in buffers]
+
+    rows = [v for x, n in zip(xs, lengths, strict=True) for v in (*x.shape[1:], 0, n.data_ptr())]
+    arguments = native.AugmentArguments(4, *table, rows, seed.data_ptr(), 0, plan.shape[1])
+    outs, out_starts = inner([torch.zeros_like(x) for _ in range(2) for x in xs])
+    ins, in_starts = inner(xs)
+    strides = [s for x in xs for s in x.stride()[:2]]
+    call("apply", arguments, plan.data_ptr(), 0, in_starts, strides, out_starts, True)
+    plans, plan_starts = inner([torch.zeros_like(plan)])
+    call("draw", arguments, plan_starts[0])
+    grads, grad_starts = inner(xs)
+    call("adjoint", arguments, plan.data_ptr(), 0, out_starts, grad_starts)
+    assert torch.equal(plans[0][zone:-zone].view_as(plan), plan)
+    for buffer, out in zip(outs, expected, strict=True):
+        assert torch.equal(buffer[zone:-zone].view_as(out), out)
+    for buffer in (*outs, *ins, *plans, *grads):
+        assert (buffer[:zone] == SENTINEL).all() and (buffer[-zone:] == SENTINEL).all()
 
 
 def big_example():
@@ -228,6 +258,7 @@ def run(xs, lengths, shapes, table, seed, ids=None):
     return plan, flat(augment_apply(xs, lengths, seed, ids, plan, table, False))
 
 
+@on_cpu
 def test_results_do_not_depend_on_threads():
     call = big_example()
     threads = torch.get_num_threads()
@@ -295,6 +326,7 @@ def test_opcheck():
     torch.library.opcheck(ops.augment_adjoint, (xs * 2, lengths, seed, None, plan, *table, False))
 
 
+@on_cpu
 def test_cpu_kernels_raise_before_they_touch_memory():
     xs, lengths, seed, _, plan, table = example(torch.float32)
     for wrong, text in [
@@ -308,10 +340,12 @@ def test_cpu_kernels_raise_before_they_touch_memory():
             augment_draw(seed, None, [wrong, lengths[1]], table, 4, [(7, 5), (9, 3)])
 
 
+@on_cpu
 def test_reference_is_used_without_kernels(monkeypatch):
     call = big_example()
     _, expected = run(*call)
     monkeypatch.setattr(backends, "_C", None)
+    monkeypatch.setattr(backends, "_forced", None)
     assert backends.choose("augment_apply", torch.device("cpu")) == "reference"
     _, outs = run(*call)
     for a, b in zip(outs, expected, strict=True):

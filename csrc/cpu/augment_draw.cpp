@@ -66,17 +66,6 @@ inline void smallest_bits(const uint32_t* keys, int64_t n, int64_t count, int32_
   for (int64_t i = 0; i < count; ++i) bits[order[i] >> 5] |= (int32_t)(1u << (order[i] & 31));
 }
 
-// SeqAug's alpha of one sample: amount + |N(0, spread^2)|, clipped to [0, 1]. In fp64, so that backends whose
-// libm differ in the last bit still agree on the threshold.
-inline double draw_alpha(const StepSpec& step, uint64_t seed, uint64_t id, uint32_t tag) {
-  if (step.spread == 0) return step.amount;
-  const Words w = philox(seed, id, tag, 0);
-  const double radius = square_root(-2.0 * __builtin_log(1.0 - (double)uniform(w.w[0])));
-  const double normal = radius * __builtin_cos(6.283185307179586 * (double)uniform(w.w[1]));
-  const double alpha = step.amount + step.spread * (normal < 0 ? -normal : normal);
-  return alpha < 1 ? alpha : 1;
-}
-
 struct Scratch {
   uint32_t* words;  // max(L, F), whole chunks
   int32_t* order;
@@ -109,7 +98,7 @@ void draw_step(const StepSpec& step, const ModalitySpec& shape, int64_t n, uint6
     int32_t* order = bits + bit_words(shape.features);
     int32_t* gate = order + shape.steps;
     if (fired) {
-      const double alpha = draw_alpha(step, seed, id, tag(modality, kShare));
+      const double alpha = draw_alpha(step.amount, step.spread, seed, id, tag(modality, kShare));
       fill_words(seed, id, tag(modality, kFeature), shape.features, words);
       if (step.flags & kExactCount)
         smallest_bits(words, shape.features, exact_count(alpha, shape.features), bits, scratch.order,

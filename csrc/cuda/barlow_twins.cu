@@ -1,11 +1,10 @@
 // Barlow Twins on CUDA: what lies between the matrix products, which are torch's.
 //
-// Columns: lane l of every warp of a block works on column 32 blockIdx.x + l, so a warp's access is one run of
-// memory; warp w of W takes rows w, w + W, ... Up to kMaxWarps * kHeld rows, one block holds all of a column
-// tile in registers and one launch does a whole pass. Beyond, the rows are cut into chunks, one block each,
-// whose sums meet in the next launch. Every sum has a fixed order: results are bit-equal from run to run.
-#include "barlow_twins.h"
-
+// Columns: lane l of every warp of a block works on column 32 blockIdx.x + l, so a warp's access is one run
+// of memory; warp w of W takes rows w, w + W, ... Up to kMaxWarps * kHeld rows, one block holds all of a
+// column tile in registers and one launch does a whole pass. Beyond, the rows are cut into chunks, one block
+// each, whose sums meet in the next launch. Every sum has a fixed order: results are bit-equal from run to
+// run.
 #include "../barlow_twins.h"
 #include "../scalar.h"
 #include "launch.h"
@@ -171,7 +170,9 @@ struct Chunks {
   }
   MMFAST_HD int64_t count() const { return (rows + size - 1) / size; }
   MMFAST_HD int64_t begin(int64_t chunk) const { return chunk * size; }
-  MMFAST_HD int64_t end(int64_t chunk) const { return chunk * size + size < rows ? chunk * size + size : rows; }
+  MMFAST_HD int64_t end(int64_t chunk) const {
+    return chunk * size + size < rows ? chunk * size + size : rows;
+  }
 };
 
 // partial (chunks, 2, 2, D): by view, mean less the first row and sum of squared deviations.
@@ -228,7 +229,8 @@ __global__ void __launch_bounds__(32 * kChunkWarps)
     s.first[v] = center ? Scalar<T>::load((v ? z.b : z.a)[at.column]) : 0;
     s.mean[v] = square[v] = 0;
     for (int64_t c = at.warp; c < chunks.count(); c += kChunkWarps)
-      s.mean[v] += (C)(chunks.end(c) - chunks.begin(c)) / rows * partial[(2 * c + v) * 2 * columns + at.column];
+      s.mean[v] +=
+          (C)(chunks.end(c) - chunks.begin(c)) / rows * partial[(2 * c + v) * 2 * columns + at.column];
   }
   sum_warps(s.mean);
 #pragma unroll
@@ -387,8 +389,7 @@ __global__ void __launch_bounds__(1024)
 }
 
 template <int N, class T>
-__global__ void __launch_bounds__(256)
-    narrow_kernel(const float* matrices, int64_t n, float scale, T* out) {
+__global__ void __launch_bounds__(256) narrow_kernel(const float* matrices, int64_t n, float scale, T* out) {
   constexpr int kUnroll = 4;
   const int64_t count = n * n / N, step = (int64_t)gridDim.x * 256;
   const auto* x = (const Pack<float, N>*)matrices + blockIdx.y * count;
@@ -404,8 +405,7 @@ __global__ void __launch_bounds__(256)
     for (int u = 0; u < kUnroll; ++u) {
       Pack<T, N> narrow;
 #pragma unroll
-      for (int k = 0; k < N; ++k)
-        narrow.v[k] = Scalar<T>::store(diagonal.hit(k) ? 0.0f : a[u].v[k] * scale);
+      for (int k = 0; k < N; ++k) narrow.v[k] = Scalar<T>::store(diagonal.hit(k) ? 0.0f : a[u].v[k] * scale);
       if (i + u * step < count) to[i + u * step] = narrow;
       diagonal.go();
     }

@@ -28,8 +28,10 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 enum cudaError_t { cudaSuccess = 0 };
 inline cudaError_t cudaGetDeviceCount(int* count) {

@@ -7,12 +7,9 @@
 #endif
 #include <stdint.h>
 
-namespace mmfast {
+#include "kernels.h"
 
-struct Target {
-  int device;
-  void* stream;
-};
+namespace mmfast {
 
 // Blocks are one-dimensional and a multiple of 32 threads.
 struct Grid {

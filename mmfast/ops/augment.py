@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
+from mmfast.errors import UserError
 from mmfast.ops import random
-from mmfast.ops.native import DTYPE_CODES
+from mmfast.ops.native import DTYPE_CODES, check_cuda, cuda_target
 from mmfast.ops.plan import (
     APPLY_NAMES,
     EXACT_COUNT,
@@ -142,6 +143,16 @@ def _(grads, lengths, seed, ids, plan, steps_per_view, rows, amounts, front):
     return [grad.new_empty(grad.shape) for grad in grads[: len(lengths)]]
 
 
+_LONGEST_CHAIN = 64  # kLongestChain of csrc/cuda/kernels.h
+
+
+def _triton():
+    """The Triton kernels: imported when they are first used, for the import of triton takes its time."""
+    from mmfast.triton import augment
+
+    return augment
+
+
 def _check_lengths(lengths, batch, shapes):
     """Lengths decide what memory is touched: they are checked where the data are, not where they are traced."""
     for modality, (length, (steps, _)) in enumerate(zip(lengths, shapes, strict=True)):
@@ -161,43 +172,76 @@ def _check_lengths(lengths, batch, shapes):
                 )
 
 
-def _native(batch, lengths, chains, shapes, front, seed, ids, width):
+def _arguments(batch, lengths, chains, shapes, front, seed, ids, width):
+    """The call as ``mmfast._C`` takes it, and tensors that have to live as long: it holds addresses only."""
     rows = []
-    keep = [None if n is None else n.contiguous() for n in lengths]
-    for (steps, features), length in zip(shapes, keep, strict=True):
-        rows += [steps, features, int(front), 0 if length is None else length.data_ptr()]
-    address = 0 if ids is None else ids.data_ptr()
-    arguments = backends._C.AugmentArguments(batch, *chains, rows, seed.data_ptr(), address, width)
-    # The arguments hold addresses only: whoever calls keeps these tensors alive.
+    keep = [None if tensor is None else tensor.contiguous() for tensor in (ids, *lengths)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in keep]
+    for (steps, features), length in zip(shapes, addresses[1:], strict=True):
+        rows += [steps, features, int(front), length]
+    arguments = backends._C.AugmentArguments(batch, *chains, rows, seed.data_ptr(), addresses[0], width)
     return arguments, keep
+
+
+def _call(backend, kernel, device, *arguments):
+    """A kernel of ``mmfast._C``, on the CPU or on a CUDA device."""
+    if backend == "cuda":
+        target = cuda_target(device)
+        check_cuda(f"augment_{kernel}", getattr(backends._C, f"cuda_augment_{kernel}")(*arguments, *target))
+    else:
+        getattr(backends._C, f"augment_{kernel}")(*arguments, torch.get_num_threads())
+
+
+def _check_cuda_limits(chains, shapes):
+    if (longest := max(chains.steps_per_view, default=0)) > _LONGEST_CHAIN:
+        raise UserError(
+            f"augment: a chain must have at most {_LONGEST_CHAIN} steps on the cuda backend, got {longest}"
+        )
+    for modality, (steps, features) in enumerate(shapes):
+        if steps * features >= 2**31:
+            raise UserError(
+                f"augment: modality {modality} must have fewer than 2^31 elements a sample on the cuda backend, "
+                f"got {steps} x {features}"
+            )
 
 
 def _draw(seed, ids, lengths, steps_per_view, rows, amounts, batch, shapes):
     chains = Chains(steps_per_view, rows, amounts)
     shapes = list(zip(shapes[::2], shapes[1::2], strict=True))
     _check_lengths(lengths, batch, shapes)
-    width = plan_width(steps_per_view, rows, shapes)
-    if backends.choose("augment_draw", seed.device) == "reference":
+    backend = backends.choose("augment_draw", seed.device)
+    if backend == "reference":
         return draw_reference(seed, ids, lengths, chains, batch, shapes)
-    plan = torch.empty((batch, width), dtype=torch.int32)
-    ids = None if ids is None else ids.contiguous()
-    arguments, _alive = _native(batch, lengths, chains, shapes, False, seed, ids, width)
-    backends._C.augment_draw(arguments, plan.data_ptr(), torch.get_num_threads())
+    if backend == "triton":
+        return _triton().draw(seed, ids, lengths, chains, batch, shapes)
+    if backend == "cuda":
+        _check_cuda_limits(chains, shapes)
+    width = plan_width(steps_per_view, rows, shapes)
+    plan = torch.empty((batch, width), dtype=torch.int32, device=seed.device)
+    arguments, _alive = _arguments(batch, lengths, chains, shapes, False, seed, ids, width)
+    _call(backend, "draw", seed.device, arguments, plan.data_ptr())
     return plan
 
 
 def _apply(xs, lengths, seed, ids, plan, steps_per_view, rows, amounts, front, with_noise):
     chains = Chains(steps_per_view, rows, amounts)
-    batch, shapes = xs[0].shape[0], [tuple(x.shape[1:]) for x in xs]
+    batch, device, shapes = xs[0].shape[0], xs[0].device, [tuple(x.shape[1:]) for x in xs]
     _check_lengths(lengths, batch, shapes)
-    if backends.choose("augment_apply", xs[0].device) == "reference":
+    backend = backends.choose("augment_apply", device)
+    if backend == "reference":
         return apply_reference(xs, lengths, seed, ids, plan, chains, front, with_noise)
+    if backend == "triton":
+        return _triton().apply(xs, lengths, seed, ids, plan, chains, front, with_noise)
+    if backend == "cuda":
+        _check_cuda_limits(chains, shapes)
     xs = [x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous() for x in xs]
-    outs = [torch.empty(x.shape, dtype=x.dtype) for _ in steps_per_view for x in xs]
-    ids = None if ids is None else ids.contiguous()
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=device) for _ in steps_per_view for x in xs]
     plan = plan.contiguous()
-    arguments, _alive = _native(batch, lengths, chains, shapes, front, seed, ids, plan.shape[1])
-    backends._C.augment_apply(
+    arguments, _alive = _arguments(batch, lengths, chains, shapes, front, seed, ids, plan.shape[1])
+    _call(
+        backend,
+        "apply",
+        device,
         arguments,
         plan.data_ptr(),
         DTYPE_CODES[xs[0].dtype],
@@ -205,7 +249,6 @@ def _apply(xs, lengths, seed, ids, plan, steps_per_view, rows, amounts, front, w
         [stride for x in xs for stride in x.stride()[:2]],
         [out.data_ptr() for out in outs],
         with_noise,
-        torch.get_num_threads(),
     )
     return outs
 
@@ -213,22 +256,33 @@ def _apply(xs, lengths, seed, ids, plan, steps_per_view, rows, amounts, front, w
 def _adjoint(grads, lengths, seed, ids, plan, steps_per_view, rows, amounts, front):
     chains = Chains(steps_per_view, rows, amounts)
     count = len(lengths)
-    batch, shapes = grads[0].shape[0], [tuple(grad.shape[1:]) for grad in grads[:count]]
+    batch, device, dtype = grads[0].shape[0], grads[0].device, grads[0].dtype
+    shapes = [tuple(grad.shape[1:]) for grad in grads[:count]]
     _check_lengths(lengths, batch, shapes)
-    if backends.choose("augment_apply", grads[0].device) == "reference":
+    backend = backends.choose("augment_apply", device)
+    if backend == "reference":
         return adjoint_reference(grads, lengths, plan, chains, front)
-    outs = [torch.empty_like(grad) for grad in grads[:count]]
+    if backend == "triton":
+        return _triton().adjoint(grads, lengths, plan, chains, front)
+    wide = dtype
+    if backend == "cuda":
+        _check_cuda_limits(chains, shapes)
+        # Sums are kept in memory, and not in a half type.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+    outs = [torch.empty(grad.shape, dtype=wide, device=device) for grad in grads[:count]]
     plan = plan.contiguous()
-    arguments, _alive = _native(batch, lengths, chains, shapes, front, seed, None, plan.shape[1])
-    backends._C.augment_adjoint(
+    arguments, _alive = _arguments(batch, lengths, chains, shapes, front, seed, None, plan.shape[1])
+    _call(
+        backend,
+        "adjoint",
+        device,
         arguments,
         plan.data_ptr(),
-        DTYPE_CODES[grads[0].dtype],
+        DTYPE_CODES[dtype],
         [grad.data_ptr() for grad in grads],
         [out.data_ptr() for out in outs],
-        torch.get_num_threads(),
     )
-    return outs
+    return [out.to(dtype) for out in outs]
 
 
 for _device in ("CPU", "CUDA"):

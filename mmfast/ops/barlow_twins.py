@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mmfast import backends
 from mmfast.errors import UserError
-from mmfast.ops.native import DTYPE_CODES, dtype_code
+from mmfast.ops.native import DTYPE_CODES, check_cuda, cuda_target, dtype_code
 from mmfast.ops.products import gram_matrices, product
 
 
@@ -318,7 +318,7 @@ class _Plain:
 
 
 class _Cuda:
-    """The passes in CUDA: csrc/cuda/barlow_twins.h."""
+    """The passes in CUDA: csrc/cuda/kernels.h."""
 
     @staticmethod
     def standardise(z_a, z_b, center, eps, narrow):
@@ -326,7 +326,7 @@ class _Cuda:
         compute = _compute_dtype(z_a)
         hat = z_a.new_empty((2, rows, columns), dtype=z_a.dtype if narrow else compute)
         statistics = z_a.new_empty((5, columns), dtype=compute)
-        words = backends._C.cuda_barlow_twins_standardise_scratch(compute == torch.float64, rows, columns)
+        words = backends._C.barlow_twins_standardise_scratch(compute == torch.float64, rows, columns)
         scratch = statistics.new_empty(words) if words else None
         code = backends._C.cuda_barlow_twins_standardise(
             DTYPE_CODES[z_a.dtype],
@@ -342,9 +342,9 @@ class _Cuda:
             hat.data_ptr(),
             statistics.data_ptr(),
             _address(scratch),
-            *_target(z_a),
+            *cuda_target(z_a.device),
         )
-        _check_cuda(code)
+        check_cuda("barlow_twins", code)
         return hat, statistics
 
     @staticmethod
@@ -359,7 +359,7 @@ class _Cuda:
     def _loss(gram, matrices, rows, statistics, lambd):
         wide, columns = statistics.dtype == torch.float64, statistics.shape[1]
         loss, components = statistics.new_empty(()), statistics.new_empty(5)
-        words = backends._C.cuda_barlow_twins_loss_scratch(wide, gram, rows, columns)
+        words = backends._C.barlow_twins_loss_scratch(wide, gram, rows, columns)
         scratch = statistics.new_empty(words) if words else None
         code = backends._C.cuda_barlow_twins_loss(
             wide,
@@ -372,9 +372,9 @@ class _Cuda:
             loss.data_ptr(),
             components.data_ptr(),
             _address(scratch),
-            *_target(statistics),
+            *cuda_target(statistics.device),
         )
-        _check_cuda(code)
+        check_cuda("barlow_twins", code)
         return loss, components
 
     @staticmethod
@@ -388,18 +388,16 @@ class _Cuda:
             n,
             exponent,
             out.data_ptr(),
-            *_target(matrices),
+            *cuda_target(matrices.device),
         )
-        _check_cuda(code)
+        check_cuda("barlow_twins", code)
         return out
 
     @staticmethod
     def gradient(products, views, statistics, upstream, lambd, gram, exponent, grams, grads):
         view_a, view_b = views
         rows, columns = view_a.shape
-        words = backends._C.cuda_barlow_twins_gradient_scratch(
-            statistics.dtype == torch.float64, rows, columns
-        )
+        words = backends._C.barlow_twins_gradient_scratch(statistics.dtype == torch.float64, rows, columns)
         scratch = statistics.new_empty(words) if words else None
         code = backends._C.cuda_barlow_twins_gradient(
             DTYPE_CODES[view_a.dtype],
@@ -419,22 +417,9 @@ class _Cuda:
             *((0, 0) if grams is None else map(_address, grams)),
             *map(_address, grads),
             _address(scratch),
-            *_target(statistics),
+            *cuda_target(statistics.device),
         )
-        _check_cuda(code)
-
-
-def _target(tensor: Tensor) -> tuple[int, int]:
-    """Device and stream to launch on; CPU tensors meet emulated kernels only."""
-    if not tensor.is_cuda:
-        return 0, 0
-    device = tensor.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device)
-
-
-def _check_cuda(code: int) -> None:
-    if code:
-        raise RuntimeError(f"barlow_twins: CUDA error {code}: {backends.cuda_error(code)}")
+        check_cuda("barlow_twins", code)
 
 
 def _passes(device: torch.device, narrow: bool):

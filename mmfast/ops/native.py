@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mmfast import backends
+
 # The codes of csrc/scalar.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -17,3 +19,16 @@ def dtype_code(op: str, argument: str, tensor: torch.Tensor) -> int:
             f"{op}: {argument} must be one of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
         )
     return code
+
+
+def cuda_target(device: torch.device) -> tuple[int, int]:
+    """(device index, stream) where a CUDA kernel is to be launched; of no meaning where CUDA is emulated."""
+    if device.type == "cpu":
+        return 0, 0
+    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def check_cuda(op: str, code: int) -> None:
+    """Raises what a launcher of ``mmfast._C`` reports."""
+    if code:
+        raise RuntimeError(f"{op}: CUDA error {code}: {backends.cuda_error(code)}")
