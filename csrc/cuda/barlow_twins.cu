@@ -18,7 +18,8 @@ constexpr int kMaxWarps = 32, kChunkWarps = 8, kMaxChunks = 64;
 template <class C>
 constexpr int kHeld = 64 / sizeof(C);
 // Rows of which a thread of a chunked kernel has loads in flight.
-constexpr int kAhead = 8;
+template <class C>
+constexpr int kAhead = kHeld<C> / 2;
 
 template <class T>
 using Compute = typename Scalar<T>::compute;
@@ -34,8 +35,11 @@ struct Place {
     column = inside ? column : columns - 1;
   }
   // How many of `rows` rows are this warp's.
-  __device__ __forceinline__ int share(int64_t rows) const {
-    return (int)((rows - warp + warps - 1) / warps);
+  __device__ __forceinline__ int share(int rows) const { return (rows - warp + warps - 1) / warps; }
+  // How many of this warp's next N rows there are, if `left` > 0 rows are left, its own first.
+  template <int N>
+  __device__ __forceinline__ int ahead(int64_t left) const {
+    return left < N * warps ? ((int)left + warps - 1) / warps : N;
   }
 };
 
@@ -87,92 +91,85 @@ struct Views {
   int64_t stride_a, stride_b;
 };
 
-template <class C>
-struct ColumnStatistics {
-  C first[2], mean[2], r[2];  // the mean is relative to the first row
-
-  __device__ __forceinline__ void store(const Place& at, int64_t columns, C* statistics) const {
-    C* to = statistics + at.column;
-    to[0] = r[0];
-    to[columns] = r[1];
-    to[3 * columns] = first[0] + mean[0];
-    to[4 * columns] = first[1] + mean[1];
-  }
-};
+// x[k] = the k-th row from p less `shift`, `step` apart; 0 from the count-th on.
+template <class T, class C, int N>
+__device__ __forceinline__ void load_rows(const T* p, int64_t step, int count, C shift, C (&x)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k, p += step) x[k] = k < count ? Scalar<T>::load(*p) - shift : 0;
+}
 
 // One block sees all rows of its columns.
 template <class T, class H>
 __global__ void __launch_bounds__(32 * kMaxWarps)
-    standardise_whole(Views<T> z, int64_t rows, int64_t columns, bool center, Compute<T> eps, H* hat,
+    standardise_whole(Views<T> z, int rows, int64_t columns, bool center, Compute<T> eps, H* hat,
                       Compute<T>* statistics) {
   using C = Compute<T>;
   const Place at(columns);
   const int count = at.share(rows);
-  C x[2][kHeld<C>], square[2];
-  ColumnStatistics<C> s;
+  const C weight = (C)1 / rows;
+  C* to_statistics = statistics + at.column;
+  const bool tells = at.warp == 0 && at.inside;
+  C x[2][kHeld<C>], first[2], sum[2];
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
     const T* p = (v ? z.b : z.a) + at.column;
     const int64_t stride = v ? z.stride_b : z.stride_a;
-    s.first[v] = center ? Scalar<T>::load(*p) : 0;
-    p += at.warp * stride;
+    first[v] = center ? Scalar<T>::load(*p) : 0;
+    load_rows(p + at.warp * stride, at.warps * stride, count, first[v], x[v]);
+    sum[v] = 0;
 #pragma unroll
-    for (int k = 0; k < kHeld<C>; ++k)
-      x[v][k] = k < count ? Scalar<T>::load(p[k * at.warps * stride]) - s.first[v] : 0;
-    s.mean[v] = 0;
-#pragma unroll
-    for (int k = 0; k < kHeld<C>; ++k) s.mean[v] += x[v][k];
+    for (int k = 0; k < kHeld<C>; ++k) sum[v] += x[v][k];
   }
-  if (center) sum_warps(s.mean);
+  sum_warps(sum);
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
-    s.mean[v] = center ? s.mean[v] / rows : 0;
-    square[v] = 0;
+    const C mean = center ? sum[v] * weight : 0;
+    if (tells) to_statistics[(3 + v) * columns] = first[v] + mean;
+    sum[v] = 0;
 #pragma unroll
     for (int k = 0; k < kHeld<C>; ++k) {
-      x[v][k] = k < count ? x[v][k] - s.mean[v] : 0;
-      square[v] += x[v][k] * x[v][k];
+      x[v][k] = k < count ? x[v][k] - mean : 0;
+      sum[v] += x[v][k] * x[v][k];
     }
   }
-  sum_warps(square);
+  sum_warps(sum);
+  C r[2], apart[1] = {0};
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
-    s.r[v] = inverse_deviation(square[v] / rows, eps);
-#pragma unroll
-    for (int k = 0; k < kHeld<C>; ++k) x[v][k] *= s.r[v];
+    r[v] = inverse_deviation(sum[v] * weight, eps);
+    if (tells) to_statistics[v * columns] = r[v];
   }
-  C apart[1] = {0};
-  H* to = hat + at.warp * columns + at.column;
 #pragma unroll
   for (int k = 0; k < kHeld<C>; ++k) {
-    const C d = x[0][k] - x[1][k];
-    apart[0] += d * d;
-    if (k < count && at.inside) {
-      to[k * at.warps * columns] = Scalar<H>::store(x[0][k]);
-      to[(k * at.warps + rows) * columns] = Scalar<H>::store(x[1][k]);
-    }
+    x[0][k] *= r[0];
+    x[1][k] *= r[1];
+    apart[0] += (x[0][k] - x[1][k]) * (x[0][k] - x[1][k]);
   }
   sum_warps(apart);
-  if (at.warp == 0 && at.inside) {
-    s.store(at, columns, statistics);
-    statistics[2 * columns + at.column] = one_minus_c(apart[0] / rows, s.r[0], s.r[1], eps);
+  if (tells) to_statistics[2 * columns] = one_minus_c(apart[0] * weight, r[0], r[1], eps);
+  if (!at.inside) return;
+  H* to = hat + at.warp * columns + at.column;
+#pragma unroll
+  for (int k = 0; k < kHeld<C>; ++k, to += at.warps * columns) {
+    if (k >= count) break;
+    to[0] = Scalar<H>::store(x[0][k]);
+    to[rows * columns] = Scalar<H>::store(x[1][k]);
   }
 }
 
+// Rows beyond what one block holds, in pieces of one block each.
 struct Chunks {
-  int64_t rows, size;  // of all, of one chunk
+  int64_t rows, size;  // size: of all chunks but the last; a multiple of what a block holds
+  int count;
 
   template <class C>
   static Chunks of(int64_t rows) {
     constexpr int64_t kTile = kChunkWarps * kHeld<C>;
-    const int64_t least = (rows + kMaxChunks - 1) / kMaxChunks;
-    return {rows, (least + kTile - 1) / kTile * kTile};
+    const int64_t least = (rows + kMaxChunks - 1) / kMaxChunks, size = (least + kTile - 1) / kTile * kTile;
+    return {rows, size, (int)((rows + size - 1) / size)};
   }
-  MMFAST_HD int64_t count() const { return (rows + size - 1) / size; }
-  MMFAST_HD int64_t begin(int64_t chunk) const { return chunk * size; }
-  MMFAST_HD int64_t end(int64_t chunk) const {
-    return chunk * size + size < rows ? chunk * size + size : rows;
-  }
+  MMFAST_HD int64_t begin(int chunk) const { return chunk * size; }
+  MMFAST_HD int64_t length(int chunk) const { return chunk < count - 1 ? size : rows - chunk * size; }
 };
 
 // partial (chunks, 2, 2, D): by view, mean less the first row and sum of squared deviations.
@@ -180,32 +177,30 @@ template <class T>
 __global__ void __launch_bounds__(32 * kChunkWarps)
     chunk_moments(Views<T> z, Chunks chunks, int64_t columns, bool center, Compute<T>* partial) {
   using C = Compute<T>;
+  constexpr int kTile = kChunkWarps * kHeld<C>;
   const Place at(columns);
-  const int64_t chunk = blockIdx.y / 2, end = chunks.end(chunk);
+  const int chunk = blockIdx.y / 2;
   const bool b = blockIdx.y % 2;
   const T* p = (b ? z.b : z.a) + at.column;
   const int64_t stride = b ? z.stride_b : z.stride_a;
   const C first = center ? Scalar<T>::load(*p) : 0;
+  p += (chunks.begin(chunk) + at.warp) * stride;
   Moments<C> all = {0, 0, 0};
-  for (int64_t start = chunks.begin(chunk); start < end; start += kChunkWarps * kHeld<C>) {
-    const int64_t left = end - start < kChunkWarps * kHeld<C> ? end - start : kChunkWarps * kHeld<C>;
-    const int count = at.share(left);
-    const T* row = p + (start + at.warp) * stride;
+  for (int64_t left = chunks.length(chunk); left > 0; left -= kTile, p += kTile * stride) {
+    const int tile = left < kTile ? (int)left : kTile, count = at.share(tile);
     C x[kHeld<C>], mean[1] = {0}, square[1] = {0};
-#pragma unroll
-    for (int k = 0; k < kHeld<C>; ++k)
-      x[k] = k < count ? Scalar<T>::load(row[k * kChunkWarps * stride]) - first : 0;
+    load_rows(p, kChunkWarps * stride, count, first, x);
 #pragma unroll
     for (int k = 0; k < kHeld<C>; ++k) mean[0] += x[k];
-    if (center) sum_warps(mean);
-    mean[0] = center ? mean[0] / left : 0;
+    sum_warps(mean);
+    mean[0] = center ? mean[0] / tile : 0;
 #pragma unroll
     for (int k = 0; k < kHeld<C>; ++k) {
       const C d = k < count ? x[k] - mean[0] : 0;
       square[0] += d * d;
     }
     sum_warps(square);
-    all = merged(all, Moments<C>{(C)left, mean[0], square[0]});
+    all = merged(all, Moments<C>{(C)tile, mean[0], square[0]});
   }
   if (at.warp == 0 && at.inside) {
     C* to = partial + blockIdx.y * 2 * columns + at.column;
@@ -221,58 +216,65 @@ __global__ void __launch_bounds__(32 * kChunkWarps)
                       const Compute<T>* partial, Compute<T>* differences, H* hat, Compute<T>* statistics) {
   using C = Compute<T>;
   const Place at(columns);
-  const int64_t chunk = blockIdx.y, rows = chunks.rows, end = chunks.end(chunk);
-  ColumnStatistics<C> s;
-  C square[2];
+  const int chunk = blockIdx.y;
+  const C weight = (C)1 / chunks.rows;
+  C first[2], mean[2], square[2], r[2];
+  const int64_t chunk_step = kChunkWarps * 4 * columns;
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
-    s.first[v] = center ? Scalar<T>::load((v ? z.b : z.a)[at.column]) : 0;
-    s.mean[v] = square[v] = 0;
-    for (int64_t c = at.warp; c < chunks.count(); c += kChunkWarps)
-      s.mean[v] +=
-          (C)(chunks.end(c) - chunks.begin(c)) / rows * partial[(2 * c + v) * 2 * columns + at.column];
+    first[v] = center ? Scalar<T>::load((v ? z.b : z.a)[at.column]) : 0;
+    mean[v] = square[v] = 0;
+    const C* of = partial + (4 * at.warp + 2 * v) * columns + at.column;
+#pragma unroll 2
+    for (int c = at.warp; c < chunks.count; c += kChunkWarps, of += chunk_step)
+      mean[v] += chunks.length(c) * weight * of[0];
   }
-  sum_warps(s.mean);
+  sum_warps(mean);
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
-    for (int64_t c = at.warp; c < chunks.count(); c += kChunkWarps) {
-      const C* of = partial + (2 * c + v) * 2 * columns + at.column;
-      const C apart = of[0] - s.mean[v];
-      square[v] += of[columns] + (chunks.end(c) - chunks.begin(c)) * apart * apart;
+    const C* of = partial + (4 * at.warp + 2 * v) * columns + at.column;
+#pragma unroll 2
+    for (int c = at.warp; c < chunks.count; c += kChunkWarps, of += chunk_step) {
+      const C apart = of[0] - mean[v];
+      square[v] += of[columns] + chunks.length(c) * apart * apart;
     }
   }
   sum_warps(square);
 #pragma unroll
-  for (int v = 0; v < 2; ++v) s.r[v] = inverse_deviation(square[v] / rows, eps);
+  for (int v = 0; v < 2; ++v) r[v] = inverse_deviation(square[v] * weight, eps);
+
   C apart[1] = {0};
-  for (int64_t row = chunks.begin(chunk) + at.warp; row < end; row += kAhead * kChunkWarps) {
-    C x[2][kAhead];
+  const int64_t row = chunks.begin(chunk) + at.warp;
+  const T *a = z.a + row * z.stride_a + at.column, *b = z.b + row * z.stride_b + at.column;
+  H* to = hat + row * columns + at.column;
+  for (int64_t left = chunks.length(chunk) - at.warp; left > 0; left -= kAhead<C> * kChunkWarps) {
+    const int count = at.ahead<kAhead<C>>(left);
+    const int stored = at.inside ? count : 0;
+    C x[kAhead<C>], y[kAhead<C>];
+    load_rows(a, kChunkWarps * z.stride_a, count, first[0], x);
+    load_rows(b, kChunkWarps * z.stride_b, count, first[1], y);
 #pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const T* p = (v ? z.b : z.a) + at.column;
-      const int64_t stride = v ? z.stride_b : z.stride_a;
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int64_t i = row + k * kChunkWarps;
-        x[v][k] = i < end ? Scalar<T>::load(p[i * stride]) : 0;
+    for (int k = 0; k < kAhead<C>; ++k, to += kChunkWarps * columns) {
+      x[k] = (x[k] - mean[0]) * r[0];
+      y[k] = (y[k] - mean[1]) * r[1];
+      apart[0] += k < count ? (x[k] - y[k]) * (x[k] - y[k]) : 0;
+      if (k < stored) {
+        to[0] = Scalar<H>::store(x[k]);
+        to[chunks.rows * columns] = Scalar<H>::store(y[k]);
       }
     }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int64_t i = row + k * kChunkWarps;
-      const C a = ((x[0][k] - s.first[0]) - s.mean[0]) * s.r[0];
-      const C b = ((x[1][k] - s.first[1]) - s.mean[1]) * s.r[1];
-      apart[0] += i < end ? (a - b) * (a - b) : 0;
-      if (i < end && at.inside) {
-        hat[i * columns + at.column] = Scalar<H>::store(a);
-        hat[(i + rows) * columns + at.column] = Scalar<H>::store(b);
-      }
-    }
+    a += kAhead<C> * kChunkWarps * z.stride_a;
+    b += kAhead<C> * kChunkWarps * z.stride_b;
   }
   sum_warps(apart);
   if (at.warp == 0 && at.inside) {
     differences[chunk * columns + at.column] = apart[0];
-    if (chunk == 0) s.store(at, columns, statistics);
+    if (chunk > 0) return;
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      statistics[v * columns + at.column] = r[v];
+      statistics[(3 + v) * columns + at.column] = first[v] + mean[v];
+    }
   }
 }
 
@@ -283,7 +285,7 @@ __global__ void __launch_bounds__(128)
   if (column >= columns) return;
   C sum = 0;
 #pragma unroll 8
-  for (int64_t c = 0; c < chunks.count(); ++c) sum += differences[c * columns + column];
+  for (int c = 0; c < chunks.count; ++c) sum += differences[c * columns + column];
   statistics[2 * columns + column] =
       one_minus_c(sum / chunks.rows, statistics[column], statistics[columns + column], eps);
 }
@@ -302,9 +304,11 @@ constexpr int kWidth = 16 / sizeof(C);
 struct Diagonal {
   uint32_t period, at, step;
 
-  __device__ __forceinline__ Diagonal(int64_t n, int64_t start, int64_t by)
-      : period((uint32_t)(n + 1)), at((uint32_t)(start % (n + 1))), step((uint32_t)(by % (n + 1))) {}
-  __device__ __forceinline__ bool hit(int ahead) const { return at + ahead == 0 || at + ahead == period; }
+  __device__ __forceinline__ Diagonal(int64_t n, uint32_t start, uint32_t by)
+      : period((uint32_t)n + 1), at(start % period), step(by % period) {}
+  __device__ __forceinline__ bool hit(uint32_t ahead) const {
+    return at + ahead == 0 || at + ahead == period;
+  }
   __device__ __forceinline__ void go() {
     at += step;
     at = at >= period ? at - period : at;
@@ -335,14 +339,13 @@ __global__ void __launch_bounds__(1024)
     loss_kernel(C* matrices, const C* statistics, int64_t rows, int64_t columns, C lambd, C* loss,
                 C* components, C* partial) {
   using Vector = Pack<C, N>;
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = kGram ? 2 : 4;  // of two matrices or one
   const int64_t n = kGram ? rows : columns, count = n * n / N;
   const Vector *x = (const Vector*)matrices, *y = kGram ? x + count : x;
-  const int64_t step = (int64_t)gridDim.x * blockDim.x;
-  int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  Diagonal diagonal(n, i * N, step * N);
+  const unsigned step = gridDim.x * blockDim.x, start = blockIdx.x * blockDim.x + threadIdx.x;
+  Diagonal diagonal(n, start * N, step * N);
   C sums[N] = {};
-  for (; i < count; i += kUnroll * step) {
+  for (int64_t i = start; i < count; i += kUnroll * step) {
     Vector a[kUnroll], b[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -391,12 +394,12 @@ __global__ void __launch_bounds__(1024)
 template <int N, class T>
 __global__ void __launch_bounds__(256) narrow_kernel(const float* matrices, int64_t n, float scale, T* out) {
   constexpr int kUnroll = 4;
-  const int64_t count = n * n / N, step = (int64_t)gridDim.x * 256;
+  const int64_t count = n * n / N;
+  const unsigned step = gridDim.x * 256, start = blockIdx.x * 256 + threadIdx.x;
   const auto* x = (const Pack<float, N>*)matrices + blockIdx.y * count;
   auto* to = (Pack<T, N>*)out + blockIdx.y * count;
-  int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
-  Diagonal diagonal(n, i * N, step * N);
-  for (; i < count; i += kUnroll * step) {
+  Diagonal diagonal(n, start * N, step * N);
+  for (int64_t i = start; i < count; i += kUnroll * step) {
     Pack<float, N> a[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
@@ -425,48 +428,71 @@ struct GradientCall {
   C scale, alpha, beta, diagonal;  // of products; alpha and beta still lack `upstream`
 };
 
-// One column of one view.
+// One column of one view, from row `row` on, rows `step` apart.
 template <class V, class T>
 struct ColumnView {
   using C = Compute<V>;
   static constexpr bool kStandardise = sizeof(V) < sizeof(C);
   const V *own_at, *partner_at;
-  const C *m_at, *gram;
+  const C *m_at, *gram_at;
   T* grad_at;
-  int64_t own_stride, partner_stride, rows, columns;
+  int64_t own_step, partner_step, step, gram_step;
   C own_mean = 0, own_r, partner_mean = 0, partner_r = 1, scale;
 
-  __device__ __forceinline__ ColumnView(const GradientCall<V, T>& call, bool b, int64_t column) {
-    own_at = (b ? call.view.b : call.view.a) + column;
-    partner_at = (b ? call.view.a : call.view.b) + column;
-    own_stride = b ? call.view.stride_b : call.view.stride_a;
-    partner_stride = b ? call.view.stride_a : call.view.stride_b;
-    m_at = (b ? call.m_b : call.m_a) + column;
-    grad_at = (b ? call.grad_b : call.grad_a) + column;
-    gram = b ? call.gram_a : call.gram_b;
-    rows = call.rows;
-    columns = call.columns;
-    scale = call.scale;
+  __device__ __forceinline__ ColumnView(const GradientCall<V, T>& call, bool b, int64_t column, int64_t row,
+                                        int by) {
+    const int64_t own_stride = b ? call.view.stride_b : call.view.stride_a;
+    const int64_t partner_stride = b ? call.view.stride_a : call.view.stride_b;
+    own_at = (b ? call.view.b : call.view.a) + row * own_stride + column;
+    partner_at = (b ? call.view.a : call.view.b) + row * partner_stride + column;
+    m_at = (b ? call.m_b : call.m_a) + row * call.columns + column;
+    grad_at = (b ? call.grad_b : call.grad_a) + row * call.columns + column;
+    own_step = by * own_stride;
+    partner_step = by * partner_stride;
+    step = by * call.columns;
     const C* s = call.statistics + column;
-    own_r = s[b * columns];
+    own_r = s[b * call.columns];
     if (kStandardise) {
-      own_mean = s[(3 + b) * columns];
-      partner_mean = s[(4 - b) * columns];
-      partner_r = s[(1 - b) * columns];
+      gram_at = b ? call.gram_a : call.gram_b;
+      if (gram_at) gram_at += row * (call.rows + 1);
+      gram_step = by * (call.rows + 1);
+      scale = call.scale;
+      own_mean = s[(3 + b) * call.columns];
+      partner_mean = s[(4 - b) * call.columns];
+      partner_r = s[(1 - b) * call.columns];
     }
   }
-  __device__ __forceinline__ C own(int64_t i) const {
-    const C x = Scalar<V>::load(own_at[i * own_stride]);
-    return kStandardise ? (x - own_mean) * own_r : x;
+  // The next N rows of own and m, 0 from the count-th on.
+  template <int N>
+  __device__ __forceinline__ void load(int count, C (&own)[N], C (&m)[N]) const {
+    load_rows(own_at, own_step, count, (C)0, own);
+    load_rows(m_at, step, count, (C)0, m);
+    if (!kStandardise) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) own[k] = k < count ? (own[k] - own_mean) * own_r : 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) m[k] *= scale;
+    if (!gram_at) return;
+    C diagonal[N];
+    load_rows(gram_at, gram_step, count, (C)0, diagonal);
+#pragma unroll
+    for (int k = 0; k < N; ++k) m[k] += diagonal[k] * own[k];
   }
-  __device__ __forceinline__ C partner(int64_t i) const {
-    const C x = Scalar<V>::load(partner_at[i * partner_stride]);
-    return kStandardise ? (x - partner_mean) * partner_r : x;
+  template <int N>
+  __device__ __forceinline__ void load_partner(int count, C (&partner)[N]) const {
+    load_rows(partner_at, partner_step, count, (C)0, partner);
+    if (!kStandardise) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) partner[k] = (partner[k] - partner_mean) * partner_r;
   }
-  __device__ __forceinline__ C product(int64_t i, C own) const {
-    const C m = m_at[i * columns];
-    if (!kStandardise) return m;
-    return m * scale + (gram ? gram[i * (rows + 1)] * own : 0);
+  __device__ __forceinline__ ColumnView moved(int rows) const {
+    ColumnView view = *this;
+    view.own_at += rows * own_step;
+    view.partner_at += rows * partner_step;
+    view.m_at += rows * step;
+    view.grad_at += rows * step;
+    if (kStandardise && gram_at) view.gram_at += rows * gram_step;
+    return view;
   }
 };
 
@@ -484,90 +510,71 @@ struct Weights {
     of_partner = r * g.weight;
     of_own = r * g.projection;
   }
-  __device__ __forceinline__ C gradient(C m, C partner, C own) const {
-    return of_m * m - of_partner * partner - of_own * own;
+  template <class T, int N>
+  __device__ __forceinline__ void store(const C (&m)[N], const C (&partner)[N], const C (&own)[N], int count,
+                                        int64_t step, T* grad) const {
+#pragma unroll
+    for (int k = 0; k < N; ++k, grad += step)
+      if (k < count) *grad = Scalar<T>::store(of_m * m[k] - of_partner * partner[k] - of_own * own[k]);
   }
 };
 
-// One block sees all rows of its columns. blockIdx.y + first: the view.
+// Sums over a warp's rows of m * own. What it reads is still in the cache when the gradient is written.
 template <class V, class T>
-__global__ void __launch_bounds__(32 * kMaxWarps) gradient_whole(GradientCall<V, T> call, int first) {
+__device__ __forceinline__ Compute<V> sum_products(ColumnView<V, T> view, int64_t rows, const Place& at) {
   using C = Compute<V>;
-  const Place at(call.columns);
-  const ColumnView<V, T> view(call, first + blockIdx.y, at.column);
-  const int count = at.share(call.rows);
-  C m[kHeld<C>], own[kHeld<C>], products[1] = {0};
+  C sum = 0;
+  for (int64_t left = rows - at.warp; left > 0; left -= kAhead<C> * at.warps) {
+    const int count = at.ahead<kAhead<C>>(left);
+    C own[kAhead<C>], m[kAhead<C>];
+    view.load(count, own, m);
 #pragma unroll
-  for (int k = 0; k < kHeld<C>; ++k) {
-    const int64_t i = at.warp + k * at.warps;
-    own[k] = k < count ? view.own(i) : 0;
-    m[k] = k < count ? view.product(i, own[k]) : 0;
+    for (int k = 0; k < kAhead<C>; ++k) sum += m[k] * own[k];
+    view = view.moved(kAhead<C>);
   }
-#pragma unroll
-  for (int k = 0; k < kHeld<C>; ++k) products[0] += m[k] * own[k];
-  sum_warps(products);
-  const Weights<C> weights(call, at.column, view.own_r, products[0]);
-#pragma unroll
-  for (int k = 0; k < kHeld<C>; ++k) {
-    const int64_t i = at.warp + k * at.warps;
-    if (k < count && at.inside)
-      view.grad_at[i * call.columns] = Scalar<T>::store(weights.gradient(m[k], view.partner(i), own[k]));
-  }
+  return sum;
 }
 
-// partial (views, chunks, D): sums of m * own.
+// blockIdx.y: chunks of the first view, then of the second. partial (views, chunks, D): sums of m * own.
 template <class V, class T>
 __global__ void __launch_bounds__(32 * kChunkWarps)
     chunk_products(GradientCall<V, T> call, int first, Chunks chunks, Compute<V>* partial) {
   using C = Compute<V>;
   const Place at(call.columns);
-  const int64_t count = chunks.count(), chunk = blockIdx.y % count, end = chunks.end(chunk);
-  const ColumnView<V, T> view(call, first + (int)(blockIdx.y / count), at.column);
-  C products[1] = {0};
-  for (int64_t row = chunks.begin(chunk) + at.warp; row < end; row += kAhead * kChunkWarps) {
-    C own[kAhead], m[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int64_t i = row + k * kChunkWarps;
-      own[k] = i < end ? view.own(i) : 0;
-      m[k] = i < end ? view.product(i, own[k]) : 0;
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) products[0] += m[k] * own[k];
-  }
+  const int view_index = blockIdx.y >= chunks.count, chunk = blockIdx.y - view_index * chunks.count;
+  const ColumnView<V, T> view(call, first + view_index, at.column, chunks.begin(chunk) + at.warp, at.warps);
+  C products[1] = {sum_products(view, chunks.length(chunk), at)};
   sum_warps(products);
   if (at.warp == 0 && at.inside) partial[blockIdx.y * call.columns + at.column] = products[0];
 }
 
+// The same blocks; if there is but one chunk, it needs no partial sums.
 template <class V, class T>
-__global__ void __launch_bounds__(32 * kChunkWarps)
-    gradient_chunk(GradientCall<V, T> call, int first, Chunks chunks, const Compute<V>* partial) {
+__global__ void __launch_bounds__(32 * kMaxWarps)
+    gradient_kernel(GradientCall<V, T> call, int first, Chunks chunks, const Compute<V>* partial) {
   using C = Compute<V>;
-  constexpr int kRows = kAhead / 2;
   const Place at(call.columns);
-  const int64_t count = chunks.count(), chunk = blockIdx.y % count, end = chunks.end(chunk);
-  const ColumnView<V, T> view(call, first + (int)(blockIdx.y / count), at.column);
+  const int view_index = blockIdx.y >= chunks.count, chunk = blockIdx.y - view_index * chunks.count;
+  ColumnView<V, T> view(call, first + view_index, at.column, chunks.begin(chunk) + at.warp, at.warps);
   C products[1] = {0};
-  for (int64_t c = at.warp; c < count; c += kChunkWarps)
-    products[0] += partial[(blockIdx.y - chunk + c) * call.columns + at.column];
+  if (chunks.count == 1) {
+    products[0] = sum_products(view, call.rows, at);
+  } else {
+    for (int c = at.warp; c < chunks.count; c += at.warps)
+      products[0] += partial[(view_index * chunks.count + c) * call.columns + at.column];
+  }
   sum_warps(products);
   const Weights<C> weights(call, at.column, view.own_r, products[0]);
-  for (int64_t row = chunks.begin(chunk) + at.warp; row < end; row += kRows * kChunkWarps) {
-    // A gradient may lie where its product was: all loads come first.
+  if (!at.inside) return;
+  constexpr int kRows = ColumnView<V, T>::kStandardise ? kAhead<C> / 2 : kAhead<C>;
+  for (int64_t left = chunks.length(chunk) - at.warp; left > 0; left -= kRows * at.warps) {
+    const int count = at.ahead<kRows>(left);
+    // A gradient may lie where its product was, so loads come first.
     C own[kRows], partner[kRows], m[kRows];
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      const int64_t i = row + k * kChunkWarps;
-      own[k] = i < end ? view.own(i) : 0;
-      partner[k] = i < end ? view.partner(i) : 0;
-      m[k] = i < end ? view.product(i, own[k]) : 0;
-    }
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      const int64_t i = row + k * kChunkWarps;
-      if (i < end && at.inside)
-        view.grad_at[i * call.columns] = Scalar<T>::store(weights.gradient(m[k], partner[k], own[k]));
-    }
+    view.load(count, own, m);
+    view.load_partner(count, partner);
+    weights.store(m, partner, own, count, view.step, view.grad_at);
+    view = view.moved(kRows);
   }
 }
 
@@ -606,7 +613,7 @@ int whole_threads(int64_t rows) {
 
 template <class C>
 int64_t chunk_count(int64_t rows) {
-  return whole_threads<C>(rows) ? 0 : Chunks::of<C>(rows).count();
+  return whole_threads<C>(rows) ? 0 : Chunks::of<C>(rows).count;
 }
 
 int64_t tiles(int64_t columns) { return (columns + 31) / 32; }
@@ -616,15 +623,15 @@ int standardise(const Views<T>& z, int64_t rows, int64_t columns, bool center, d
                 Compute<T>* statistics, Compute<T>* scratch, const Target& target) {
   using C = Compute<T>;
   if (const int threads = whole_threads<C>(rows))
-    return launch(target, {tiles(columns)}, threads, standardise_whole<T, H>, z, rows, columns, center,
+    return launch(target, {tiles(columns)}, threads, standardise_whole<T, H>, z, (int)rows, columns, center,
                   (C)eps, hat, statistics);
   const Chunks chunks = Chunks::of<C>(rows);
-  C* differences = scratch + chunks.count() * 4 * columns;
+  C* differences = scratch + chunks.count * 4 * columns;
   const int threads = 32 * kChunkWarps;
-  if (int code = launch(target, {tiles(columns), 2 * chunks.count()}, threads, chunk_moments<T>, z, chunks,
+  if (int code = launch(target, {tiles(columns), 2 * chunks.count}, threads, chunk_moments<T>, z, chunks,
                         columns, center, scratch))
     return code;
-  if (int code = launch(target, {tiles(columns), chunks.count()}, threads, standardise_chunk<T, H>, z, chunks,
+  if (int code = launch(target, {tiles(columns), chunks.count}, threads, standardise_chunk<T, H>, z, chunks,
                         columns, center, (C)eps, (const C*)scratch, differences, hat, statistics))
     return code;
   return launch(target, {(columns + 127) / 128}, 128, finish_statistics<C>, (const C*)differences, chunks,
@@ -678,15 +685,15 @@ template <class V, class T>
 int gradient(const GradientCall<V, T>& call, Compute<V>* scratch, const Target& target) {
   using C = Compute<V>;
   const int first = call.grad_a ? 0 : 1;
-  const int64_t views = (call.grad_a ? 1 : 0) + (call.grad_b ? 1 : 0);
-  if (const int threads = whole_threads<C>(call.rows))
-    return launch(target, {tiles(call.columns), views}, threads, gradient_whole<V, T>, call, first);
-  const Chunks chunks = Chunks::of<C>(call.rows);
-  const Grid grid{tiles(call.columns), views * chunks.count()};
-  const int threads = 32 * kChunkWarps;
-  if (int code = launch(target, grid, threads, chunk_products<V, T>, call, first, chunks, scratch))
-    return code;
-  return launch(target, grid, threads, gradient_chunk<V, T>, call, first, chunks, (const C*)scratch);
+  int threads = whole_threads<C>(call.rows);
+  const Chunks chunks = threads ? Chunks{call.rows, call.rows, 1} : Chunks::of<C>(call.rows);
+  const Grid grid{tiles(call.columns), ((call.grad_a ? 1 : 0) + (call.grad_b ? 1 : 0)) * chunks.count};
+  if (!threads) {
+    threads = 32 * kChunkWarps;
+    if (int code = launch(target, grid, threads, chunk_products<V, T>, call, first, chunks, scratch))
+      return code;
+  }
+  return launch(target, grid, threads, gradient_kernel<V, T>, call, first, chunks, (const C*)scratch);
 }
 
 }  // namespace
