@@ -433,6 +433,7 @@ template <class V, class T>
 struct ColumnView {
   using C = Compute<V>;
   static constexpr bool kStandardise = sizeof(V) < sizeof(C);
+  static constexpr int kRows = kStandardise ? kAhead<C> / 2 : kAhead<C>;  // at once
   const V *own_at, *partner_at;
   const C *m_at, *gram_at;
   T* grad_at;
@@ -523,14 +524,15 @@ struct Weights {
 template <class V, class T>
 __device__ __forceinline__ Compute<V> sum_products(ColumnView<V, T> view, int64_t rows, const Place& at) {
   using C = Compute<V>;
+  constexpr int kRows = ColumnView<V, T>::kRows;
   C sum = 0;
-  for (int64_t left = rows - at.warp; left > 0; left -= kAhead<C> * at.warps) {
-    const int count = at.ahead<kAhead<C>>(left);
-    C own[kAhead<C>], m[kAhead<C>];
+  for (int64_t left = rows - at.warp; left > 0; left -= kRows * at.warps) {
+    const int count = at.ahead<kRows>(left);
+    C own[kRows], m[kRows];
     view.load(count, own, m);
 #pragma unroll
-    for (int k = 0; k < kAhead<C>; ++k) sum += m[k] * own[k];
-    view = view.moved(kAhead<C>);
+    for (int k = 0; k < kRows; ++k) sum += m[k] * own[k];
+    view = view.moved(kRows);
   }
   return sum;
 }
@@ -566,7 +568,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   sum_warps(products);
   const Weights<C> weights(call, at.column, view.own_r, products[0]);
   if (!at.inside) return;
-  constexpr int kRows = ColumnView<V, T>::kStandardise ? kAhead<C> / 2 : kAhead<C>;
+  constexpr int kRows = ColumnView<V, T>::kRows;
   for (int64_t left = chunks.length(chunk) - at.warp; left > 0; left -= kRows * at.warps) {
     const int count = at.ahead<kRows>(left);
     // A gradient may lie where its product was, so loads come first.
