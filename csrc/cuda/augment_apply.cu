@@ -1,5 +1,7 @@
 // Apply and its adjoint. A chain is walked backwards for every element: a resample step moves its time step,
 // a mask ends it, noise adds to it. x is read once, every view written once, and no intermediate exists.
+#include <string.h>
+
 #include <vector>
 
 #include "../scalar.h"
@@ -64,25 +66,30 @@ struct Tables {
 };
 static_assert(sizeof(Tables<double>) <= 4000, "kernel parameters");
 
-// 16 bytes that are loaded and stored at once.
+// 16 bytes, loaded and stored at once. Stores stream: the cache is for x, whose rows are read again.
 template <class E>
-struct alignas(16) Vector {
+struct Vector {
   static constexpr int kSize = 16 / sizeof(E);
   E lane[kSize];
-};
 
-// Bits read by neighbouring lanes, mostly out of one word.
-struct BitReader {
-  const int32_t* bits;
-  int32_t word = 0, at = -1;
-  __device__ bool operator()(int32_t i) {
-    if (i >> 5 != at) {
-      at = i >> 5;
-      word = bits[at];
-    }
-    return (uint32_t)word >> (i & 31) & 1u;
+  __device__ void load(const E* from) {
+    const uint4 bits = __ldg((const uint4*)from);
+    memcpy(lane, &bits, 16);
+  }
+  __device__ void store(E* to) const {
+    uint4 bits;
+    memcpy(&bits, lane, 16);
+    __stcs((uint4*)to, bits);
   }
 };
+
+// Bits begin .. begin + count - 1, count <= 8, from the lowest up.
+__device__ uint32_t bit_window(const int32_t* bits, int32_t begin, int32_t count) {
+  const int32_t shift = begin & 31;
+  const uint32_t low = (uint32_t)bits[begin >> 5] >> shift;
+  const uint32_t high = shift + count > 32 ? (uint32_t)bits[(begin >> 5) + 1] << (32 - shift) : 0u;
+  return low | high;
+}
 
 // The standard normal of one coordinate; neighbouring lanes share the four of a block.
 struct NormalReader {
@@ -102,83 +109,49 @@ struct NormalReader {
   }
 };
 
-// Where `kLanes` neighbouring elements of one sample come from, and what is added to them.
-template <class C, int kLanes, bool kNoisy>
-struct Walk {
-  int32_t source[kLanes], feature[kLanes];  // source: real time step, 0 where a lane is not real
-  C added[kNoisy ? kLanes : 1];
-  uint32_t live, moved = 0;  // lanes that no mask has met; lanes whose source is not their own time step
+// Neighbouring lanes of a vector that are real elements of one row. A resample step moves some of them to
+// another row, the same for all; a mask ends them. After a second resample step there could be more than two
+// rows, so with two such steps runs are single lanes.
+struct Run {
+  int32_t source, source_moved;  // rows of the lanes that stayed and that moved
+  uint32_t stayed, moved;        // lanes
+  int32_t feature, lane, width;  // of its first lane; number of lanes
 
-  // Lanes `lanes` of the vector that begins with element `first` of a sample whose n real steps begin at
-  // `start`; only real ones are live.
-  __device__ Walk(int32_t first, uint32_t lanes, const Divider& features, int32_t start, int32_t n)
-      : live(0) {
-    int32_t t = 0, f = 0;
-    bool begun = false;
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) {
-      if (lanes >> k & 1u) {
-        if (!begun) {
-          t = (int32_t)features((uint32_t)(first + k));
-          f = first + k - t * (int32_t)features.divisor;
-          begun = true;
-        }
-        const bool real = t >= start && t - start < n;
-        live |= (uint32_t)real << k;
-        source[k] = real ? t - start : 0;
-        feature[k] = f;
-        if (++f == (int32_t)features.divisor) {
-          f = 0;
-          ++t;
-        }
-      } else {
-        source[k] = feature[k] = 0;
-      }
-      // x + -0 is x, also for x = -0.
-      if (kNoisy) added[k] = (C)-0.0f;
+  __device__ uint32_t chosen(const int32_t* features) const {
+    return bit_window(features, feature, width) << lane;
+  }
+
+  __device__ void mask_steps(const int32_t* masked) {
+    if (stayed && get_bit(masked, source)) stayed = 0;
+    if (moved && get_bit(masked, source_moved)) moved = 0;
+  }
+
+  __device__ void mask_features(const int32_t* masked) {
+    const uint32_t dead = chosen(masked);
+    stayed &= ~dead;
+    moved &= ~dead;
+  }
+
+  __device__ void resample(const int32_t* features, const int32_t* order, const int32_t* gate) {
+    const uint32_t lanes = chosen(features);
+    if (lanes & stayed && get_bit(gate, source)) {
+      source_moved = order[source];
+      moved = lanes & stayed;
+      stayed &= ~lanes;
+    } else if (lanes & moved && get_bit(gate, source_moved)) {
+      source_moved = order[source_moved];
     }
-  }
-
-  __device__ bool lives(int k) const { return live >> k & 1u; }
-
-  __device__ void mask_steps(const int32_t* words) {
-    BitReader masked{words};
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) live &= ~((uint32_t)masked(source[k]) << k);
-  }
-
-  __device__ void mask_features(const int32_t* words) {
-    BitReader masked{words};
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) live &= ~((uint32_t)masked(feature[k]) << k);
-  }
-
-  __device__ void resample(const int32_t* words, const ModalitySpec& shape) {
-    const int32_t* order = words + bit_words(shape.features);
-    BitReader chosen{words}, gate{order + shape.steps};
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k) {
-      if (chosen(feature[k]) && lives(k) && gate(source[k])) {
-        source[k] = order[source[k]];
-        moved |= 1u << k;
-      }
-    }
-  }
-
-  __device__ void noise(NormalReader normal, C mean, C deviation, uint32_t features) {
-#pragma unroll
-    for (int k = 0; k < kLanes; ++k)
-      if (lives(k))
-        added[kNoisy ? k : 0] += mean + deviation * (C)normal((uint32_t)source[k] * features + feature[k]);
   }
 };
 
 // E is stored, C computed in; without noise elements move as bit patterns of their size.
 template <class E, class C, bool kNoisy>
-__global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__ Tables<C> call) {
+__global__ void __launch_bounds__(kThreads, kNoisy ? 3 : 4)
+    apply_kernel(const __grid_constant__ Tables<C> call) {
   constexpr int kLanes = Vector<E>::kSize;
   constexpr uint32_t kAll = (1u << kLanes) - 1;
-  __shared__ int32_t fired[kSteps];
+  __shared__ int32_t fired[kSteps];  // per view, behind its first: the steps that fired, last first
+  __shared__ int32_t counts[kViews], resamples[kViews];
   int m = 0;
   while (m + 1 < call.modalities && blockIdx.x >= call.modality[m + 1].first_block) ++m;
   const Modality& modality = call.modality[m];
@@ -187,12 +160,24 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
   const int64_t b = block / (uint32_t)modality.chunks;
   const uint32_t chunk = block % (uint32_t)modality.chunks;
   const int32_t* plan = call.plan + b * call.plan_stride;
-  if ((int)threadIdx.x < call.steps) fired[threadIdx.x] = plan[call.step[threadIdx.x].words - 1];
+  if ((int)threadIdx.x < modality.count) {
+    const int v = modality.first + (int)threadIdx.x;
+    const View& view = call.view[v];
+    int count = 0, moves = 0;
+    for (int s = view.first + view.count - 1; s >= view.first; --s) {
+      if (!plan[call.step[s].words - 1]) continue;
+      fired[view.first + count++] = s;
+      moves += call.step[s].kind == kResample;
+    }
+    counts[v] = count;
+    resamples[v] = moves;
+  }
   __syncthreads();
 
+  const int32_t features = (int32_t)shape.features;
   const int32_t n = (int32_t)clamped_steps(shape, b);
   const int32_t start = shape.front ? (int32_t)shape.steps - n : 0;
-  const int32_t cells = (int32_t)(shape.steps * shape.features);
+  const int32_t cells = (int32_t)shape.steps * features;
   const E* const x = (const E*)modality.x + b * modality.stride_b;
   const auto element = [&](int32_t t, int32_t f) { return x[t * modality.stride_t + f]; };
   // Vectors are those of the whole dense output, so a sample may begin and end within one.
@@ -207,53 +192,89 @@ __global__ void __launch_bounds__(kThreads) apply_kernel(const __grid_constant__
     uint32_t lanes = kAll;
     if (first < 0) lanes &= kAll << -first;
     if (cells - first < kLanes) lanes &= (1u << (cells - first)) - 1;
+    const int32_t row = (int32_t)modality.features((uint32_t)(first < 0 ? 0 : first));
     Vector<E> own;
     if (modality.aligned && lanes == kAll) {
-      own = *(const Vector<E>*)(x + first);
+      own.load(x + first);
     } else {
 #pragma unroll
       for (int k = 0; k < kLanes; ++k) {
         own.lane[k] = E();
         if (lanes >> k & 1u) {
           const int32_t t = (int32_t)modality.features((uint32_t)(first + k));
-          own.lane[k] = element(t, first + k - t * (int32_t)shape.features);
+          own.lane[k] = element(t, first + k - t * features);
         }
       }
     }
 #pragma unroll 1
     for (int v = modality.first; v < modality.first + modality.count; ++v) {
       const View& view = call.view[v];
-      Walk<C, kLanes, kNoisy> walk(first, lanes, modality.features, start, n);
-      const uint32_t real = walk.live;
+      const int count = counts[v];
+      Vector<E> result = own;
+      int32_t lane = first < 0 ? -first : 0, t = row, f = first + lane - row * features;
 #pragma unroll 1
-      for (int s = view.first + view.count - 1; s >= view.first; --s) {
-        if (!fired[s]) continue;
-        const Step<C>& step = call.step[s];
-        const int32_t* words = plan + step.words;
-        if (step.kind == kMaskSteps)
-          walk.mask_steps(words);
-        else if (step.kind == kMaskFeatures)
-          walk.mask_features(words);
-        else if (step.kind == kResample)
-          walk.resample(words, shape);
-        else if (kNoisy)
-          walk.noise(
-              {*call.seed, call.ids ? (uint64_t)call.ids[b] : (uint64_t)b,
-               stream_tag((uint32_t)view.view, (uint32_t)modality.modality, (uint32_t)step.position, kNoise)},
-              step.amount, step.spread, modality.features.divisor);
-      }
-      Vector<E> result;
+      while (count > 0 && lanes >> lane != 0) {
+        Run run;
+        run.width = features - f < kLanes - lane ? features - f : kLanes - lane;
+        if (resamples[v] > 1) run.width = 1;
+        const bool real = t >= start && t - start < n;
+        const uint32_t within = ((1u << run.width) - 1) << lane & lanes;
+        run.source = run.source_moved = t - start;
+        run.stayed = real ? within : 0;
+        run.moved = 0;
+        run.feature = f;
+        run.lane = lane;
+        C added[kNoisy ? kLanes : 1];
 #pragma unroll
-      for (int k = 0; k < kLanes; ++k) {
-        E value = own.lane[k];
-        if (walk.moved & walk.live & 1u << k) value = element(start + walk.source[k], walk.feature[k]);
-        if ((real & ~walk.live) >> k & 1u) value = E();
-        if constexpr (kNoisy) value = Scalar<E>::store(Scalar<E>::load(value) + walk.added[k]);
-        result.lane[k] = value;
+        // x + -0 is x, also for x = -0.
+        for (C& value : added) value = (C)-0.0f;
+
+#pragma unroll 1
+        for (int j = 0; real && j < count; ++j) {
+          const Step<C>& step = call.step[fired[view.first + j]];
+          const int32_t* words = plan + step.words;
+          if (step.kind == kMaskSteps) {
+            run.mask_steps(words);
+          } else if (step.kind == kMaskFeatures) {
+            run.mask_features(words);
+          } else if (step.kind == kResample) {
+            const int32_t* order = words + bit_words(features);
+            run.resample(words, order, order + shape.steps);
+          } else if (kNoisy) {
+            NormalReader normal{*call.seed, call.ids ? (uint64_t)call.ids[b] : (uint64_t)b,
+                                stream_tag((uint32_t)view.view, (uint32_t)modality.modality,
+                                           (uint32_t)step.position, kNoise)};
+#pragma unroll
+            for (int k = 0; k < kLanes; ++k) {
+              if ((run.stayed | run.moved) >> k & 1u) {
+                const int32_t source = run.moved >> k & 1u ? run.source_moved : run.source;
+                const uint32_t coordinate = (uint32_t)(source * features + f + k - lane);
+                added[kNoisy ? k : 0] += step.amount + step.spread * (C)normal(coordinate);
+              }
+            }
+          }
+        }
+
+        const uint32_t dead = real ? within & ~(run.stayed | run.moved) : 0;
+        const E* const moved_row = x + (start + run.source_moved) * modality.stride_t + (f - lane);
+#pragma unroll
+        for (int k = 0; k < kLanes; ++k) {
+          if (run.moved >> k & 1u) result.lane[k] = moved_row[k];
+          if (dead >> k & 1u) result.lane[k] = E();
+          if constexpr (kNoisy)
+            if (within >> k & 1u)
+              result.lane[k] = Scalar<E>::store(Scalar<E>::load(result.lane[k]) + added[k]);
+        }
+        lane += run.width;
+        f += run.width;
+        if (f == features) {
+          f = 0;
+          ++t;
+        }
       }
       E* out = (E*)view.out + b * cells + first;
       if (lanes == kAll) {
-        *(Vector<E>*)out = result;
+        result.store(out);
       } else {
 #pragma unroll
         for (int k = 0; k < kLanes; ++k)

@@ -33,6 +33,10 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
 enum cudaError_t { cudaSuccess = 0 };
 inline cudaError_t cudaGetDeviceCount(int* count) {
   *count = 0;
@@ -235,6 +239,15 @@ inline void run(unsigned grid_x, unsigned grid_y, unsigned threads, std::functio
 #define blockIdx (emulation::machine.block)
 #define blockDim (emulation::machine.block_size)
 #define gridDim (emulation::machine.grid_size)
+
+template <class T>
+T __ldg(const T* from) {
+  return *from;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
 
 inline void __syncthreads() { emulation::machine.wait(emulation::Wait::kBlock, "__syncthreads"); }
 inline void __syncwarp() { emulation::machine.wait(emulation::Wait::kWarp, "__syncwarp"); }

@@ -1,0 +1,100 @@
+"""What nvcc and ptxas make of the CUDA kernels, for every architecture that is shipped. Needs no GPU.
+
+``cuda_budgets.json`` holds the most registers a kernel may take on any of them.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.stem != "device")
+ARCHS = ("80", "90", "100")
+BUDGETS = json.loads(Path(__file__).with_name("cuda_budgets.json").read_text())
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("c++filt")), reason="no nvcc, or no c++filt, on PATH"
+)
+
+
+def nvcc(*arguments):
+    run = subprocess.run(["nvcc", "-std=c++17", "-O3", *map(str, arguments)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    names = subprocess.run(["c++filt"], input=run.stderr, capture_output=True, text=True, check=True)
+    return names.stdout
+
+
+def kernel_name(signature):
+    """``apply_kernel<float, float, true>`` of a demangled signature."""
+    return re.sub(r"^void |mmfast::|\(anonymous namespace\)::", "", signature).partition("(")[0]
+
+
+def resources(log):
+    """{kernel: (registers, bytes of stack, bytes spilled)} of ``ptxas -v``."""
+    found = {}
+    for entry in re.split(r"Compiling entry function '", log)[1:]:
+        name = kernel_name(entry[: entry.index("' for")])
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
+        )
+        found[name] = (int(re.search(r"Used (\d+) registers", entry)[1]), stack, stores + loads)
+    return found
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """{(source, architecture): resources}"""
+    folder = tmp_path_factory.mktemp("cubin")
+    jobs = [(source, arch) for source in SOURCES for arch in ARCHS]
+
+    def compile(job):
+        source, arch = job
+        target = folder / f"{source.stem}.{arch}.cubin"
+        return resources(nvcc("-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin", "-o", target, source))
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(jobs, pool.map(compile, jobs), strict=True))
+
+
+@pytest.fixture(scope="module")
+def ptx(tmp_path_factory):
+    """{kernel: its PTX}"""
+    folder = tmp_path_factory.mktemp("ptx")
+    bodies = {}
+    for source in SOURCES:
+        target = folder / f"{source.stem}.ptx"
+        nvcc("-arch=compute_90", "-ptx", "-o", target, source)
+        text = subprocess.run(["c++filt"], input=target.read_text(), capture_output=True, text=True, check=True)
+        for entry in text.stdout.split(".entry ")[1:]:
+            bodies[kernel_name(entry)] = entry
+    return bodies
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_registers_stay_within_budget_and_nothing_is_spilled(report, source, arch):
+    found = report[source, arch]
+    assert set(found) == set(BUDGETS[source.stem]), "cuda_budgets.json must name every kernel"
+    for name, (registers, stack, spilled) in found.items():
+        assert (stack, spilled) == (0, 0), f"{name} uses local memory on sm_{arch}"
+        assert registers <= BUDGETS[source.stem][name], f"{name} on sm_{arch}"
+
+
+def test_fp32_kernels_use_no_double_precision(ptx):
+    # Draw works SeqAug's share out in fp64, for thresholds that agree everywhere.
+    for name, body in ptx.items():
+        if "double" not in name and "draw" not in name:
+            assert not re.search(r"\.f64\b", body), name
+
+
+def test_apply_moves_16_bytes_at_a_time(ptx):
+    applies = {name: body for name, body in ptx.items() if name.startswith("apply_kernel")}
+    assert len(applies) == 7
+    for name, body in applies.items():
+        for access in ("ld.global.nc", "st.global.cs"):
+            assert re.search(re.escape(access) + r"\.v4\.[bfu]32", body), f"{name}: {access}"
