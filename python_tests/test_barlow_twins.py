@@ -15,7 +15,7 @@ from mmfast import functional as F
 from mmfast.losses import BarlowTwinsLoss
 from mmfast.ops import barlow_twins as ops
 from mmfast.ops.native import cuda_target, dtype_code
-from mmfast.ops.products import gram_matrices, product
+from mmfast.ops.products import gram_matrices, matmul, product
 
 WHY_NOT = backends.why_not("cpu", "cpu")
 native = pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)
@@ -600,7 +600,7 @@ def test_cuda_kernels_write_only_their_outputs(shape, dtype, gram, backend):
             exponent, operands = n.bit_length(), guarded(*matrices.shape, dtype=dtype)
             call("narrowed", code, matrices, matrices.numel() // n**2, n, exponent, operands)
         if gram:
-            products = [product(operands[1 - i], hat[i].T) for i in range(2)]
+            products = [matmul(operands[1 - i], hat[i]) for i in range(2)]
         else:
             products = [product(hat[1], operands), product(hat[0], operands.T)]
         products = [guarded(rows, columns).copy_(x) for x in products]

@@ -28,7 +28,7 @@ from torch import Tensor
 from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops.native import DTYPE_CODES, check_cuda, cuda_target, dtype_code
-from mmfast.ops.products import gram_matrices, product
+from mmfast.ops.products import gram_matrices, matmul, product
 
 
 def reference(
@@ -206,22 +206,22 @@ class _Cpu:
         return loss, components
 
     @staticmethod
-    def gram_backward(grams, hat, statistics, upstream, lambd, grads):
+    def gram_backward(grams, hats, statistics, upstream, lambd, grads):
         """Fills ``grads``, unless None, from the matrices that :meth:`gram_energy` kept."""
-        _Cpu._backward(True, [grams[-1], grams[0]], hat, statistics, upstream, lambd, grads)
+        _Cpu._backward(True, (grams[-1], grams[0]), hats, statistics, upstream, lambd, grads)
 
     @staticmethod
-    def gradient(products, hat, statistics, upstream, lambd, gram, exponent, grams, grads):
-        _Cpu._backward(False, products, hat, statistics, upstream, lambd, grads)
+    def gradient(products, hats, statistics, upstream, lambd, gram, exponent, grams, grads):
+        _Cpu._backward(False, products, hats, statistics, upstream, lambd, grads)
 
     @staticmethod
-    def _backward(gram, matrices, hat, statistics, upstream, lambd, grads):
-        _, rows, columns = hat.shape
+    def _backward(gram, matrices, hats, statistics, upstream, lambd, grads):
+        rows, columns = hats[0].shape
         done = backends._C.barlow_twins_backward(
             DTYPE_CODES[next(grad.dtype for grad in grads if grad is not None)],
             gram,
             *(0 if grad is None else x.data_ptr() for x, grad in zip(matrices, grads, strict=True)),
-            hat.data_ptr(),
+            hats[0].data_ptr(),  # the second one follows
             statistics.data_ptr(),
             upstream.data_ptr(),
             rows,
@@ -487,10 +487,10 @@ def _backward(upstream, views, statistics, matrices, lambd, center, eps, gram, n
     dtype, compute = views[-1].dtype, statistics.dtype
     z = [_unit_stride(z) for z in views[-2:]] if len(views) > 1 else None
     hat = passes.standardise(*z, center, eps, narrow)[0] if len(views) == 2 else views[0]
-    hat_a, hat_b = hat.unbind()
+    hats = hat_a, hat_b = hat.unbind()
     if gram and passes is _Cpu:
         grads = [torch.empty_like(hat_a, dtype=dtype) if wanted else None for wanted in (grad_a, grad_b)]
-        _Cpu.gram_backward(matrices, hat, statistics, upstream, lambd, grads)
+        _Cpu.gram_backward(matrices, hats, statistics, upstream, lambd, grads)
     else:
         exponent, operands = 0, matrices
         if narrow:
@@ -498,8 +498,8 @@ def _backward(upstream, views, statistics, matrices, lambd, center, eps, gram, n
             exponent = (hat.shape[2] if gram else hat.shape[1]).bit_length()
             operands = passes.narrowed(matrices, dtype, exponent)
         if gram:
-            m_a = product(operands[-1], hat_a.t()) if grad_a else None
-            m_b = product(operands[0], hat_b.t()) if grad_b else None
+            m_a = matmul(operands[-1], hat_a) if grad_a else None
+            m_b = matmul(operands[0], hat_b) if grad_b else None
         else:
             m_a = product(hat_b, operands) if grad_a else None
             m_b = product(hat_a, operands.t()) if grad_b else None
@@ -508,7 +508,7 @@ def _backward(upstream, views, statistics, matrices, lambd, center, eps, gram, n
             grads = products
         else:
             grads = [None if m is None else torch.empty_like(m, dtype=dtype) for m in products]
-        elementwise = z if narrow else hat
+        elementwise = z if narrow else hats
         grams = (matrices[-1], matrices[0]) if gram and narrow else None
         passes.gradient(products, elementwise, statistics, upstream, lambd, gram, exponent, grams, grads)
     return tuple(hat.new_empty(0, dtype=dtype) if grad is None else grad for grad in grads)
@@ -540,8 +540,13 @@ for _schema, (_kernel, _fake) in _ops.items():
     torch.library.register_fake(f"mmfast::{_name}", _fake, lib=_library)
 
 
+# Overloads: calls through the packet would look for them every time.
+_forward_op = torch.ops.mmfast.barlow_twins_forward.default
+_backward_op = torch.ops.mmfast.barlow_twins_backward.default
+
+
 def _gradient(options, upstream, statistics, matrices, *views):
-    return torch.ops.mmfast.barlow_twins_backward(upstream, views, statistics, matrices, *options)
+    return _backward_op(upstream, views, statistics, matrices, *options)
 
 
 class _FinalGradient(torch.autograd.Function):
@@ -569,7 +574,7 @@ class _BarlowTwins(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_a, z_b, lambd, center, eps, gram, narrow):
         grad_a, grad_b = ctx.needs_input_grad[:2]
-        loss, components, hat, statistics, matrices = torch.ops.mmfast.barlow_twins_forward(
+        loss, components, hat, statistics, matrices = _forward_op(
             z_a, z_b, lambd, center, eps, gram, narrow, grad_a, grad_b
         )
         ctx.options = lambd, center, eps, gram, narrow, grad_a, grad_b

@@ -43,14 +43,21 @@ def gram_matrices(x: Tensor) -> Tensor:
     return torch.bmm(x, x.mT, out_dtype=torch.float32, out=out)
 
 
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of (m, k) and (k, n), in the precision of :func:`product`."""
+    if x.dtype not in _HALF:
+        return torch.mm(x, y, out=x.new_empty((x.shape[0], y.shape[1])))
+    if not x.is_cuda:
+        return matmul(x.float(), y.float())
+    out = x.new_empty((x.shape[0], y.shape[1]), dtype=torch.float32)
+    return torch.mm(x, y, out_dtype=torch.float32, out=out)
+
+
 def product(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y.T`` of (m, k) and (n, k), in their precision whatever autocast says; half types give fp32."""
+    if x.dtype in _HALF and not x.is_cuda:
+        x, y = x.float(), y.float()
     (m, k), n = x.shape, y.shape[0]
-    if x.dtype in _HALF:
-        if not x.is_cuda:
-            return product(x.float(), y.float())
-        out = x.new_empty((m, n), dtype=torch.float32)
-        return torch.mm(x, y.t(), out_dtype=torch.float32, out=out)
     if (
         x.dtype == torch.float32
         and x.device.type == "cpu"
@@ -58,4 +65,4 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         and (linear := _onednn_linear())
     ):
         return linear(x, y, None, "none", [], "")
-    return torch.mm(x, y.t(), out=x.new_empty(m, n))
+    return matmul(x, y.t())
