@@ -159,7 +159,7 @@ int cuda_augment_adjoint(const AugmentArguments& arguments, Address plan, int dt
 }
 #endif
 
-// barlow_twins: see cpu/kernels.h.
+// barlow_twins: see cpu/kernels.h and cuda/kernels.h.
 bool cpu_is_intel() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel");
@@ -198,6 +198,43 @@ bool barlow_twins_backward(int dtype, bool gram, Address matrix_a, Address matri
                                        ptr<void>(grad_a), ptr<void>(grad_b), threads);
 }
 
+#ifdef MMFAST_WITH_CUDA
+int cuda_barlow_twins_standardise(int dtype, bool narrow, Address z_a, int64_t stride_a, Address z_b,
+                                  int64_t stride_b, int64_t rows, int64_t columns, bool center, double eps,
+                                  Address hat, Address statistics, Address scratch, int device,
+                                  Address stream) {
+  return mmfast::cuda_barlow_twins_standardise(
+      dtype, narrow, ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows, columns, center, eps,
+      ptr<void>(hat), ptr<void>(statistics), ptr<void>(scratch), {device, ptr<void>(stream)});
+}
+
+int cuda_barlow_twins_loss(bool wide, bool gram, Address matrices, Address statistics, int64_t rows,
+                           int64_t columns, double lambd, Address loss, Address components, Address scratch,
+                           int device, Address stream) {
+  return mmfast::cuda_barlow_twins_loss(wide, gram, ptr<void>(matrices), ptr<void>(statistics), rows, columns,
+                                        lambd, ptr<void>(loss), ptr<void>(components), ptr<void>(scratch),
+                                        {device, ptr<void>(stream)});
+}
+
+int cuda_barlow_twins_narrowed(int dtype, Address matrices, int64_t count, int64_t n, int exponent,
+                               Address out, int device, Address stream) {
+  return mmfast::cuda_barlow_twins_narrowed(dtype, ptr<void>(matrices), count, n, exponent, ptr<void>(out),
+                                            {device, ptr<void>(stream)});
+}
+
+int cuda_barlow_twins_gradient(int view_dtype, int grad_dtype, Address m_a, Address m_b, Address view_a,
+                               int64_t stride_a, Address view_b, int64_t stride_b, Address statistics,
+                               Address upstream, int64_t rows, int64_t columns, double lambd, bool gram,
+                               int exponent, Address gram_b, Address gram_a, Address grad_a, Address grad_b,
+                               Address scratch, int device, Address stream) {
+  return mmfast::cuda_barlow_twins_gradient(
+      view_dtype, grad_dtype, ptr<void>(m_a), ptr<void>(m_b), ptr<void>(view_a), stride_a, ptr<void>(view_b),
+      stride_b, ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd, gram, exponent,
+      ptr<void>(gram_b), ptr<void>(gram_a), ptr<void>(grad_a), ptr<void>(grad_b), ptr<void>(scratch),
+      {device, ptr<void>(stream)});
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -220,6 +257,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_augment_draw", &cuda_augment_draw, no_gil);
   m.def("cuda_augment_apply", &cuda_augment_apply, no_gil);
   m.def("cuda_augment_adjoint", &cuda_augment_adjoint, no_gil);
+  m.def("barlow_twins_standardise_scratch", &mmfast::cuda_barlow_twins_standardise_scratch);
+  m.def("cuda_barlow_twins_standardise", &cuda_barlow_twins_standardise, no_gil);
+  m.def("barlow_twins_loss_scratch", &mmfast::cuda_barlow_twins_loss_scratch);
+  m.def("cuda_barlow_twins_loss", &cuda_barlow_twins_loss, no_gil);
+  m.def("cuda_barlow_twins_narrowed", &cuda_barlow_twins_narrowed, no_gil);
+  m.def("barlow_twins_gradient_scratch", &mmfast::cuda_barlow_twins_gradient_scratch);
+  m.def("cuda_barlow_twins_gradient", &cuda_barlow_twins_gradient, no_gil);
   m.def("cuda_device_count", &mmfast::cuda_device_count, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_error_string", &mmfast::cuda_error_string);
 #endif

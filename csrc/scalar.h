@@ -2,6 +2,11 @@
 #pragma once
 #include "platform.h"
 
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
 namespace MMFAST_NS {
 
 // The codes of mmfast/ops/native.py.
@@ -30,7 +35,8 @@ MMFAST_HD uint32_t as_bits(float f) {
   return b.u;
 }
 
-// Half types are computed in fp32; everything here is branch-free so that loops over it vectorise.
+// Half types are computed in fp32; everything here is branch-free so that loops over it vectorise. CUDA
+// devices have instructions for it, which differ in the bits of NaN only.
 template <class T>
 struct Scalar;
 
@@ -53,10 +59,14 @@ struct Scalar<bfloat16> {
   using compute = float;
   static MMFAST_HD float load(bfloat16 x) { return as_float((uint32_t)x.bits << 16); }
   static MMFAST_HD bfloat16 store(float x) {
+#ifdef __CUDA_ARCH__
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+#else
     uint32_t u = as_bits(x);
     uint32_t rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16;
     uint32_t quiet_nan = u >> 16 | 0x40u;
     return {(uint16_t)((u & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded)};
+#endif
   }
 };
 
@@ -64,14 +74,21 @@ template <>
 struct Scalar<float16> {
   using compute = float;
   static MMFAST_HD float load(float16 x) {
+#ifdef __CUDA_ARCH__
+    return __half2float(__ushort_as_half(x.bits));
+#else
     uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16;
     uint32_t magnitude = (uint32_t)(x.bits & 0x7FFFu) << 13;
     // 2^112 moves the exponent bias from 15 to 127 and normalises subnormals.
     uint32_t scaled = as_bits(as_float(magnitude) * 0x1p112f);
     uint32_t special = magnitude | 0x7F800000u;
     return as_float(sign | (magnitude >= 0x0F800000u ? special : scaled));
+#endif
   }
   static MMFAST_HD float16 store(float x) {
+#ifdef __CUDA_ARCH__
+    return {__half_as_ushort(__float2half_rn(x))};
+#else
     uint32_t u = as_bits(x);
     uint32_t sign = u >> 16 & 0x8000u;
     uint32_t magnitude = u & 0x7FFFFFFFu;
@@ -83,6 +100,7 @@ struct Scalar<float16> {
     h = magnitude >= 0x477FF000u ? 0x7C00u : h;
     h = magnitude > 0x7F800000u ? nan : h;
     return {(uint16_t)(sign | h)};
+#endif
   }
 };
 

@@ -41,7 +41,7 @@ bool for_blocks(int64_t columns, int64_t rows, int threads, Body body) {
 // to the first row: a constant column comes out exactly zero, and an offset costs no precision.
 template <class C, class T, class Extent>
 MMFAST_HD Row<C> centred(const T* z, int64_t stride, int64_t rows, Extent extent, bool center, C eps,
-                         C* block) {
+                         C* block, C* mean_out) {
   const Row<C> shift = center ? load<C>(z, extent) : Row<C>::all(0);
   const Row<C> sum = sum_rows<C>(rows, [&](int64_t i) {
     Row<C> x = load<C>(z + i * stride, extent) - shift;
@@ -49,6 +49,7 @@ MMFAST_HD Row<C> centred(const T* z, int64_t stride, int64_t rows, Extent extent
     return x;
   });
   const Row<C> mean = center ? sum * Row<C>::all(1 / (C)rows) : Row<C>::all(0);
+  store(shift + mean, mean_out, extent);
   const Row<C> square = sum_rows<C>(rows, [&](int64_t i) {
     Row<C> d = Row<C>::of(block + i * kWidth<C>) - mean;
     d.to(block + i * kWidth<C>);
@@ -67,12 +68,12 @@ struct Standardise {
   int64_t stride_a, stride_b, rows, columns;
   bool center;
   C eps;
-  C *hat_a, *hat_b, *r_a, *r_b, *deficit;
+  C *hat_a, *hat_b, *r_a, *r_b, *deficit, *mean_a, *mean_b;
 
   template <class Extent>
   MMFAST_HD void block(int64_t j, Extent extent, C* a, C* b) const {
-    const Row<C> ra = centred<C>(z_a + j, stride_a, rows, extent, center, eps, a);
-    const Row<C> rb = centred<C>(z_b + j, stride_b, rows, extent, center, eps, b);
+    const Row<C> ra = centred<C>(z_a + j, stride_a, rows, extent, center, eps, a, mean_a + j);
+    const Row<C> rb = centred<C>(z_b + j, stride_b, rows, extent, center, eps, b, mean_b + j);
     const Row<C> square = sum_rows<C>(rows, [&](int64_t i) {
       Row<C> x = Row<C>::of(a + i * kWidth<C>) * ra;
       Row<C> y = Row<C>::of(b + i * kWidth<C>) * rb;
@@ -299,8 +300,7 @@ double correlation_energy(C* p, int64_t columns, int threads) {
   return total;
 }
 
-// The loss, and its components as in kernels.h. `energy` is the sum of the squares of B C, with_diagonal or
-// not.
+// The loss and its components; `energy` is the sum of the squares of B C, with_diagonal or not.
 template <class C>
 void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool with_diagonal, double lambd,
             C* loss, C* components) {
@@ -311,15 +311,7 @@ void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool
     trace += c;
     diagonal += c * c;
   }
-  double off = energy / rows / rows - (with_diagonal ? diagonal : 0);
-  off = off < 0 ? 0 : off;
-  const double pairs = columns > 1 ? (double)columns * (columns - 1) : 1;
-  *loss = (C)(on + lambd * off);
-  components[0] = *loss;
-  components[1] = (C)on;
-  components[2] = (C)off;
-  components[3] = (C)(trace / columns);
-  components[4] = (C)square_root(off / pairs);
+  write_loss(on, trace, diagonal, energy, with_diagonal, rows, columns, lambd, loss, components);
 }
 
 // run(T(), C()) for the element type `dtype` and its compute type.
@@ -347,9 +339,21 @@ int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const
     using T = decltype(element);
     using C = decltype(compute);
     C *hats = (C*)hat, *r = (C*)statistics, *deficit = r + 2 * columns;
-    const Standardise<C, T> pass{
-        (const T*)z_a, (const T*)z_b,         stride_a, stride_b,    rows,   columns, center, (C)eps,
-        hats,          hats + rows * columns, r,        r + columns, deficit};
+    const Standardise<C, T> pass{(const T*)z_a,
+                                 (const T*)z_b,
+                                 stride_a,
+                                 stride_b,
+                                 rows,
+                                 columns,
+                                 center,
+                                 (C)eps,
+                                 hats,
+                                 hats + rows * columns,
+                                 r,
+                                 r + columns,
+                                 deficit,
+                                 deficit + columns,
+                                 deficit + 2 * columns};
     if (!pass.run(threads)) return false;
     C total = 0;
     for (int64_t j = 0; j < columns; ++j) total += deficit[j];
@@ -365,7 +369,7 @@ bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics
   return with_types(wide ? kFloat64 : kFloat32, [&](auto, auto compute) {
     using C = decltype(compute);
     const C* hats = (const C*)hat;
-    C *keep_b = grad_a ? (C*)kept : 0, *keep_a = grad_b ? (C*)kept + grad_a * rows * rows : 0;
+    C *keep_a = grad_b ? (C*)kept : 0, *keep_b = grad_a ? (C*)kept + grad_b * rows * rows : 0;
     double energy;
     if (!GramEnergy<C>{hats, hats + rows * columns, rows, columns, keep_a, keep_b}.run(threads, energy))
       return false;

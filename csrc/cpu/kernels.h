@@ -24,14 +24,14 @@ int augment_adjoint(const mmfast::AugmentCall& call, const int32_t* plan, int dt
 
 // barlow_twins.cpp. B rows, D columns; embeddings are of type `dtype` with unit column stride, all else is
 // dense and in compute type, fp64 for fp64 (`wide`), else fp32. hat (2, B, D): the standardised embeddings Â
-// and B̂. statistics (3, D): r of view a, r of view b, 1 - c. components (5): loss, on-diagonal, off-diagonal,
-// mean c, off-diagonal RMS.
+// and B̂. statistics (5, D): r of view a, r of view b, 1 - c, means of view a, means of view b (0 if not
+// `center`). components (5): loss, on-diagonal, off-diagonal, mean c, off-diagonal RMS.
 
 // Returns 0; 1 if some column has a mean or variance that is not finite; 2 if memory ran out.
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
                              int64_t rows, int64_t columns, bool center, double eps, void* hat,
                              void* statistics, int threads);
-// Gram form. kept (grad_a + grad_b, B, B): B̂B̂' if grad_a, then ÂÂ' if grad_b. False if memory ran out.
+// Gram form. kept (grad_a + grad_b, B, B): ÂÂ' if grad_b, then B̂B̂' if grad_a. False if memory ran out.
 bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics, int64_t rows,
                               int64_t columns, double lambd, bool grad_a, bool grad_b, void* kept, void* loss,
                               void* components, int threads);

@@ -26,4 +26,31 @@ int cuda_augment_apply(const AugmentCall& call, const int32_t* plan, int dtype, 
 int cuda_augment_adjoint(const AugmentCall& call, const int32_t* plan, int dtype, const void* const* grads,
                          void* const* x_grads, const Target& target);
 
+// barlow_twins.cu: the five passes of mmfast/ops/barlow_twins.py (_Plain says what they compute). Embeddings,
+// and views of a half type, have unit column stride and any row stride; all else is dense. `wide`: the
+// compute type C is fp64, else fp32. `scratch` holds as many values of C as the function of that name says;
+// null for 0.
+int64_t cuda_barlow_twins_standardise_scratch(bool wide, int64_t rows, int64_t columns);
+int cuda_barlow_twins_standardise(int dtype, bool narrow, const void* z_a, int64_t stride_a, const void* z_b,
+                                  int64_t stride_b, int64_t rows, int64_t columns, bool center, double eps,
+                                  void* hat, void* statistics, void* scratch, const Target& target);
+
+// gram_loss with `gram`, else correlation_loss.
+int64_t cuda_barlow_twins_loss_scratch(bool wide, bool gram, int64_t rows, int64_t columns);
+int cuda_barlow_twins_loss(bool wide, bool gram, void* matrices, const void* statistics, int64_t rows,
+                           int64_t columns, double lambd, void* loss, void* components, void* scratch,
+                           const Target& target);
+
+// From `count` fp32 matrices (n, n) to a half type.
+int cuda_barlow_twins_narrowed(int dtype, const void* matrices, int64_t count, int64_t n, int exponent,
+                               void* out, const Target& target);
+
+// Views are of type `view_dtype`: C, or a half type to standardise. A null gradient is not wanted.
+int64_t cuda_barlow_twins_gradient_scratch(bool wide, int64_t rows, int64_t columns);
+int cuda_barlow_twins_gradient(int view_dtype, int grad_dtype, const void* m_a, const void* m_b,
+                               const void* view_a, int64_t stride_a, const void* view_b, int64_t stride_b,
+                               const void* statistics, const void* upstream, int64_t rows, int64_t columns,
+                               double lambd, bool gram, int exponent, const void* gram_b, const void* gram_a,
+                               void* grad_a, void* grad_b, void* scratch, const Target& target);
+
 }  // namespace mmfast

@@ -10,8 +10,12 @@ Both are exact (the identity is the duality of Garrido et al., ICLR 2023). The G
 diagonal from that sum, which is safe where the form is cheaper: C has at most rank B, so for B < D its
 diagonal cannot make up nearly all of it.
 
-The passes of both forms exist in C++ (:class:`_Native`) and in PyTorch (:class:`_Plain`): ``standardise``,
-then ``gram_energy`` and ``gram_backward`` or ``correlation_energy`` and ``direct_backward``.
+What lies between the matrix products are five passes: PyTorch (:class:`_Plain`), CUDA (:class:`_Cuda`) and
+Triton (``mmfast/triton/barlow_twins.py``) have the same ones, C++ (:class:`_Cpu`) puts the products of the
+Gram form into its own.
+
+Half embeddings on CUDA devices are ``narrow``: tensor cores multiply the half types, so the products' operands
+are rounded to that type; their results, the statistics and everything elementwise stay in fp32.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from torch import Tensor
 
 from mmfast import backends
 from mmfast.errors import UserError
-from mmfast.ops.native import dtype_code
-from mmfast.ops.products import product
+from mmfast.ops.native import DTYPE_CODES, call_cuda, dtype_code
+from mmfast.ops.products import gram_matrices, matmul, product
 
 
 def reference(
@@ -58,8 +62,18 @@ def barlow_twins(
     check_options(lambd, eps)
     if gram is None:
         gram = _gram_is_cheaper(*z_a.shape)
-    loss, components, _ = _BarlowTwins.apply(z_a, z_b, lambd, center, eps, gram)
+    narrow = _narrow(z_a.dtype, z_a.device)
+    loss, components, _ = _BarlowTwins.apply(z_a, z_b, lambd, center, eps, gram, narrow)
     return loss, components
+
+
+def _narrow(dtype: torch.dtype, device: torch.device) -> bool:
+    half = dtype in (torch.bfloat16, torch.float16)
+    return half and backends.choose("barlow_twins", device) in ("cuda", "triton")
+
+
+# What torch.compiler.assume_constant_result sets; that itself would import the compiler along with mmfast.
+_narrow._dynamo_marked_constant = True
 
 
 def _gram_is_cheaper(rows: int, columns: int) -> bool:
@@ -125,21 +139,16 @@ def _check_memory(enough: bool, rows: int) -> None:
         raise MemoryError(f"barlow_twins: no memory for copies of blocks of {rows} rows")
 
 
-class _Native:
-    """The passes in C++, for CPU tensors: csrc/cpu/kernels.h.
-
-    statistics (3, D) are 1 / sqrt(v + eps) of view a and of view b, and 1 - c_ii without cancellation.
-    """
+class _Cpu:
+    """The passes in C++, for CPU tensors: csrc/cpu/kernels.h. Never narrow: views are the hats."""
 
     @staticmethod
-    def standardise(z_a, z_b, center, eps):
-        """Standardised embeddings (2, B, D), statistics, and whether these are finite."""
+    def standardise(z_a, z_b, center, eps, narrow):
         rows, columns = z_a.shape
-        z_a, z_b = (z if z.stride(1) == 1 else z.contiguous() for z in (z_a, z_b))
         hat = torch.empty(2, rows, columns, dtype=_compute_dtype(z_a))
-        statistics = torch.empty(3, columns, dtype=hat.dtype)
+        statistics = torch.empty(5, columns, dtype=hat.dtype)
         status = backends._C.barlow_twins_standardise(
-            dtype_code("barlow_twins", "z_a", z_a),
+            DTYPE_CODES[z_a.dtype],
             z_a.data_ptr(),
             z_a.stride(0),
             z_b.data_ptr(),
@@ -153,11 +162,13 @@ class _Native:
             torch.get_num_threads(),
         )
         _check_memory(status < 2, rows)
-        return hat, statistics, status == 0
+        if status == 1:
+            _refuse(z_a=z_a, z_b=z_b)
+        return hat, statistics
 
     @staticmethod
     def gram_energy(hat, statistics, lambd, grad_a, grad_b):
-        """Loss, components, and what the backward pass needs: B̂B̂' if ``grad_a``, ÂÂ' if ``grad_b``."""
+        """Loss, components, and what the backward pass needs: ÂÂ' if ``grad_b``, B̂B̂' if ``grad_a``."""
         _, rows, columns = hat.shape
         kept = hat.new_empty(grad_a + grad_b, rows, rows)
         loss, components = hat.new_empty(()), hat.new_empty(5)
@@ -179,8 +190,7 @@ class _Native:
         return loss, components, kept
 
     @staticmethod
-    def correlation_energy(p, rows, statistics, lambd):
-        """Loss, components, and p = Â'B̂ less its diagonal (in place)."""
+    def correlation_loss(p, rows, statistics, lambd):
         loss, components = p.new_empty(()), p.new_empty(5)
         backends._C.barlow_twins_correlation_energy(
             p.dtype == torch.float64,
@@ -193,75 +203,79 @@ class _Native:
             components.data_ptr(),
             torch.get_num_threads(),
         )
-        return loss, components, p
+        return loss, components
 
     @staticmethod
-    def gram_backward(kept, hat, statistics, upstream, lambd, grad_a, grad_b):
-        """Fills ``grad_a`` and ``grad_b``, unless None, from the Gram matrices."""
-        gram_b, gram_a = kept[0], kept[-1]
-        _Native._backward(True, gram_b, gram_a, hat, statistics, upstream, lambd, grad_a, grad_b)
+    def gram_backward(grams, hats, statistics, upstream, lambd, grads):
+        """Fills ``grads``, unless None, from the matrices that :meth:`gram_energy` kept."""
+        _Cpu._backward(True, (grams[-1], grams[0]), hats, statistics, upstream, lambd, grads)
 
     @staticmethod
-    def direct_backward(m_a, m_b, hat, statistics, upstream, lambd, grad_a, grad_b):
-        """The same from m_a = B̂p' and m_b = Âp, each of which may be its own gradient."""
-        _Native._backward(False, m_a, m_b, hat, statistics, upstream, lambd, grad_a, grad_b)
+    def gradient(products, hats, statistics, upstream, lambd, gram, exponent, grams, grads):
+        _Cpu._backward(False, products, hats, statistics, upstream, lambd, grads)
 
     @staticmethod
-    def _backward(gram, matrix_a, matrix_b, hat, statistics, upstream, lambd, grad_a, grad_b):
-        _, rows, columns = hat.shape
+    def _backward(gram, matrices, hats, statistics, upstream, lambd, grads):
+        rows, columns = hats[0].shape
         done = backends._C.barlow_twins_backward(
-            dtype_code("barlow_twins", "z_a", grad_b if grad_a is None else grad_a),
+            DTYPE_CODES[next(grad.dtype for grad in grads if grad is not None)],
             gram,
-            0 if grad_a is None else matrix_a.data_ptr(),
-            0 if grad_b is None else matrix_b.data_ptr(),
-            hat.data_ptr(),
+            *(0 if grad is None else x.data_ptr() for x, grad in zip(matrices, grads, strict=True)),
+            hats[0].data_ptr(),  # the second one follows
             statistics.data_ptr(),
             upstream.data_ptr(),
             rows,
             columns,
             lambd,
-            0 if grad_a is None else grad_a.data_ptr(),
-            0 if grad_b is None else grad_b.data_ptr(),
+            *map(_address, grads),
             torch.get_num_threads(),
         )
         _check_memory(done, rows)
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 class _Plain:
-    """The same passes in PyTorch, for any device."""
+    """The passes in PyTorch, for any device: what they are.
+
+    Notation as in csrc/barlow_twins.h; C is the compute type: fp64 for fp64, else fp32.
+    """
 
     @staticmethod
-    def standardise(z_a, z_b, center, eps):
-        d = torch.stack((z_a, z_b)).to(_compute_dtype(z_a))
-        if center:
-            # Relative to the first row, an offset costs no precision.
-            d = d - d[:, :1]
-            d = d - d.mean(1, keepdim=True)
+    def standardise(z_a, z_b, center, eps, narrow):
+        """hat (2, B, D): Â and B̂, of z's type if ``narrow``, else of C; statistics (5, D) of C.
+
+        z_a, z_b (B, D) have unit column stride. The statistics are r_a, r_b, 1 - c_ii without cancellation,
+        and the means of view a and of view b, 0 if not ``center``.
+        """
+        z = torch.stack((z_a, z_b)).to(_compute_dtype(z_a))
+        # Relative to the first row, an offset costs no precision.
+        shift = z[:, :1] if center else torch.zeros_like(z[:, :1])
+        d = z - shift
+        mean = d.mean(1, keepdim=True) if center else shift
+        d = d - mean
         w = d.square().mean(1) + eps
-        # A column without variance correlates with nothing if eps is 0, too.
-        r = torch.where(w > 0, w.rsqrt(), w * 0)
+        # A column without variance correlates with nothing if eps is 0, too; one that is not finite shows.
+        r = torch.where(w > 0, w.rsqrt(), 0) + (w - w)
         hat = d * r[:, None]
         shrinkage = torch.where(r == 0, 1, eps * r * r)
         one_minus_c = ((hat[0] - hat[1]).square().mean(0) + shrinkage.sum(0)) / 2
-        # Asking a device would wait for it.
-        finite = hat.device.type != "cpu" or bool(w.isfinite().all())
-        return hat, torch.cat((r, one_minus_c[None])), finite
+        statistics = torch.cat((r, one_minus_c[None], (shift + mean)[:, 0]))
+        return hat.to(z_a.dtype) if narrow else hat, statistics
 
     @staticmethod
-    def gram_energy(hat, statistics, lambd, grad_a, grad_b):
-        rows = hat.shape[1]
-        # With ``out``, autocast leaves the product alone.
-        gram_a, gram_b = torch.bmm(hat, hat.mT, out=hat.new_empty(2, rows, rows))
-        energy = (gram_a * gram_b).sum() / rows**2 - (1 - statistics[2]).square().sum()
-        kept = hat.new_empty(grad_a + grad_b, rows, rows)
-        for place, gram in zip(kept, [gram_b] * grad_a + [gram_a] * grad_b, strict=True):
-            place.copy_(gram)
-        return *_Plain._finish(energy.clamp(min=0), statistics[2], lambd), kept
+    def gram_loss(grams, statistics, lambd):
+        """Loss and components (5,) from grams (2, B, B): ÂÂ' and B̂B̂'."""
+        energy = (grams[0] * grams[1]).sum() / grams.shape[1] ** 2 - (1 - statistics[2]).square().sum()
+        return _Plain._finish(energy.clamp(min=0), statistics[2], lambd)
 
     @staticmethod
-    def correlation_energy(p, rows, statistics, lambd):
+    def correlation_loss(p, rows, statistics, lambd):
+        """The same from p = Â'B̂ (D, D), whose diagonal becomes zero."""
         energy = p.fill_diagonal_(0).square().sum() / rows**2
-        return *_Plain._finish(energy, statistics[2], lambd), p
+        return _Plain._finish(energy, statistics[2], lambd)
 
     @staticmethod
     def _finish(off_diagonal, one_minus_c, lambd):
@@ -272,81 +286,248 @@ class _Plain:
         return loss, torch.stack((loss, on_diagonal, off_diagonal, 1 - one_minus_c.mean(), rms))
 
     @staticmethod
-    def gram_backward(kept, hat, statistics, upstream, lambd, grad_a, grad_b):
-        one_minus_c = statistics[2]
-        weight = one_minus_c + lambd * (1 - one_minus_c)
-        for i, gram, grad in ((0, kept[0], grad_a), (1, kept[-1], grad_b)):
-            if grad is not None:
-                m = torch.mm(gram, hat[i], out=torch.empty_like(hat[i]))
-                _Plain._standardise_backward(i, m, weight, hat, statistics, upstream, lambd, grad)
+    def narrowed(matrices, dtype, exponent):
+        """Operands of narrow products: matrices (..., n, n) 2^-exponent in ``dtype``, with zero diagonals."""
+        scaled = matrices * 2.0**-exponent
+        scaled.diagonal(dim1=-2, dim2=-1).zero_()
+        return scaled.to(dtype)
 
     @staticmethod
-    def direct_backward(m_a, m_b, hat, statistics, upstream, lambd, grad_a, grad_b):
-        for i, m, grad in ((0, m_a, grad_a), (1, m_b, grad_b)):
+    def gradient(products, views, statistics, upstream, lambd, gram, exponent, grams, grads):
+        """Fills grads [grad_a, grad_b] (B, D), dense, of z's type; those that are None are not wanted.
+
+        products [m_a, m_b] (B, D) of C: B̂B̂'Â and ÂÂ'B̂ if ``gram``, else B̂p' and Âp, all times 2^-exponent.
+        views: both hats of C; or, narrow, both z. upstream (): the gradient of the loss.
+        grams: None; or [B̂B̂', ÂÂ'] of C, whose diagonals the products lack (narrow Gram form).
+        A grad may be its own product. Where a grad is None, so may be its product and its matrix of grams.
+        """
+        if views[0].dtype == statistics.dtype:
+            hat = views
+        else:
+            r, mean = statistics[:2], statistics[3:]
+            hat = [(z - mean[i]) * r[i] for i, z in enumerate(views)]
+        rows, one_minus_c = len(hat[0]), statistics[2]
+        weight = one_minus_c + lambd * (1 - one_minus_c) if gram else one_minus_c
+        for i, grad in enumerate(grads):
             if grad is not None:
-                _Plain._standardise_backward(i, m, statistics[2], hat, statistics, upstream, lambd, grad)
+                own, partner, m = hat[i], hat[1 - i], products[i] * 2.0**exponent
+                if grams is not None:
+                    m += grams[i].diagonal()[:, None] * own
+                g = upstream * (2 / rows) * (lambd / rows * m - weight * partner)
+                grad.copy_(statistics[i] * (g - own * (own * g).mean(0)))
+
+
+class _Cuda:
+    """The passes in CUDA: csrc/cuda/kernels.h."""
 
     @staticmethod
-    def _standardise_backward(i, m, weight, hat, statistics, upstream, lambd, grad):
-        rows, own, partner = len(m), hat[i], hat[1 - i]
-        g = upstream * (2 / rows) * (lambd / rows * m - weight * partner)
-        grad.copy_(statistics[i] * (g - own * (own * g).mean(0)))
+    def standardise(z_a, z_b, center, eps, narrow):
+        rows, columns = z_a.shape
+        compute = _compute_dtype(z_a)
+        hat = z_a.new_empty((2, rows, columns), dtype=z_a.dtype if narrow else compute)
+        statistics = z_a.new_empty((5, columns), dtype=compute)
+        words = backends._C.barlow_twins_standardise_scratch(compute == torch.float64, rows, columns)
+        scratch = statistics.new_empty(words) if words else None
+        call_cuda(
+            "barlow_twins",
+            backends._C.cuda_barlow_twins_standardise,
+            z_a.device,
+            DTYPE_CODES[z_a.dtype],
+            narrow,
+            z_a.data_ptr(),
+            z_a.stride(0),
+            z_b.data_ptr(),
+            z_b.stride(0),
+            rows,
+            columns,
+            center,
+            eps,
+            hat.data_ptr(),
+            statistics.data_ptr(),
+            _address(scratch),
+        )
+        return hat, statistics
+
+    @staticmethod
+    def gram_loss(grams, statistics, lambd):
+        return _Cuda._loss(True, grams, grams.shape[1], statistics, lambd)
+
+    @staticmethod
+    def correlation_loss(p, rows, statistics, lambd):
+        return _Cuda._loss(False, p, rows, statistics, lambd)
+
+    @staticmethod
+    def _loss(gram, matrices, rows, statistics, lambd):
+        wide, columns = statistics.dtype == torch.float64, statistics.shape[1]
+        loss, components = statistics.new_empty(()), statistics.new_empty(5)
+        words = backends._C.barlow_twins_loss_scratch(wide, gram, rows, columns)
+        scratch = statistics.new_empty(words) if words else None
+        call_cuda(
+            "barlow_twins",
+            backends._C.cuda_barlow_twins_loss,
+            statistics.device,
+            wide,
+            gram,
+            matrices.data_ptr(),
+            statistics.data_ptr(),
+            rows,
+            columns,
+            lambd,
+            loss.data_ptr(),
+            components.data_ptr(),
+            _address(scratch),
+        )
+        return loss, components
+
+    @staticmethod
+    def narrowed(matrices, dtype, exponent):
+        n = matrices.shape[-1]
+        out = torch.empty_like(matrices, dtype=dtype)
+        call_cuda(
+            "barlow_twins",
+            backends._C.cuda_barlow_twins_narrowed,
+            matrices.device,
+            DTYPE_CODES[dtype],
+            matrices.data_ptr(),
+            matrices.numel() // (n * n),
+            n,
+            exponent,
+            out.data_ptr(),
+        )
+        return out
+
+    @staticmethod
+    def gradient(products, views, statistics, upstream, lambd, gram, exponent, grams, grads):
+        view_a, view_b = views
+        rows, columns = view_a.shape
+        words = backends._C.barlow_twins_gradient_scratch(statistics.dtype == torch.float64, rows, columns)
+        scratch = statistics.new_empty(words) if words else None
+        call_cuda(
+            "barlow_twins",
+            backends._C.cuda_barlow_twins_gradient,
+            statistics.device,
+            DTYPE_CODES[view_a.dtype],
+            DTYPE_CODES[next(grad.dtype for grad in grads if grad is not None)],
+            *map(_address, products),
+            view_a.data_ptr(),
+            view_a.stride(0),
+            view_b.data_ptr(),
+            view_b.stride(0),
+            statistics.data_ptr(),
+            upstream.data_ptr(),
+            rows,
+            columns,
+            lambd,
+            gram,
+            exponent,
+            *((0, 0) if grams is None else map(_address, grams)),
+            *map(_address, grads),
+            _address(scratch),
+        )
 
 
-def _passes(device: torch.device):
-    return _Native if backends.choose("barlow_twins", device) == "cpu" else _Plain
+def _passes(device: torch.device, narrow: bool):
+    name = backends.choose("barlow_twins", device)
+    if name == "cuda":
+        return _Cuda
+    if name == "triton":
+        from mmfast.triton import barlow_twins
+
+        return barlow_twins
+    return _Cpu if name == "cpu" and not narrow else _Plain
 
 
-def _forward(z_a, z_b, lambd, center, eps, gram, grad_a, grad_b):
+def _unit_stride(z: Tensor) -> Tensor:
+    return z if z.stride(1) == 1 else z.contiguous()
+
+
+def _check_narrow(narrow: bool, z: Tensor) -> None:
+    if narrow and z.dtype == _compute_dtype(z):
+        raise ValueError(f"barlow_twins: narrow must be False for {z.dtype} embeddings, got True")
+
+
+def _forward(z_a, z_b, lambd, center, eps, gram, narrow, grad_a, grad_b):
     check_embeddings(z_a, z_b)
     check_options(lambd, eps)
-    passes = _passes(z_a.device)
-    hat, statistics, finite = passes.standardise(z_a, z_b, center, eps)
-    if not finite:
+    _check_narrow(narrow, z_a)
+    passes = _passes(z_a.device, narrow)
+    hat, statistics = passes.standardise(_unit_stride(z_a), _unit_stride(z_b), center, eps, narrow)
+    # Asking any other device would wait for it: there the loss becomes NaN.
+    if passes is not _Cpu and not z_a.is_cuda and not statistics.isfinite().all():
         _refuse(z_a=z_a, z_b=z_b)
-    if gram:
-        energy = passes.gram_energy(hat, statistics, lambd, grad_a, grad_b)
+    if not gram:
+        hat_a, hat_b = hat.unbind()
+        matrices = product(hat_a.t(), hat_b.t())
+        loss, components = passes.correlation_loss(matrices, len(z_a), statistics, lambd)
+    elif passes is _Cpu:
+        loss, components, matrices = _Cpu.gram_energy(hat, statistics, lambd, grad_a, grad_b)
     else:
-        p = product(hat[0].t(), hat[1].t())
-        energy = passes.correlation_energy(p, len(z_a), statistics, lambd)
-    loss, components, matrices = energy
+        matrices = gram_matrices(hat)
+        loss, components = passes.gram_loss(matrices, statistics, lambd)
+        if not (grad_a and grad_b):
+            # A copy, so that what is not needed can be freed.
+            matrices = matrices[1 - grad_b : 1 + grad_a].clone()
     return loss, components, hat, statistics, matrices
 
 
-def _forward_fake(z_a, z_b, lambd, center, eps, gram, grad_a, grad_b):
+def _forward_fake(z_a, z_b, lambd, center, eps, gram, narrow, grad_a, grad_b):
     check_embeddings(z_a, z_b)
     check_options(lambd, eps)
+    _check_narrow(narrow, z_a)
     rows, columns = z_a.shape
+    compute = _compute_dtype(z_a)
     matrices = (grad_a + grad_b, rows, rows) if gram else (columns, columns)
-    shapes = ((), (5,), (2, rows, columns), (3, columns), matrices)
-    return tuple(z_a.new_empty(shape, dtype=_compute_dtype(z_a)) for shape in shapes)
+    return (
+        z_a.new_empty((), dtype=compute),
+        z_a.new_empty(5, dtype=compute),
+        z_a.new_empty((2, rows, columns), dtype=z_a.dtype if narrow else compute),
+        z_a.new_empty((5, columns), dtype=compute),
+        z_a.new_empty(matrices, dtype=compute),
+    )
 
 
-def _backward(upstream, views, statistics, matrices, lambd, center, eps, gram, grad_a, grad_b):
-    passes = _passes(statistics.device)
-    dtype = views[0].dtype
-    hat = views[0] if len(views) == 1 else passes.standardise(*views, center, eps)[0]
-    if gram:
-        grads = [torch.empty_like(hat[0], dtype=dtype) if wanted else None for wanted in (grad_a, grad_b)]
-        passes.gram_backward(matrices, hat, statistics, upstream, lambd, *grads)
+def _backward(upstream, views, statistics, matrices, lambd, center, eps, gram, narrow, grad_a, grad_b):
+    passes = _passes(statistics.device, narrow)
+    dtype, compute = views[-1].dtype, statistics.dtype
+    z = [_unit_stride(z) for z in views[-2:]] if len(views) > 1 else None
+    hat = passes.standardise(*z, center, eps, narrow)[0] if len(views) == 2 else views[0]
+    hats = hat_a, hat_b = hat.unbind()
+    if gram and passes is _Cpu:
+        grads = [torch.empty_like(hat_a, dtype=dtype) if wanted else None for wanted in (grad_a, grad_b)]
+        _Cpu.gram_backward(matrices, hats, statistics, upstream, lambd, grads)
     else:
-        m_a = product(hat[1], matrices) if grad_a else None
-        m_b = product(hat[0], matrices.t()) if grad_b else None
-        in_place = dtype == hat.dtype
-        grads = [m if m is None or in_place else torch.empty_like(m, dtype=dtype) for m in (m_a, m_b)]
-        passes.direct_backward(m_a, m_b, hat, statistics, upstream, lambd, *grads)
+        exponent, operands = 0, matrices
+        if narrow:
+            # Gram matrices hold sums of D, p those of B products of about 1: this keeps them within fp16.
+            exponent = (hat.shape[2] if gram else hat.shape[1]).bit_length()
+            operands = passes.narrowed(matrices, dtype, exponent)
+        if gram:
+            m_a = matmul(operands[-1], hat_a) if grad_a else None
+            m_b = matmul(operands[0], hat_b) if grad_b else None
+        else:
+            m_a = product(hat_b, operands) if grad_a else None
+            m_b = product(hat_a, operands.t()) if grad_b else None
+        products = (m_a, m_b)
+        if dtype == compute:
+            grads = products
+        else:
+            grads = [None if m is None else torch.empty_like(m, dtype=dtype) for m in products]
+        elementwise = z if narrow else hats
+        grams = (matrices[-1], matrices[0]) if gram and narrow else None
+        passes.gradient(products, elementwise, statistics, upstream, lambd, gram, exponent, grams, grads)
     return tuple(hat.new_empty(0, dtype=dtype) if grad is None else grad for grad in grads)
 
 
-def _backward_fake(upstream, views, statistics, matrices, lambd, center, eps, gram, grad_a, grad_b):
-    z = views[0]
+def _backward_fake(upstream, views, statistics, matrices, lambd, center, eps, gram, narrow, grad_a, grad_b):
+    z = views[-1]
     return tuple(z.new_empty(z.shape[-2:] if wanted else 0) for wanted in (grad_a, grad_b))
 
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
-# hat (2, B, D): standardised embeddings; views: hat, or z_a and z_b to standardise; statistics (3, D): see
-# _Native; matrices: in Gram form (n, B, B), B̂B̂' if grad_a and ÂÂ' if grad_b, else Â'B̂ less its diagonal.
-_options = "float lambd, bool center, float eps, bool gram, bool grad_a, bool grad_b"
+# hat (2, B, D) and statistics (5, D): see _Plain.standardise; views: hat, or z_a and z_b to standardise again,
+# or, narrow, all three; matrices: in Gram form (n, B, B), ÂÂ' if grad_b and B̂B̂' if grad_a, else Â'B̂ less its
+# diagonal.
+_options = "float lambd, bool center, float eps, bool gram, bool narrow, bool grad_a, bool grad_b"
 _ops = {
     f"barlow_twins_forward(Tensor z_a, Tensor z_b, {_options})"
     " -> (Tensor loss, Tensor components, Tensor hat, Tensor statistics, Tensor matrices)": (
@@ -363,8 +544,13 @@ for _schema, (_kernel, _fake) in _ops.items():
     torch.library.register_fake(f"mmfast::{_name}", _fake, lib=_library)
 
 
+# Overloads: calls through the packet would look for them every time.
+_forward_op = torch.ops.mmfast.barlow_twins_forward.default
+_backward_op = torch.ops.mmfast.barlow_twins_backward.default
+
+
 def _gradient(options, upstream, statistics, matrices, *views):
-    return torch.ops.mmfast.barlow_twins_backward(upstream, views, statistics, matrices, *options)
+    return _backward_op(upstream, views, statistics, matrices, *options)
 
 
 class _FinalGradient(torch.autograd.Function):
@@ -390,14 +576,16 @@ class _BarlowTwins(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z_a, z_b, lambd, center, eps, gram):
+    def forward(ctx, z_a, z_b, lambd, center, eps, gram, narrow):
         grad_a, grad_b = ctx.needs_input_grad[:2]
-        loss, components, hat, statistics, matrices = torch.ops.mmfast.barlow_twins_forward(
-            z_a, z_b, lambd, center, eps, gram, grad_a, grad_b
+        loss, components, hat, statistics, matrices = _forward_op(
+            z_a, z_b, lambd, center, eps, gram, narrow, grad_a, grad_b
         )
-        ctx.options = lambd, center, eps, gram, grad_a, grad_b
-        # Half embeddings are smaller than their standardised forms: keep those, and standardise again.
+        ctx.options = lambd, center, eps, gram, narrow, grad_a, grad_b
+        # Half embeddings are smaller than their fp32 hats: keep those, and standardise again.
         views = (hat,) if hat.dtype == z_a.dtype else (z_a, z_b)
+        if narrow:
+            views += z_a, z_b
         ctx.save_for_backward(statistics, matrices, *views)
         ctx.mark_non_differentiable(components)
         ctx.set_materialize_grads(False)
@@ -406,8 +594,8 @@ class _BarlowTwins(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _components, _hat):
         if upstream is None:
-            return (None,) * 6
+            return (None,) * 7
         gradient = _FinalGradient.apply if torch.is_grad_enabled() else _gradient
         grad_a, grad_b = gradient(ctx.options, upstream, *ctx.saved_tensors)
         *_, needs_a, needs_b = ctx.options
-        return grad_a if needs_a else None, grad_b if needs_b else None, None, None, None, None
+        return grad_a if needs_a else None, grad_b if needs_b else None, *(None,) * 5

@@ -26,7 +26,8 @@ def call_cuda(op: str, kernel, device: torch.device, *arguments) -> None:
     if device.type == "cpu":
         code = kernel(*arguments, 0, 0)
     elif device.index == torch.cuda.current_device():
-        code = kernel(*arguments, device.index, torch.cuda.current_stream(device).cuda_stream)
+        # torch.cuda.current_stream builds an object for what this returns as a number.
+        code = kernel(*arguments, device.index, torch._C._cuda_getCurrentRawStream(device.index))
     else:
         with torch.cuda.device(device):
             return call_cuda(op, kernel, device, *arguments)

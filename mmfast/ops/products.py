@@ -27,8 +27,36 @@ def _onednn_linear():
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
+_HALF = (torch.bfloat16, torch.float16)
+
+
+# Below, autocast leaves calls with ``out`` alone.
+
+
+def gram_matrices(x: Tensor) -> Tensor:
+    """``x @ x.mT`` (2, m, m) of (2, m, k), in the precision of :func:`product`."""
+    if x.dtype not in _HALF:
+        return torch.bmm(x, x.mT, out=x.new_empty((len(x), x.shape[1], x.shape[1])))
+    if not x.is_cuda:
+        return gram_matrices(x.float())
+    out = x.new_empty((len(x), x.shape[1], x.shape[1]), dtype=torch.float32)
+    return torch.bmm(x, x.mT, out_dtype=torch.float32, out=out)
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of (m, k) and (k, n), in the precision of :func:`product`."""
+    if x.dtype not in _HALF:
+        return torch.mm(x, y, out=x.new_empty((x.shape[0], y.shape[1])))
+    if not x.is_cuda:
+        return matmul(x.float(), y.float())
+    out = x.new_empty((x.shape[0], y.shape[1]), dtype=torch.float32)
+    return torch.mm(x, y, out_dtype=torch.float32, out=out)
+
+
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y.T`` of (m, k) and (n, k), in their precision whatever autocast says."""
+    """``x @ y.T`` of (m, k) and (n, k), in their precision whatever autocast says; half types give fp32."""
+    if x.dtype in _HALF and not x.is_cuda:
+        x, y = x.float(), y.float()
     (m, k), n = x.shape, y.shape[0]
     if (
         x.dtype == torch.float32
@@ -37,5 +65,4 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         and (linear := _onednn_linear())
     ):
         return linear(x, y, None, "none", [], "")
-    # Autocast leaves calls with ``out`` alone.
-    return torch.mm(x, y.t(), out=x.new_empty(m, n))
+    return matmul(x, y.t())
