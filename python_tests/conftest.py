@@ -9,6 +9,10 @@ from hypothesis import settings
 
 import mmfast.backends
 
+# Triton decides when it is imported whether kernels are compiled or interpreted on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Shared 2-core machines are slow now and then: examples have no deadline, and a fixed seed makes runs repeat.
 settings.register_profile("mmfast", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("mmfast")

@@ -4,14 +4,15 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from targets import KERNELS, on
 
 from mmfast import backends
+from mmfast.ops import random
 from mmfast.ops.augment import augment_apply, augment_draw
-from mmfast.ops.native import cuda_target
+from mmfast.ops.native import call_cuda
 from mmfast.ops.plan import APPLY_NAMES, MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains
-from targets import KERNELS, on
 
 SENTINEL = 12345
 
@@ -93,6 +94,26 @@ def test_kernels_agree_with_the_reference(native, target, call, dtype):
         args = (grads, lengths, seed, ids, plan, *table, front)
         adjoint = torch.ops.mmfast.augment_adjoint
         torch.testing.assert_close(adjoint(*args), reference(adjoint, *args), **close)
+
+
+@settings(max_examples=300)
+@given(call=calls())
+def test_plans_are_the_same_bits_everywhere(target, call):
+    batch, shapes, views, lengths, ids, seed, _, _ = call
+    args = (seed, ids, lengths, chains(views), batch, shapes)
+    assert torch.equal(augment_draw(*args), reference(augment_draw, *args))
+
+
+# Of seed 7, the first ids with two equal words among that many of their first stream of time steps.
+@pytest.mark.parametrize("steps, sample", [(250, 113818), (500, 35282), (1000, 6558)])
+def test_equal_random_words_go_by_index(target, steps, sample):
+    seed, ids = torch.tensor([7]), torch.tensor([sample])
+    words = random.words(seed, ids, random.stream_tag(0, 0, 0, random.TIME), steps)
+    assert words.unique().numel() < steps
+    for kind, share in ((RESAMPLE, 1.0), (MASK_STEPS, 0.5)):
+        table = chains([[[Step(kind, 1.0, "sample", share, flags=1)]]])
+        args = (seed, ids, [None], table, 1, [(steps, 1)])
+        assert torch.equal(augment_draw(*args), reference(augment_draw, *args))
 
 
 def example(dtype=torch.float64, noise=True):
@@ -212,8 +233,7 @@ def test_kernels_write_nothing_outside_their_outputs(native, target):
         if target[0] == "cpu":
             getattr(native, f"augment_{kernel}")(*arguments, 2)
         else:
-            where = cuda_target(seed.device)
-            assert getattr(native, f"cuda_augment_{kernel}")(*arguments, *where) == 0
+            call_cuda("augment", getattr(native, f"cuda_augment_{kernel}"), seed.device, *arguments)
 
     def inner(tensors):
         """Copies in the middle of buffers, and their addresses."""

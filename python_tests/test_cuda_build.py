@@ -39,9 +39,10 @@ def resources(log):
     found = {}
     for entry in re.split(r"Compiling entry function '", log)[1:]:
         name = kernel_name(entry[: entry.index("' for")])
-        stack, stores, loads = map(
-            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
+        numbers = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
         )
+        stack, stores, loads = map(int, numbers.groups())
         found[name] = (int(re.search(r"Used (\d+) registers", entry)[1]), stack, stores + loads)
     return found
 
@@ -69,7 +70,9 @@ def ptx(tmp_path_factory):
     for source in SOURCES:
         target = folder / f"{source.stem}.ptx"
         nvcc("-arch=compute_90", "-ptx", "-o", target, source)
-        text = subprocess.run(["c++filt"], input=target.read_text(), capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            ["c++filt"], input=target.read_text(), capture_output=True, text=True, check=True
+        )
         for entry in text.stdout.split(".entry ")[1:]:
             bodies[kernel_name(entry)] = entry
     return bodies

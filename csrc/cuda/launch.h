@@ -17,25 +17,12 @@ struct Grid {
 };
 
 #ifdef __CUDACC__
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  cudaError_t error() const { return error_; }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
+// The caller has made `device` current in its own CUDA runtime; this is about the one linked in here.
+inline cudaError_t use_device(int device) {
+  int current = -1;
+  const cudaError_t error = cudaGetDevice(&current);
+  return error == cudaSuccess && current != device ? cudaSetDevice(device) : error;
+}
 #endif
 
 // 0 or CUDA's error code. An empty grid is no launch.
@@ -46,8 +33,7 @@ int launch(const Target& target, Grid grid, int threads, void (*kernel)(Paramete
   constexpr int kInvalidConfiguration = 9;
   if (grid.x > INT32_MAX || grid.y > UINT16_MAX) return kInvalidConfiguration;
 #ifdef __CUDACC__
-  const DeviceGuard guard(target.device);
-  if (guard.error() != cudaSuccess) return (int)guard.error();
+  if (const cudaError_t error = use_device(target.device)) return (int)error;
   kernel<<<dim3((unsigned)grid.x, (unsigned)grid.y), threads, 0, (cudaStream_t)target.stream>>>(arguments...);
   return (int)cudaGetLastError();
 #else

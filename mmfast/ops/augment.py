@@ -20,7 +20,7 @@ from torch import Tensor
 from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops import random
-from mmfast.ops.native import DTYPE_CODES, check_cuda, cuda_target
+from mmfast.ops.native import DTYPE_CODES, call_cuda
 from mmfast.ops.plan import (
     APPLY_NAMES,
     EXACT_COUNT,
@@ -186,8 +186,7 @@ def _arguments(batch, lengths, chains, shapes, front, seed, ids, width):
 def _call(backend, kernel, device, *arguments):
     """A kernel of ``mmfast._C``, on the CPU or on a CUDA device."""
     if backend == "cuda":
-        target = cuda_target(device)
-        check_cuda(f"augment_{kernel}", getattr(backends._C, f"cuda_augment_{kernel}")(*arguments, *target))
+        call_cuda(f"augment_{kernel}", getattr(backends._C, f"cuda_augment_{kernel}"), device, *arguments)
     else:
         getattr(backends._C, f"augment_{kernel}")(*arguments, torch.get_num_threads())
 

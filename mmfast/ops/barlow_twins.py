@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mmfast import backends
 from mmfast.errors import UserError
-from mmfast.ops.native import DTYPE_CODES, check_cuda, cuda_target, dtype_code
+from mmfast.ops.native import DTYPE_CODES, call_cuda, dtype_code
 from mmfast.ops.products import gram_matrices, matmul, product
 
 
@@ -328,7 +328,10 @@ class _Cuda:
         statistics = z_a.new_empty((5, columns), dtype=compute)
         words = backends._C.barlow_twins_standardise_scratch(compute == torch.float64, rows, columns)
         scratch = statistics.new_empty(words) if words else None
-        code = backends._C.cuda_barlow_twins_standardise(
+        call_cuda(
+            "barlow_twins",
+            backends._C.cuda_barlow_twins_standardise,
+            z_a.device,
             DTYPE_CODES[z_a.dtype],
             narrow,
             z_a.data_ptr(),
@@ -342,9 +345,7 @@ class _Cuda:
             hat.data_ptr(),
             statistics.data_ptr(),
             _address(scratch),
-            *cuda_target(z_a.device),
         )
-        check_cuda("barlow_twins", code)
         return hat, statistics
 
     @staticmethod
@@ -361,7 +362,10 @@ class _Cuda:
         loss, components = statistics.new_empty(()), statistics.new_empty(5)
         words = backends._C.barlow_twins_loss_scratch(wide, gram, rows, columns)
         scratch = statistics.new_empty(words) if words else None
-        code = backends._C.cuda_barlow_twins_loss(
+        call_cuda(
+            "barlow_twins",
+            backends._C.cuda_barlow_twins_loss,
+            statistics.device,
             wide,
             gram,
             matrices.data_ptr(),
@@ -372,25 +376,24 @@ class _Cuda:
             loss.data_ptr(),
             components.data_ptr(),
             _address(scratch),
-            *cuda_target(statistics.device),
         )
-        check_cuda("barlow_twins", code)
         return loss, components
 
     @staticmethod
     def narrowed(matrices, dtype, exponent):
         n = matrices.shape[-1]
         out = torch.empty_like(matrices, dtype=dtype)
-        code = backends._C.cuda_barlow_twins_narrowed(
+        call_cuda(
+            "barlow_twins",
+            backends._C.cuda_barlow_twins_narrowed,
+            matrices.device,
             DTYPE_CODES[dtype],
             matrices.data_ptr(),
             matrices.numel() // (n * n),
             n,
             exponent,
             out.data_ptr(),
-            *cuda_target(matrices.device),
         )
-        check_cuda("barlow_twins", code)
         return out
 
     @staticmethod
@@ -399,7 +402,10 @@ class _Cuda:
         rows, columns = view_a.shape
         words = backends._C.barlow_twins_gradient_scratch(statistics.dtype == torch.float64, rows, columns)
         scratch = statistics.new_empty(words) if words else None
-        code = backends._C.cuda_barlow_twins_gradient(
+        call_cuda(
+            "barlow_twins",
+            backends._C.cuda_barlow_twins_gradient,
+            statistics.device,
             DTYPE_CODES[view_a.dtype],
             DTYPE_CODES[next(grad.dtype for grad in grads if grad is not None)],
             *map(_address, products),
@@ -417,9 +423,7 @@ class _Cuda:
             *((0, 0) if grams is None else map(_address, grams)),
             *map(_address, grads),
             _address(scratch),
-            *cuda_target(statistics.device),
         )
-        check_cuda("barlow_twins", code)
 
 
 def _passes(device: torch.device, narrow: bool):

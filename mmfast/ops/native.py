@@ -21,14 +21,14 @@ def dtype_code(op: str, argument: str, tensor: torch.Tensor) -> int:
     return code
 
 
-def cuda_target(device: torch.device) -> tuple[int, int]:
-    """(device index, stream) where a CUDA kernel is to be launched; of no meaning where CUDA is emulated."""
+def call_cuda(op: str, kernel, device: torch.device, *arguments) -> None:
+    """Launches a kernel of ``mmfast._C`` on the current stream of ``device`` (the CPU: where CUDA is emulated)."""
     if device.type == "cpu":
-        return 0, 0
-    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
-
-
-def check_cuda(op: str, code: int) -> None:
-    """Raises what a launcher of ``mmfast._C`` reports."""
+        code = kernel(*arguments, 0, 0)
+    elif device.index == torch.cuda.current_device():
+        code = kernel(*arguments, device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    else:
+        with torch.cuda.device(device):
+            return call_cuda(op, kernel, device, *arguments)
     if code:
         raise RuntimeError(f"{op}: CUDA error {code}: {backends.cuda_error(code)}")

@@ -1,0 +1,305 @@
+"""Kernels on a GPU: augmentation against a plain copy, Barlow Twins against eager and compiled PyTorch.
+
+Contenders take turns in the same rounds; times are medians of CUDA events around several calls in a row, so they
+hold whatever Python takes where that is longer than the kernels. A second table has the kernels alone, from the
+profiler, as a share of the floor that the device's own copy and matrix product rates set.
+
+Usage: python benchmarks/gpu.py [--out results.json] [--seconds 130]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import statistics
+import subprocess
+import time
+
+import torch
+import torch.nn.functional as F
+
+import mmfast
+from mmfast import GaussianNoise, SeqAug, TimeMask, TwoViews, backends
+from mmfast.functional import barlow_twins
+from mmfast.ops.augment import augment_apply
+
+FEATURES = {"text": 300, "audio": 74, "visual": 35}
+ALPHA = {"text": 0.15, "audio": 0.10, "visual": 0.20}
+CHAINS = {
+    "seqaug": [SeqAug(ALPHA)],
+    "masking": [TimeMask()],
+    "seqaug+masking": [SeqAug(ALPHA), TimeMask()],
+    "noise": [GaussianNoise(p=1)],
+    "noise+seqaug+masking": [GaussianNoise(p=1), SeqAug(ALPHA), TimeMask()],
+}
+KEY_SHAPES = [(170, 1000), (256, 8192), (2048, 8192), (32, 128), (128, 8192), (4096, 1024)]
+GRID = [(b, d) for b in (32, 128, 512, 2048, 4096) for d in (128, 512, 2048, 8192)]
+# Precision: dtype of the embeddings and whether fp32 products may use TF32.
+MODES = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "bf16": (torch.bfloat16, False)}
+SAMPLE = 2e-3  # seconds of calls in a row that one event pair spans
+ROUNDS = 7
+
+
+def milliseconds(call, calls: int) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        call()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop) / calls
+
+
+def race(contenders: dict, rounds: int = ROUNDS) -> dict[str, float]:
+    """Median milliseconds a call of each, measured in turns."""
+    calls = {}
+    for name, call in contenders.items():
+        for _ in range(3):
+            call()
+        calls[name] = max(1, math.ceil(SAMPLE * 1e3 / milliseconds(call, 2)))
+    times = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, call in contenders.items():
+            times[name].append(milliseconds(call, calls[name]))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def kernel_times(call, calls: int = 10) -> dict[str, float]:
+    """{kernel: milliseconds a call} as the profiler sees them."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    return {
+        e.key: e.self_device_time_total / 1e3 / calls
+        for e in profile.key_averages()
+        if e.self_device_time_total
+    }
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool):
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def environment() -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    query = "--query-gpu=name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    smi = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "nvidia-smi": smi.stdout.strip(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "mmfast": backends.info(),
+    }
+
+
+def machine() -> dict:
+    """Bytes read and written a second by a plain copy, and operations a second of matrix products."""
+    source = torch.empty(2**28, device="cuda")
+    target = torch.empty_like(source)
+    copy = race({"copy": lambda: target.copy_(source)})["copy"]
+    rates = {"copy_bandwidth": 2 * source.nbytes / copy * 1e3}
+    for mode, (dtype, allowed) in MODES.items():
+        n = 4096 if mode == "fp32" else 8192
+        x, y = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+        with tf32(allowed):
+            rates[f"matmul_{mode}"] = 2 * n**3 / race({"mm": lambda x=x, y=y: x @ y}, 3)["mm"] * 1e3
+    return rates
+
+
+def augmentation(rates: dict, batch: int, dtype: torch.dtype, which: str) -> dict:
+    """Two views of three modalities. apply alone, the whole call, and a copy that moves the same bytes."""
+    torch.manual_seed(0)
+    xs = {k: torch.randn(batch, 50, f, device="cuda", dtype=dtype) for k, f in FEATURES.items()}
+    lengths = ((torch.rand(batch) ** 1.2 * 50).long().clamp(min=1)).cuda()
+    nbytes = 3 * sum(x.nbytes for x in xs.values())
+    views = TwoViews(CHAINS[which])
+    plan = views.draw(xs, lengths, seed=1)
+    arguments = (list(xs.values()), [lengths] * 3, plan.seed, None, plan.words, plan.chains, False)
+
+    def on(backend, call):
+        def run():
+            with mmfast.backend(backend):
+                return call()
+
+        return run
+
+    contenders = {
+        "apply": lambda: augment_apply(*arguments),
+        "draw": lambda: views.draw(xs, lengths),
+        "call": lambda: views(xs, lengths),
+        "apply, triton": on("triton", lambda: augment_apply(*arguments)),
+        "call, reference": on("reference", lambda: views(xs, lengths)),
+        "copy": lambda: [(x.clone(), x.clone()) for x in xs.values()],
+    }
+    if "noise" in which:
+        contenders["eager noise"] = lambda: [
+            (x + 0.1 * torch.randn_like(x), x + 0.1 * torch.randn_like(x)) for x in xs.values()
+        ]
+    times = race(contenders)
+    kernels = kernel_times(lambda: views(xs, lengths))
+    apply = sum(value for name, value in kernels.items() if "apply_kernel" in name)
+    return {
+        "what": "augmentation",
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+        "chain": which,
+        "bytes": nbytes,
+        "times": times,
+        "kernels": kernels,
+        "apply_share_of_copy_bandwidth": nbytes / apply * 1e3 / rates["copy_bandwidth"] if apply else None,
+    }
+
+
+def plain(z_a, z_b, lambd=5e-3):
+    """The published form in PyTorch: batch norm in fp32, the product in the dtype of the embeddings."""
+    a, b = (F.batch_norm(z.float(), None, None, training=True, eps=1e-5).to(z.dtype) for z in (z_a, z_b))
+    c = (a.T @ b).float() / len(a)
+    off = c.flatten()[:-1].view(len(c) - 1, len(c) + 1)[:, 1:]
+    return (c.diagonal() - 1).square().sum() + lambd * off.square().sum()
+
+
+def kernel_bytes(name: str, rows: int, columns: int, element: int, gram: bool) -> int | None:
+    """The fewest bytes a kernel of ours can move; None for other people's."""
+    cells, n = rows * columns, rows if gram else columns
+    return {
+        "standardise_whole": 4 * cells * element,
+        "chunk_moments": 2 * cells * element,
+        "standardise_chunk": 4 * cells * element,
+        "loss_kernel": (2 if gram else 1) * 4 * n * n,
+        "narrow_kernel": (2 if gram else 1) * 6 * n * n,
+        "chunk_products": 2 * cells * (4 + element),
+        "gradient_kernel": 2 * cells * (4 + 2 * element),
+    }.get(next((part for part in name.replace("<", "::").split("::") if part.endswith(_OURS)), ""))
+
+
+_OURS = ("_whole", "_moments", "_chunk", "_kernel", "_products")
+
+
+def loss(rates: dict, rows: int, columns: int, mode: str, compiled: dict) -> dict:
+    dtype, allowed = MODES[mode]
+    torch.manual_seed(0)
+    z_a = torch.randn(rows, columns, device="cuda")
+    z_b = (z_a + 0.5 * torch.randn_like(z_a)).to(dtype).requires_grad_()
+    z_a = z_a.to(dtype).requires_grad_()
+
+    def step(function):
+        def run():
+            z_a.grad = z_b.grad = None
+            function(z_a, z_b).backward()
+
+        return run
+
+    gram = 4 * rows < 3 * columns
+    flops = 2 * rows * columns * (4 * rows if gram else 3 * columns)
+    with tf32(allowed):
+        times = race(
+            {"mmfast": step(barlow_twins), "eager": step(plain), **{k: step(f) for k, f in compiled.items()}}
+        )
+        peaks = {}
+        for name, function in {"mmfast": barlow_twins, "eager": plain}.items():
+            z_a.grad = z_b.grad = None
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step(function)()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+        kernels = kernel_times(step(barlow_twins))
+    own = {}
+    for name, value in kernels.items():
+        if nbytes := kernel_bytes(name, rows, columns, z_a.element_size(), gram):
+            own[name] = {
+                "ms": value,
+                "share_of_copy_bandwidth": nbytes / value * 1e3 / rates["copy_bandwidth"],
+            }
+    floor = (
+        12 * rows * columns * z_a.element_size() / rates["copy_bandwidth"] + flops / rates[f"matmul_{mode}"]
+    )
+    best = min(value for name, value in times.items() if name != "mmfast")
+    return {
+        "what": "barlow_twins",
+        "rows": rows,
+        "columns": columns,
+        "mode": mode,
+        "form": "gram" if gram else "direct",
+        "times": times,
+        "speedup": best / times["mmfast"],
+        "peak_bytes": peaks,
+        "kernels": kernels,
+        "own_kernels": own,
+        "share_of_floor": floor * 1e3 / times["mmfast"],
+    }
+
+
+def show(row: dict) -> str:
+    cells = "  ".join(f"{name} {value:.3f}" for name, value in row["times"].items())
+    if row["what"] == "augmentation":
+        share = row["apply_share_of_copy_bandwidth"]
+        share = f"{share:.0%} of copy bandwidth" if share else "no kernel times"
+        return f"{row['batch']:5} {row['dtype']:8} {row['chain']:20} apply kernel at {share}; ms: {cells}"
+    return (
+        f"{row['rows']:5} x {row['columns']:5} {row['mode']} {row['form']:6} {row['speedup']:6.2f}x the best other, "
+        f"{row['share_of_floor']:.0%} of the floor's speed; ms: {cells}"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default="results.json", help="where the numbers go, after every row")
+    parser.add_argument("--seconds", type=float, default=130, help="no new row is begun after this long")
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    results = {"environment": environment(), "rates": machine(), "rows": [], "skipped": []}
+    rates = results["rates"]
+    print({name: f"{value / 1e12:.3g}e12" for name, value in rates.items()})
+
+    def static(rows, columns, mode):
+        torch._dynamo.reset()
+        return {"compiled": torch.compile(plain, dynamic=False)}
+
+    jobs = [
+        (augmentation, (4096, dtype, which)) for which in CHAINS for dtype in (torch.float32, torch.bfloat16)
+    ]
+    jobs.insert(0, (augmentation, (170, torch.float32, "seqaug+masking")))
+    jobs += [(loss, (*shape, mode, static)) for shape in KEY_SHAPES[:3] for mode in MODES]
+    jobs += [(loss, (*shape, mode, None)) for shape in GRID for mode in MODES]
+    jobs += [(loss, (*shape, mode, static)) for shape in KEY_SHAPES[3:] for mode in MODES]
+    for measure, arguments in jobs:
+        if time.perf_counter() - begin > options.seconds:
+            results["skipped"].append([str(a) for a in arguments])
+            continue
+        if measure is loss:
+            *shape, compile = arguments
+            arguments = (*shape, compile(*shape) if compile else {})
+        try:
+            results["rows"].append(measure(rates, *arguments))
+            print(show(results["rows"][-1]), flush=True)
+        except Exception as error:  # a row that fails must not cost the others
+            print(f"{measure.__name__} {arguments}: {type(error).__name__}: {error}", flush=True)
+            results["skipped"].append([*map(str, arguments), str(error)])
+        with open(options.out, "w") as file:
+            json.dump(results, file, indent=1, default=str)
+    grid = [row["speedup"] for row in results["rows"] if row["what"] == "barlow_twins"]
+    if grid:
+        print(f"barlow_twins: {min(grid):.2f}x to {max(grid):.2f}x the best other over {len(grid)} cases")
+    print(
+        f"{len(results['rows'])} rows, {len(results['skipped'])} skipped, {time.perf_counter() - begin:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
