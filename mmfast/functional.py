@@ -39,7 +39,8 @@ def barlow_twins(
 
     Args:
         z_a, z_b: (B, D), B >= 2, on one device and of one dtype: float32, float64, bfloat16 or float16. Half
-            types are computed in float32, whatever autocast says.
+            types are computed in float32, whatever autocast says; on GPUs the operands of the matrix products are
+            rounded to the half type, as tensor cores multiply those, and their results are float32.
         lambd: weight of the off-diagonal term, finite and >= 0.
         center: False leaves the mean in: c_ij = a_i . b_j / (|a_i| |b_j|) where eps is added to |a_i|^2 / B.
         eps: added to the variance, finite and >= 0. A column without variance correlates with nothing: c = 0.
@@ -50,7 +51,8 @@ def barlow_twins(
 
     Raises:
         ValueError: shapes or devices that do not match, B < 2, D < 1, lambd or eps out of range. On the CPU
-            also NaN or infinite embeddings, with the view, their number and the first position.
+            also NaN or infinite embeddings, with the view, their number and the first position; on GPUs, which
+            nobody waits for, these make the loss NaN.
         TypeError: unequal or unsupported dtypes.
     """
     return _barlow_twins.barlow_twins(z_a, z_b, lambd, center, eps)[0]

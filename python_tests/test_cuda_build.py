@@ -101,3 +101,10 @@ def test_apply_moves_16_bytes_at_a_time(ptx):
     for name, body in applies.items():
         for access in ("ld.global.nc", "st.global.cs"):
             assert re.search(re.escape(access) + r"\.v4\.[bfu]32", body), f"{name}: {access}"
+
+
+def test_matrices_are_read_16_bytes_at_a_time(ptx):
+    for name in ("loss_kernel<true, 4, float>", "loss_kernel<false, 4, float>", "narrow_kernel<4, bfloat16>"):
+        assert re.search(r"ld\.global(\.nc)?\.v4\.[bfu]32", ptx[name]), name
+    for name in ("loss_kernel<true, 2, double>", "loss_kernel<false, 2, double>"):
+        assert re.search(r"ld\.global(\.nc)?\.v2\.[bfu]64", ptx[name]), name
