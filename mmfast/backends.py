@@ -53,26 +53,30 @@ def emulated() -> bool:
     return bool(build_record().get("cuda", {}).get("emulated"))
 
 
-def _why_not_cpu(device: str) -> str:
+def _why_not_cpu(device: torch.device) -> str:
     if _C is None:
         return f"no C++ kernels: {_why_not_built('native')}"
-    return "" if device == "cpu" else f"its kernels take CPU tensors, not {device} ones"
+    return "" if device.type == "cpu" else f"its kernels take CPU tensors, not {device.type} ones"
 
 
-def _why_not_cuda(device: str) -> str:
+def _why_not_cuda(device: torch.device) -> str:
     if not hasattr(_C, "cuda_device_count"):
         reason = _why_not_built("native" if _C is None else "cuda")
         return f"no CUDA kernels: {reason}"
     if emulated():
-        return "" if device == "cpu" else "its kernels were built to be emulated on CPU tensors"
-    if device == "cuda":
-        return _no_code_for(torch.cuda.get_device_capability())
+        return "" if device.type == "cpu" else "its kernels were built to be emulated on CPU tensors"
+    if device.type == "cuda":
+        return _no_code_on(torch.cuda.current_device() if device.index is None else device.index)
     count = _C.cuda_device_count()
     here = "" if count > 0 else f" (no device is here: {cuda_error(-count) if count else 'none found'})"
-    return f"its kernels take CUDA tensors, not {device} ones{here}"
+    return f"its kernels take CUDA tensors, not {device.type} ones{here}"
 
 
 @functools.cache
+def _no_code_on(index: int) -> str:
+    return _no_code_for(torch.cuda.get_device_capability(index))
+
+
 def _no_code_for(capability: tuple[int, int]) -> str:
     """Machine code runs on devices of its own major version, PTX of the newest on all later ones."""
     major, minor = capability
@@ -88,13 +92,13 @@ def _triton_missing() -> str:
     return "" if importlib.util.find_spec("triton") else "the package triton is not installed"
 
 
-def _why_not_triton(device: str) -> str:
+def _why_not_triton(device: torch.device) -> str:
     if missing := _triton_missing():
         return missing
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    if device == "cuda" or (device == "cpu" and interpreted):
+    if device.type == "cuda" or (device.type == "cpu" and interpreted):
         return ""
-    return f"its kernels take CUDA tensors (CPU ones with TRITON_INTERPRET=1), not {device} ones"
+    return f"its kernels take CUDA tensors (CPU ones with TRITON_INTERPRET=1), not {device.type} ones"
 
 
 _WHY_NOT = {
@@ -107,7 +111,7 @@ _WHY_NOT = {
 
 def why_not(name: str, device: torch.device | str) -> str:
     """Why a backend cannot serve tensors on ``device``; empty if it can."""
-    return _WHY_NOT[name](torch.device(device).type)
+    return _WHY_NOT[name](torch.device(device))
 
 
 def cuda_error(code: int) -> str:
@@ -139,15 +143,15 @@ def backend(name: str):
         _forced = previous
 
 
-def _automatic(device: str) -> str:
-    return next((name for name in _AUTOMATIC.get(device, ()) if not why_not(name, device)), "reference")
+def _automatic(device: torch.device) -> str:
+    return next((name for name in _AUTOMATIC.get(device.type, ()) if not why_not(name, device)), "reference")
 
 
 def choose(op: str, device: torch.device) -> str:
     """The backend that serves ``op`` for tensors on ``device``."""
     wanted = _forced or os.environ.get("MMFAST_BACKEND")
     if wanted is None:
-        return _automatic(device.type)
+        return _automatic(device)
     if reason := why_not(_check(wanted, "MMFAST_BACKEND"), device):
         raise UserError(f"{op}: the {wanted} backend was asked for, but {reason}")
     return wanted
