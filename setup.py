@@ -181,8 +181,10 @@ class BuildKernels(build_ext):
         if cuda == "nvcc":
             nvcc, libraries = find_nvcc()
             archs = os.environ.get("MMFAST_CUDA_ARCHS", "80 90 100").split()
-            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-            gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+            *older, newest = archs
+            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in older]
+            # PTX of the newest comes from the same run of the compiler as its machine code.
+            gencode.append(f"'-gencode=arch=compute_{newest},code=[sm_{newest},compute_{newest}]'")
             build.lines.append(compile_rule("nvcc", nvcc))
             for source in CUDA_SOURCES:
                 build.compile("nvcc", source, "cuda", NVCC_FLAGS + gencode)
