@@ -251,9 +251,14 @@ def show(row: dict) -> str:
         share = row["apply_share_of_copy_bandwidth"]
         share = f"{share:.0%} of copy bandwidth" if share else "no kernel times"
         return f"{row['batch']:5} {row['dtype']:8} {row['chain']:20} apply kernel at {share}; ms: {cells}"
+    kernels = "".join(
+        f"\n      {kernel['ms'] * 1e3:8.1f} us, {kernel['share_of_copy_bandwidth']:.0%} of copy bandwidth: {name[:90]}"
+        for name, kernel in row["own_kernels"].items()
+        if (row["rows"], row["columns"]) in KEY_SHAPES
+    )
     return (
         f"{row['rows']:5} x {row['columns']:5} {row['mode']} {row['form']:6} {row['speedup']:6.2f}x the best other, "
-        f"{row['share_of_floor']:.0%} of the floor's speed; ms: {cells}"
+        f"{row['share_of_floor']:.0%} of the floor's speed; ms: {cells}{kernels}"
     )
 
 

@@ -26,7 +26,10 @@ part() {
     fi
 }
 
-capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') || exit 1
+capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())' 2>"$out/device.log") || {
+    echo "benchmarks/gpu.sh: no usable CUDA device: $(tail -n 1 "$out/device.log")"
+    exit 2
+}
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,temperature.gpu --format=csv,noheader
 
 part build 120 env MMFAST_CUDA=1 MMFAST_NATIVE=1 MMFAST_CUDA_ARCHS="$capability" "$python" setup.py build_ext --inplace
