@@ -10,11 +10,13 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 failed=()
+deadline=520 reserve=115 # seconds in all, and of them for the benchmarks
 
 # part NAME SECONDS COMMAND...: its output goes to a log, of which the end is shown if it fails.
 part() {
-    local name=$1 limit=$2 begin=$SECONDS status=0
+    local name=$1 limit=$2 begin=$SECONDS status=0 left=$((deadline - reserve - SECONDS))
     shift 2
+    ((limit > left)) && limit=$((left > 1 ? left : 1))
     timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || status=$?
     if ((status == 0)); then
         printf '%-12s ok, %d s: %s\n' "$name" $((SECONDS - begin)) "$(tail -n 1 "$out/$name.log")"
@@ -34,13 +36,16 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,
 
 part build 120 env MMFAST_CUDA=1 MMFAST_NATIVE=1 MMFAST_CUDA_ARCHS="$capability" "$python" setup.py build_ext --inplace
 part info 30 "$python" -m mmfast.cli info
-cases='loss_and_gradients and float32 and (33 or 600) or views_are and float32'
-check=(compute-sanitizer --error-exitcode 9 --print-limit 20 --launch-timeout 60)
 tests=("$python" -m pytest -p no:cacheprovider -q --tb=short)
-part tests 170 "${tests[@]}" python_tests/test_{gpu,backends,augment,barlow_twins,triton_augment,triton_barlow_twins}.py
-part memcheck 50 "${check[@]}" --tool memcheck "${tests[@]}" python_tests/test_gpu.py -k "($cases) and cuda-cuda"
-part racecheck 50 "${check[@]}" --tool racecheck "${tests[@]}" python_tests/test_gpu.py -k "($cases) and cuda-cuda"
-part benchmarks 150 "$python" benchmarks/gpu.py --out "$out/results.json" --seconds 130
+part gpu 120 "${tests[@]}" python_tests/test_{gpu,backends,augment}.py
+part loss 120 "${tests[@]}" python_tests/test_{barlow_twins,products}.py
+part triton 90 "${tests[@]}" python_tests/test_triton_{augment,barlow_twins}.py
+cases='(loss_and_gradients and float32 and (33 or 600) or views_are and float32) and cuda-cuda'
+check=(compute-sanitizer --error-exitcode 9 --print-limit 20)
+part memcheck 60 "${check[@]}" --tool memcheck "${tests[@]}" python_tests/test_gpu.py -k "$cases"
+part racecheck 60 "${check[@]}" --tool racecheck "${tests[@]}" python_tests/test_gpu.py -k "$cases"
+reserve=0
+part benchmarks 150 "$python" benchmarks/gpu.py --out "$out/results.json" --seconds $((deadline - SECONDS - 25))
 cat "$out/benchmarks.log"
 ((${#failed[@]} == 0)) || echo "failed: ${failed[*]}"
 exit $((${#failed[@]} > 0))
