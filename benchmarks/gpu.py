@@ -252,7 +252,7 @@ def show(row: dict) -> str:
         share = f"{share:.0%} of copy bandwidth" if share else "no kernel times"
         return f"{row['batch']:5} {row['dtype']:8} {row['chain']:20} apply kernel at {share}; ms: {cells}"
     kernels = "".join(
-        f"\n      {kernel['ms'] * 1e3:8.1f} us, {kernel['share_of_copy_bandwidth']:.0%} of a copy's speed: {name[:90]}"
+        f"\n      {kernel['ms'] * 1e3:8.1f} us, {kernel['share_of_copy_bandwidth']:.0%} of a copy: {name[:80]}"
         for name, kernel in row["own_kernels"].items()
         if (row["rows"], row["columns"]) in KEY_SHAPES
     )
