@@ -199,6 +199,8 @@ def test_interruption_exits_130_and_says_how_to_go_on(number, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Shells let what they start in the background ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
