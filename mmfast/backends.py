@@ -80,7 +80,8 @@ def _no_code_on(index: int) -> str:
 def _no_code_for(capability: tuple[int, int]) -> str:
     """Machine code runs on devices of its own major version, PTX of the newest on all later ones."""
     major, minor = capability
-    archs = [int(arch) for arch in build_record()["cuda"]["archs"]]
+    # Without the letter of an architecture-specific target such as 90a.
+    archs = [int(arch.rstrip("af")) for arch in build_record()["cuda"]["archs"]]
     device = 10 * major + minor
     if device >= archs[-1] or any(arch // 10 == major and arch <= device for arch in archs):
         return ""

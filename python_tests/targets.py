@@ -2,7 +2,6 @@
 
 import contextlib
 
-import pytest
 import torch
 
 from mmfast import backends
@@ -15,8 +14,6 @@ def usable(backend: str, device: str) -> bool:
 
 
 KERNELS = [pair for pair in PAIRS if usable(*pair)]
-over_kernels = pytest.mark.parametrize("target", KERNELS, ids="-".join)
-over_cuda = pytest.mark.parametrize("target", [pair for pair in KERNELS if pair[0] == "cuda"], ids="-".join)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from targets import KERNELS, on
 
 from mmfast import backends
+from mmfast.errors import UserError
 from mmfast.ops import random
 from mmfast.ops.augment import augment_apply, augment_draw
 from mmfast.ops.native import call_cuda
@@ -114,6 +115,47 @@ def test_equal_random_words_go_by_index(target, steps, sample):
         table = chains([[[Step(kind, 1.0, "sample", share, flags=1)]]])
         args = (seed, ids, [None], table, 1, [(steps, 1)])
         assert torch.equal(augment_draw(*args), reference(augment_draw, *args))
+
+
+@pytest.mark.parametrize(
+    "shapes, steps_per_view",
+    [([(3, 2)] * 9, [1] * 17), ([(5, 3), (4, 6)], [30, 40, 25]), ([(300, 70), (2, 1)], [2, 3])],
+    ids=["modalities and views", "steps", "elements"],
+)
+def test_calls_of_more_than_one_launch_or_block(target, shapes, steps_per_view):
+    """More modalities, views and steps than the tables of one launch hold; samples cut into several blocks."""
+    kinds = [
+        Step(RESAMPLE, 0.5, "sample", 0.4, 0.1, gate=0.7),
+        Step(MASK_STEPS, 0.5, "sample", 0.1),
+        Step(NOISE, 0.5, "sample", 0.1, 0.2),
+    ]
+    views = [[[kinds[s % 3]] * len(shapes) for s in range(count)] for count in steps_per_view]
+    table, batch, seed = chains(views), 3, torch.tensor([5])
+    lengths = [torch.tensor([0, length, length - 1]) for length, _ in shapes]
+    plan = augment_draw(seed, None, lengths, table, batch, shapes)
+    assert torch.equal(plan, reference(augment_draw, seed, None, lengths, table, batch, shapes))
+    xs = [torch.randn(batch, *shape) for shape in shapes]
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    args = (xs, lengths, seed, None, plan, table, False)
+    torch.testing.assert_close(augment_apply(*args), reference(augment_apply, *args), **close)
+    args = ([torch.randn_like(x) for _ in views for x in xs], lengths, seed, None, plan, *table, False)
+    adjoint = torch.ops.mmfast.augment_adjoint
+    torch.testing.assert_close(adjoint(*args), reference(adjoint, *args), **close)
+
+
+def test_the_longest_chain(target):
+    def run(count):
+        table, seed = chains([[[Step(NOISE, 1.0, "sample", 0.0, 0.1)]] * count]), torch.tensor([5])
+        x = torch.zeros(2, 3, 4)
+        plan = augment_draw(seed, None, [None], table, 2, [(3, 4)])
+        return flat(augment_apply([x], [None], seed, None, plan, table, False))[0]
+
+    assert run(64).std() > 0
+    if target[0] == "cuda":
+        with pytest.raises(UserError, match="a chain must have at most 64 steps on the cuda backend, got 65"):
+            run(65)
+    else:
+        assert run(65).std() > 0
 
 
 def example(dtype=torch.float64, noise=True):

@@ -64,6 +64,7 @@ def test_a_backend_can_be_forced_and_is_given_back(native, name, device, reason)
         ("80 90 100", (9, 0), True),
         ("80 90 100", (12, 0), True),
         ("80 90 100", (7, 5), False),
+        ("90a", (9, 0), True),
         ("100", (9, 0), False),
         ("86", (8, 0), False),
     ],

@@ -261,17 +261,8 @@ T from_lane(T value, unsigned lane, const char* at) {
 }  // namespace emulation
 
 template <class T>
-T __shfl_sync(unsigned, T value, int lane) {
-  return emulation::from_lane(value, (unsigned)lane, "__shfl_sync");
-}
-template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::from_lane(value, threadIdx.x % 32 ^ (unsigned)mask, "__shfl_xor_sync");
-}
-template <class T>
-T __shfl_down_sync(unsigned, T value, unsigned delta) {
-  const unsigned lane = threadIdx.x % 32;
-  return emulation::from_lane(value, lane + delta < 32 ? lane + delta : lane, "__shfl_down_sync");
 }
 inline unsigned __ballot_sync(unsigned, bool flag) {
   const uint64_t* flags = emulation::machine.share(flag, "__ballot_sync");

@@ -26,10 +26,10 @@ int cuda_augment_apply(const AugmentCall& call, const int32_t* plan, int dtype, 
 int cuda_augment_adjoint(const AugmentCall& call, const int32_t* plan, int dtype, const void* const* grads,
                          void* const* x_grads, const Target& target);
 
-// barlow_twins.cu: the five passes of mmfast/ops/barlow_twins.py (_Plain says what they compute). Embeddings,
-// and views of a half type, have unit column stride and any row stride; all else is dense. `wide`: the
-// compute type C is fp64, else fp32. `scratch` holds as many values of C as the function of that name says;
-// null for 0.
+// barlow_twins_*.cu: the five passes of mmfast/ops/barlow_twins.py (_Plain says what they compute).
+// Embeddings, and views of a half type, have unit column stride and any row stride; all else is dense.
+// `wide`: the compute type C is fp64, else fp32. `scratch` holds as many values of C as the function of that
+// name says; null for 0.
 int64_t cuda_barlow_twins_standardise_scratch(bool wide, int64_t rows, int64_t columns);
 int cuda_barlow_twins_standardise(int dtype, bool narrow, const void* z_a, int64_t stride_a, const void* z_b,
                                   int64_t stride_b, int64_t rows, int64_t columns, bool center, double eps,

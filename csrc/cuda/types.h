@@ -1,4 +1,4 @@
-// Element types of the launchers' arguments.
+// What several kernels need of warps and of the element types of their arguments.
 #pragma once
 #include "../scalar.h"
 
