@@ -160,6 +160,8 @@ int cuda_augment_adjoint(const AugmentArguments& arguments, Address plan, int dt
 #endif
 
 // barlow_twins: see cpu/kernels.h and cuda/kernels.h.
+using Definition = mmfast::BarlowTwinsDefinition;
+
 bool cpu_is_intel() {
 #if defined(__x86_64__)
   return __builtin_cpu_is("intel");
@@ -169,51 +171,52 @@ bool cpu_is_intel() {
 }
 
 int barlow_twins_standardise(int dtype, Address z_a, int64_t stride_a, Address z_b, int64_t stride_b,
-                             int64_t rows, int64_t columns, bool center, double eps, Address hat,
+                             int64_t rows, int64_t columns, const Definition& definition, Address hat,
                              Address statistics, int threads) {
   return KERNEL(barlow_twins_standardise)(dtype, ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows,
-                                          columns, center, eps, ptr<void>(hat), ptr<void>(statistics),
+                                          columns, definition, ptr<void>(hat), ptr<void>(statistics),
                                           threads);
 }
 
 bool barlow_twins_gram_energy(bool wide, Address hat, Address statistics, int64_t rows, int64_t columns,
-                              double lambd, bool grad_a, bool grad_b, Address kept, Address loss,
-                              Address components, int threads) {
-  return KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(hat), ptr<void>(statistics), rows, columns, lambd,
-                                          grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
+                              const Definition& definition, bool grad_a, bool grad_b, Address kept,
+                              Address loss, Address components, int threads) {
+  return KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(hat), ptr<void>(statistics), rows, columns,
+                                          definition, grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
                                           ptr<void>(components), threads);
 }
 
 void barlow_twins_correlation_energy(bool wide, Address p, Address statistics, int64_t rows, int64_t columns,
-                                     double lambd, Address loss, Address components, int threads) {
-  KERNEL(barlow_twins_correlation_energy)(wide, ptr<void>(p), ptr<void>(statistics), rows, columns, lambd,
-                                          ptr<void>(loss), ptr<void>(components), threads);
+                                     const Definition& definition, Address loss, Address components,
+                                     int threads) {
+  KERNEL(barlow_twins_correlation_energy)(wide, ptr<void>(p), ptr<void>(statistics), rows, columns,
+                                          definition, ptr<void>(loss), ptr<void>(components), threads);
 }
 
 bool barlow_twins_backward(int dtype, bool gram, Address matrix_a, Address matrix_b, Address hat,
-                           Address statistics, Address upstream, int64_t rows, int64_t columns, double lambd,
-                           Address grad_a, Address grad_b, int threads) {
+                           Address statistics, Address upstream, int64_t rows, int64_t columns,
+                           const Definition& definition, Address grad_a, Address grad_b, int threads) {
   return KERNEL(barlow_twins_backward)(dtype, gram, ptr<void>(matrix_a), ptr<void>(matrix_b), ptr<void>(hat),
-                                       ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd,
+                                       ptr<void>(statistics), ptr<void>(upstream), rows, columns, definition,
                                        ptr<void>(grad_a), ptr<void>(grad_b), threads);
 }
 
 #ifdef MMFAST_WITH_CUDA
 int cuda_barlow_twins_standardise(int dtype, bool narrow, Address z_a, int64_t stride_a, Address z_b,
-                                  int64_t stride_b, int64_t rows, int64_t columns, bool center, double eps,
-                                  Address hat, Address statistics, Address scratch, int device,
-                                  Address stream) {
+                                  int64_t stride_b, int64_t rows, int64_t columns,
+                                  const Definition& definition, Address hat, Address statistics,
+                                  Address scratch, int device, Address stream) {
   return mmfast::cuda_barlow_twins_standardise(
-      dtype, narrow, ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows, columns, center, eps,
+      dtype, narrow, ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows, columns, definition,
       ptr<void>(hat), ptr<void>(statistics), ptr<void>(scratch), {device, ptr<void>(stream)});
 }
 
 int cuda_barlow_twins_loss(bool wide, bool gram, Address matrices, Address statistics, int64_t rows,
-                           int64_t columns, double lambd, Address loss, Address components, Address scratch,
-                           int device, Address stream) {
+                           int64_t columns, const Definition& definition, Address loss, Address components,
+                           Address scratch, int device, Address stream) {
   return mmfast::cuda_barlow_twins_loss(wide, gram, ptr<void>(matrices), ptr<void>(statistics), rows, columns,
-                                        lambd, ptr<void>(loss), ptr<void>(components), ptr<void>(scratch),
-                                        {device, ptr<void>(stream)});
+                                        definition, ptr<void>(loss), ptr<void>(components),
+                                        ptr<void>(scratch), {device, ptr<void>(stream)});
 }
 
 int cuda_barlow_twins_narrowed(int dtype, Address matrices, int64_t count, int64_t n, int exponent,
@@ -224,12 +227,12 @@ int cuda_barlow_twins_narrowed(int dtype, Address matrices, int64_t count, int64
 
 int cuda_barlow_twins_gradient(int view_dtype, int grad_dtype, Address m_a, Address m_b, Address view_a,
                                int64_t stride_a, Address view_b, int64_t stride_b, Address statistics,
-                               Address upstream, int64_t rows, int64_t columns, double lambd, bool gram,
-                               int exponent, Address gram_b, Address gram_a, Address grad_a, Address grad_b,
-                               Address scratch, int device, Address stream) {
+                               Address upstream, int64_t rows, int64_t columns, const Definition& definition,
+                               bool gram, int exponent, Address gram_b, Address gram_a, Address grad_a,
+                               Address grad_b, Address scratch, int device, Address stream) {
   return mmfast::cuda_barlow_twins_gradient(
       view_dtype, grad_dtype, ptr<void>(m_a), ptr<void>(m_b), ptr<void>(view_a), stride_a, ptr<void>(view_b),
-      stride_b, ptr<void>(statistics), ptr<void>(upstream), rows, columns, lambd, gram, exponent,
+      stride_b, ptr<void>(statistics), ptr<void>(upstream), rows, columns, definition, gram, exponent,
       ptr<void>(gram_b), ptr<void>(gram_a), ptr<void>(grad_a), ptr<void>(grad_b), ptr<void>(scratch),
       {device, ptr<void>(stream)});
 }
@@ -249,6 +252,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("augment_apply", &augment_apply, no_gil);
   m.def("augment_adjoint", &augment_adjoint, no_gil);
   m.def("cpu_is_intel", &cpu_is_intel);
+  py::class_<Definition>(m, "BarlowTwinsDefinition")
+      .def(py::init([](double lambd, bool center, double eps, bool eps_outside, bool unbiased, bool divide,
+                       double scale, bool normalise) {
+        return Definition{lambd, center, eps, eps_outside, unbiased, divide, scale, normalise};
+      }));
   m.def("barlow_twins_standardise", &barlow_twins_standardise, no_gil);
   m.def("barlow_twins_gram_energy", &barlow_twins_gram_energy, no_gil);
   m.def("barlow_twins_correlation_energy", &barlow_twins_correlation_energy, no_gil);

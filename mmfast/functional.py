@@ -7,15 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mmfast.errors import UserError
 from mmfast.ops import barlow_twins as _barlow_twins
 
 
 class BarlowTwinsComponents(NamedTuple):
-    """What a Barlow Twins loss is made of: detached scalars of the loss's dtype and device."""
+    """What a Barlow Twins loss is made of: detached scalars of the loss's dtype and device.
+
+    ``loss`` is ``on_diagonal + lambd * off_diagonal`` times the variant's scale (B^2 for "thesis", whose c_ij are
+    divided by B here, too).
+    """
 
     loss: Tensor
     on_diagonal: Tensor
-    """sum of (1 - c_ii)^2"""
+    """sum of (1 - c_ii)^2; of (1 / B - c_ii)^2 for variant "thesis"."""
     off_diagonal: Tensor
     """sum of c_ij^2 over i != j, not weighted"""
     mean_diagonal: Tensor
@@ -24,8 +29,48 @@ class BarlowTwinsComponents(NamedTuple):
     """root of the mean of c_ij^2 over i != j: 0 where features are decorrelated; 0 for D = 1"""
 
 
+# What the published losses of this name are, where they differ from the first: one process, C divided by the
+# number of rows, and no running statistics. All are written out in docs/migration.md.
+BARLOW_TWINS_VARIANTS: dict[str, dict[str, float | bool]] = {
+    # Zbontar et al., ICML 2021: BatchNorm1d(affine=False). Their code's lambd is 0.0051.
+    "official": {"lambd": 5e-3, "eps": 1e-5, "scale": 1.0},
+    # lightly, BarlowTwinsLoss: functional batch norm in training mode.
+    "lightly": {},
+    # solo-learn, barlow_loss_func: a fresh BatchNorm1d, and scale_loss.
+    "solo": {"scale": 0.025},
+    # VISSL, BarlowTwinsCriterion and its configurations: one normaliser for the rows of both views.
+    "vissl": {"pooled": True, "lambd": 0.0051, "scale": 0.024},
+    # MONAI, BarlowTwinsLoss: torch.std, plus 1e-6.
+    "monai": {"unbiased": True, "eps_outside": True, "eps": 1e-6},
+    # catalyst, BarlowTwinsLoss: torch.var, plus 1e-12 under the root; off-diagonal terms with full weight.
+    "catalyst": {"unbiased": True, "eps": 1e-12, "lambd": 1.0},
+    # stable-pretraining, BarlowTwinsLoss: torch.std, plus 1e-5.
+    "stable-pretraining": {"unbiased": True, "eps_outside": True},
+    # The recipe of Lightning's tutorials: torch.std and no eps.
+    "lightning": {"unbiased": True, "eps": 0.0},
+    # The thesis' code: BatchNorm1d(affine=False), and C = Â'B̂ as it is.
+    "thesis": {"divide": False},
+}
+
+
+def barlow_twins_options(variant: str, **given: float | bool | None) -> dict[str, float | bool]:
+    """Arguments of the op: those of the variant, where they are not given."""
+    chosen = BARLOW_TWINS_VARIANTS.get(variant) if isinstance(variant, str) else None
+    if chosen is None:
+        names = ", ".join(BARLOW_TWINS_VARIANTS)
+        raise UserError(f"barlow_twins: variant must be one of {names}, got {variant!r}")
+    given = {name: value for name, value in given.items() if value is not None}
+    return {**BARLOW_TWINS_VARIANTS["official"], **chosen, **given}
+
+
 def barlow_twins(
-    z_a: Tensor, z_b: Tensor, lambd: float = 5e-3, center: bool = True, eps: float = 1e-5
+    z_a: Tensor,
+    z_b: Tensor,
+    lambd: float | None = None,
+    center: bool = True,
+    eps: float | None = None,
+    variant: str = "official",
+    scale: float | None = None,
 ) -> Tensor:
     r"""Barlow Twins loss of the embeddings of two views (Zbontar et al., ICML 2021).
 
@@ -37,30 +82,62 @@ def barlow_twins(
     with mean and biased variance over the batch, each view on its own (an affine-free batch norm). Exact in
     O(B D min(B, D)) time; for 4 B < 3 D nothing of size D x D is stored. Runs are bit-for-bit repeatable.
 
+    Other libraries compute other functions under this name. ``variant`` picks theirs:
+
+    ====================  ==========================  ======  =====  ===================================
+    variant               divisor of a column         lambd   scale  and
+    ====================  ==========================  ======  =====  ===================================
+    official, lightly     sqrt(var + 1e-5)            0.005   1
+    solo                  sqrt(var + 1e-5)            0.005   0.025
+    vissl                 sqrt(var + 1e-5)            0.0051  0.024  mean and var over both views pooled
+    monai                 std + 1e-6, unbiased        0.005   1
+    catalyst              sqrt(var + 1e-12), unbiased 1       1
+    stable-pretraining    std + 1e-5, unbiased        0.005   1
+    lightning             std, unbiased               0.005   1
+    thesis                sqrt(var + 1e-5)            0.005   1      C is not divided by B
+    ====================  ==========================  ======  =====  ===================================
+
+    Warning:
+        ``thesis`` is there to reproduce a published experiment, not for new ones. Without the division its loss is
+        B^2 (sum (1/B - c_ii)^2 + lambd sum c_ij^2): correlations of corresponding features are drawn to 1/B, that
+        is nearly to zero, and the size of the loss depends on the batch size. ``vissl`` is wrong for views whose
+        scales or means differ, as those of two modalities do: statistics of both together standardise neither.
+
     Args:
         z_a, z_b: (B, D), B >= 2, on one device and of one dtype: float32, float64, bfloat16 or float16. Half
             types are computed in float32, whatever autocast says; on GPUs the operands of the matrix products are
             rounded to the half type, as tensor cores multiply those, and their results are float32.
-        lambd: weight of the off-diagonal term, finite and >= 0.
+        lambd: weight of the off-diagonal term, finite and >= 0; the variant's if None.
         center: False leaves the mean in: c_ij = a_i . b_j / (|a_i| |b_j|) where eps is added to |a_i|^2 / B.
-        eps: added to the variance, finite and >= 0. A column without variance correlates with nothing: c = 0.
+        eps: added to the variance or deviation, finite and >= 0; the variant's if None. A column without variance
+            correlates with nothing: c = 0.
+        variant: the name of a published definition.
+        scale: factor of the whole loss, finite and >= 0; the variant's if None.
 
     Returns:
         A scalar, float64 for float64 embeddings, else float32. Gradients have the dtype of the embeddings and
         are not differentiable again.
 
     Raises:
-        ValueError: shapes or devices that do not match, B < 2, D < 1, lambd or eps out of range. On the CPU
-            also NaN or infinite embeddings, with the view, their number and the first position; on GPUs, which
-            nobody waits for, these make the loss NaN.
+        ValueError: shapes or devices that do not match, B < 2, D < 1, an unknown variant, lambd, eps or scale out
+            of range. On the CPU also NaN or infinite embeddings, with the view, their number and the first
+            position; on GPUs, which nobody waits for, these make the loss NaN.
         TypeError: unequal or unsupported dtypes.
     """
-    return _barlow_twins.barlow_twins(z_a, z_b, lambd, center, eps)[0]
+    options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
+    return _barlow_twins.barlow_twins(z_a, z_b, **options)[0]
 
 
 @torch.no_grad()
 def barlow_twins_components(
-    z_a: Tensor, z_b: Tensor, lambd: float = 5e-3, center: bool = True, eps: float = 1e-5
+    z_a: Tensor,
+    z_b: Tensor,
+    lambd: float | None = None,
+    center: bool = True,
+    eps: float | None = None,
+    variant: str = "official",
+    scale: float | None = None,
 ) -> BarlowTwinsComponents:
     """The parts of :func:`barlow_twins`, for the same arguments and at the cost of its forward pass."""
-    return BarlowTwinsComponents(*_barlow_twins.barlow_twins(z_a, z_b, lambd, center, eps)[1].unbind())
+    options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
+    return BarlowTwinsComponents(*_barlow_twins.barlow_twins(z_a, z_b, **options)[1].unbind())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmfast.functional import BarlowTwinsComponents, barlow_twins_components
+from mmfast.functional import BarlowTwinsComponents, barlow_twins_components, barlow_twins_options
 from mmfast.ops import barlow_twins as _barlow_twins
 
 
@@ -14,16 +14,33 @@ class BarlowTwinsLoss(nn.Module):
     >>> loss = BarlowTwinsLoss()
     >>> loss(z_a, z_b).backward()
     >>> loss.last.mean_diagonal
+
+    ``variant`` names the published definition, from which lambd, eps and scale come where they are not given; it is
+    described there, with a warning about "thesis" and "vissl".
     """
 
-    def __init__(self, lambd: float = 5e-3, center: bool = True, eps: float = 1e-5):
+    def __init__(
+        self,
+        lambd: float | None = None,
+        center: bool = True,
+        eps: float | None = None,
+        variant: str = "official",
+        scale: float | None = None,
+    ):
         super().__init__()
-        _barlow_twins.check_options(lambd, eps)
-        self.lambd, self.center, self.eps = lambd, center, eps
+        options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
+        self.variant, self.center = variant, center
+        self.lambd, self.eps, self.scale = (options[name] for name in ("lambd", "eps", "scale"))
+        _barlow_twins.check_options(lambd=self.lambd, eps=self.eps, scale=self.scale)
         self._last: Tensor | None = None
 
+    def _options(self) -> dict[str, float | bool]:
+        names = ("variant", "lambd", "center", "eps", "scale")
+        return {name: getattr(self, name) for name in names}
+
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        loss, self._last = _barlow_twins.barlow_twins(z_a, z_b, self.lambd, self.center, self.eps)
+        options = barlow_twins_options(**self._options())
+        loss, self._last = _barlow_twins.barlow_twins(z_a, z_b, **options)
         return loss
 
     @property
@@ -33,7 +50,8 @@ class BarlowTwinsLoss(nn.Module):
 
     def components(self, z_a: Tensor, z_b: Tensor) -> BarlowTwinsComponents:
         """Components for other embeddings, with this loss's options; ``last`` stays as it is."""
-        return barlow_twins_components(z_a, z_b, self.lambd, self.center, self.eps)
+        return barlow_twins_components(z_a, z_b, **self._options())
 
     def extra_repr(self) -> str:
-        return f"lambd={self.lambd}, center={self.center}, eps={self.eps}"
+        options = f"lambd={self.lambd}, center={self.center}, eps={self.eps}"
+        return f"{options}, variant={self.variant!r}, scale={self.scale}"

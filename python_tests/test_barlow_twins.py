@@ -352,6 +352,8 @@ def test_kernels_write_only_their_outputs(dtype, gram):
         buffers.append(torch.full((math.prod(shape) + 2 * zone,), 7.5, dtype=dtype))
         return buffers[-1][zone:-zone].view(shape)
 
+    definition = ops._native(ops.Definition(lambd=0.01))
+
     def call(name, *arguments):
         addresses = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
         return getattr(backends._C, name)(*addresses, 2)
@@ -360,23 +362,23 @@ def test_kernels_write_only_their_outputs(dtype, gram):
     code = ops.dtype_code("test", "z_a", z_a)
     hat, statistics = guarded(2, rows, columns), guarded(5, columns)
     sizes = (rows, columns)
-    call("barlow_twins_standardise", code, z_a, columns, z_b, columns, *sizes, True, 1e-5, hat, statistics)
+    call("barlow_twins_standardise", code, z_a, columns, z_b, columns, *sizes, definition, hat, statistics)
     loss, components = guarded(), guarded(5)
     if gram:
         kept = guarded(2, rows, rows)
-        options = (*sizes, 0.01, True, True)
+        options = (*sizes, definition, True, True)
         call("barlow_twins_gram_energy", False, hat, statistics, *options, kept, loss, components)
         torch.testing.assert_close(kept, hat @ hat.mT)
         assert torch.equal(kept, kept.mT)
         matrices = kept[1], kept[0]
     else:
         p = guarded(columns, columns).copy_(hat[0].T @ hat[1])
-        call("barlow_twins_correlation_energy", False, p, statistics, *sizes, 0.01, loss, components)
+        call("barlow_twins_correlation_energy", False, p, statistics, *sizes, definition, loss, components)
         assert not p.diagonal().any()
         matrices = [hat[1] @ p.T, hat[0] @ p]
     assert float(loss) == pytest.approx(float(ops.reference(z_a, z_b, 0.01)), rel=1e-5)
     grads = [guarded(rows, columns, dtype=dtype) for _ in range(2)]
-    call("barlow_twins_backward", code, gram, *matrices, hat, statistics, loss, *sizes, 0.01, *grads)
+    call("barlow_twins_backward", code, gram, *matrices, hat, statistics, loss, *sizes, definition, *grads)
     for buffer in buffers:
         assert (buffer[:zone] == 7.5).all() and (buffer[-zone:] == 7.5).all()
 
@@ -407,14 +409,15 @@ def test_every_instruction_set(isa, dtype):
 def test_bits_depend_neither_on_threads_nor_on_chance(shape):
     z_a, z_b = views(*shape, torch.float32)
     fixed = torch.randn(shape[1], shape[1])
+    definition = ops.Definition(lambd=0.01)
 
     def passes():
-        hat, statistics = ops._Cpu.standardise(z_a, z_b, True, 1e-5, False)
-        loss, components, kept = ops._Cpu.gram_energy(hat, statistics, 0.01, True, True)
-        direct = ops._Cpu.correlation_loss(fixed.clone(), shape[0], statistics, 0.01)
+        hat, statistics = ops._Cpu.standardise(z_a, z_b, definition, False)
+        loss, components, kept = ops._Cpu.gram_energy(hat, statistics, definition, True, True)
+        direct = ops._Cpu.correlation_loss(fixed.clone(), shape[0], statistics, definition)
         grads = torch.empty(2, *hat.shape)
-        ops._Cpu.gram_backward(kept, hat, statistics, loss, 0.01, grads[0])
-        ops._Cpu.gradient(hat, hat, statistics, loss, 0.01, False, 0, None, grads[1])
+        ops._Cpu.gram_backward(kept, hat, statistics, loss, definition, grads[0])
+        ops._Cpu.gradient(hat, hat, statistics, loss, definition, False, 0, None, grads[1])
         return hat, statistics, loss, components, kept, *direct, grads
 
     threads = torch.get_num_threads()
@@ -438,7 +441,7 @@ NARROW = pytest.mark.parametrize("backend", NARROW, ids="-".join, indirect=True)
 
 
 def narrow_loss(z_a, z_b, lambd=5e-3, center=True, gram=True):
-    return ops._BarlowTwins.apply(z_a, z_b, lambd, center, 1e-5, gram, True)[0]
+    return ops._BarlowTwins.apply(z_a, z_b, gram, True, *ops.Definition(lambd, center))[0]
 
 
 def gradient_bound(z_a, z_b, truth, lambd, center=True):
@@ -564,6 +567,7 @@ def test_cuda_kernels_write_only_their_outputs(shape, dtype, gram, backend):
     compute, half = ops._compute_dtype(torch.empty(0, dtype=dtype)), dtype in HALF
     code, wide = dtype_code("test", "z", torch.empty(0, dtype=dtype)), compute == torch.float64
     device = torch.get_default_device()
+    definition = ops._native(ops.Definition(lambd=0.01))
     for zone, narrow in ((64, half), (63, False), (61, half)):
         buffers = []
 
@@ -588,14 +592,14 @@ def test_cuda_kernels_write_only_their_outputs(shape, dtype, gram, backend):
             guarded().fill_(1),
         )
         call(
-            *("standardise", code, narrow, z[0], columns, z[1], columns, rows, columns, True, 1e-5),
+            *("standardise", code, narrow, z[0], columns, z[1], columns, rows, columns, definition),
             *(hat, statistics, scratch("standardise", wide, rows, columns)),
         )
         n = rows if gram else columns
         matrices = guarded(2, n, n) if gram else guarded(n, n)
         matrices.copy_(gram_matrices(hat) if gram else product(hat[0].T, hat[1].T))
         call(
-            *("loss", wide, gram, matrices, statistics, rows, columns, 0.01, loss, components),
+            *("loss", wide, gram, matrices, statistics, rows, columns, definition, loss, components),
             scratch("loss", wide, gram, rows, columns),
         )
         assert gram or not matrices.diagonal().any()
@@ -617,7 +621,16 @@ def test_cuda_kernels_write_only_their_outputs(shape, dtype, gram, backend):
         grams = (matrices[1], matrices[0]) if narrow and gram else (0, 0)
         call(
             *("gradient", view_code, code, *products, own[0], columns, own[1], columns, statistics, upstream),
-            *(rows, columns, 0.01, gram, exponent, *grams, *grads, scratch("gradient", wide, rows, columns)),
+            *(
+                rows,
+                columns,
+                definition,
+                gram,
+                exponent,
+                *grams,
+                *grads,
+                scratch("gradient", wide, rows, columns),
+            ),
         )
         for x, y in zip(grads, truth[1:], strict=True):
             assert relative_error(x, y) < (torch.finfo(dtype).eps if half else 1e-5)
@@ -684,16 +697,16 @@ def test_graph_capture(gram):
 def test_opcheck(dtype, gram, backend):
     z_a, z_b = views(6, 9, dtype)
     narrow = is_narrow(dtype)
-    options = (0.01, True, 1e-5, gram, narrow)
     for needs in ((True, True), (False, True), (False, False)):
-        arguments = (z_a, z_b, *options, *needs)
+        options = (gram, narrow, *needs, *ops.Definition(lambd=0.01))
+        arguments = (z_a, z_b, *options)
         torch.library.opcheck(torch.ops.mmfast.barlow_twins_forward, arguments)
         if any(needs):
             loss, _, hat, *saved = torch.ops.mmfast.barlow_twins_forward(*arguments)
             kept = [hat, z_a, z_b] if narrow else [hat] if dtype == hat.dtype else [z_a, z_b]
             torch.library.opcheck(
                 torch.ops.mmfast.barlow_twins_backward,
-                (torch.ones_like(loss), kept, *saved, *options, *needs),
+                (torch.ones_like(loss), kept, *saved, *options),
             )
 
 
@@ -840,7 +853,8 @@ def test_module():
     assert loss.last == loss.components(z_a, z_b) and torch.equal(loss.last.loss, value.detach())
     assert not loss.last.on_diagonal.requires_grad
     assert not loss.state_dict() and not list(loss.parameters())
-    assert repr(loss) == "BarlowTwinsLoss(lambd=0.02, center=False, eps=0.001)"
+    options = "lambd=0.02, center=False, eps=0.001, variant='official', scale=1.0"
+    assert repr(loss) == f"BarlowTwinsLoss({options})"
 
 
 # Refusals.
@@ -918,12 +932,13 @@ def test_the_loss_shows_what_nobody_waits_to_look_at(bad, rows, gram, backend):
         pytest.skip("these kernels do report it")
     z_a, z_b = views(rows, 5, torch.float32)
     z_b[1:, 2] = bad
-    hat, statistics = passes().standardise(z_a, z_b, True, 1e-5, False)
+    definition = ops.Definition(lambd=0.01)
+    hat, statistics = passes().standardise(z_a, z_b, definition, False)
     assert statistics[[1, 2], 2].isnan().all() and statistics[:, [0, 1, 3, 4]].isfinite().all()
     if gram:
-        loss, _ = passes().gram_loss(gram_matrices(hat), statistics, 0.01)
+        loss, _ = passes().gram_loss(gram_matrices(hat), statistics, definition)
     else:
-        loss, _ = passes().correlation_loss(product(hat[0].T, hat[1].T), rows, statistics, 0.01)
+        loss, _ = passes().correlation_loss(product(hat[0].T, hat[1].T), rows, statistics, definition)
     assert loss.isnan()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from triton_help import DEVICE, assert_rounded, inside, red_zones
 
+from mmfast.ops.barlow_twins import Definition
 from mmfast.triton import barlow_twins as passes
 
 # fp32 sums over hundreds of rows, and a factor for gradients that are differences of larger terms.
@@ -40,14 +41,15 @@ def embeddings(rows, columns, dtype=torch.float32, offset=0.0):
 
 def both(z_a, z_b, center, eps, gram, upstream=1.0, lambd=LAMBD, wanted=(True, True), in_place=True):
     """Loss, components and gradients by the passes, with the products that the op does between them."""
-    hat, statistics = passes.standardise(z_a, z_b, center, eps, False)
+    definition = Definition(lambd, center, eps)
+    hat, statistics = passes.standardise(z_a, z_b, definition, False)
     if gram:
         grams = hat @ hat.mT
-        loss, components = passes.gram_loss(grams, statistics, lambd)
+        loss, components = passes.gram_loss(grams, statistics, definition)
         products = [grams[1] @ hat[0], grams[0] @ hat[1]]
     else:
         p = hat[0].T @ hat[1]
-        loss, components = passes.correlation_loss(p, len(z_a), statistics, lambd)
+        loss, components = passes.correlation_loss(p, len(z_a), statistics, definition)
         products = [hat[1] @ p.T, hat[0] @ p]
     products = [m if want else None for m, want in zip(products, wanted, strict=True)]
     in_place = in_place and z_a.dtype == hat.dtype
@@ -56,7 +58,7 @@ def both(z_a, z_b, center, eps, gram, upstream=1.0, lambd=LAMBD, wanted=(True, T
         for m in products
     ]  # fmt: skip
     u = torch.tensor(upstream, dtype=hat.dtype, device=DEVICE)
-    passes.gradient(products, [hat[0], hat[1]], statistics, u, lambd, gram, 0, None, grads)
+    passes.gradient(products, [hat[0], hat[1]], statistics, u, definition, gram, 0, None, grads)
     return loss, components, grads
 
 
@@ -108,7 +110,7 @@ def test_standardise(center, dtype):
     for rows, columns in ((2, 9), (70, 72), (1100 if dtype == torch.float32 else 100, 3)):
         z_a, z_b = embeddings(rows, columns, dtype)
         with red_zones():
-            hat, statistics = passes.standardise(z_a, z_b, center, 1e-3, narrow)
+            hat, statistics = passes.standardise(z_a, z_b, Definition(center=center, eps=1e-3), narrow)
         assert hat.dtype == dtype and hat.shape == (2, rows, columns) and statistics.shape == (5, columns)
         (a, r_a, mean_a), (b, r_b, mean_b) = (standardised(z, center, 1e-3) for z in (z_a, z_b))
         compute = statistics.dtype
@@ -141,7 +143,7 @@ def test_views_that_agree(gram):
 def test_constant_columns(eps, dtype):
     z_a, z_b = embeddings(90, 6, dtype)
     z_a[:, 1], z_b[:, 4] = 1e4, -0.1
-    hat, statistics = passes.standardise(z_a, z_b, True, eps, dtype in HALF)
+    hat, statistics = passes.standardise(z_a, z_b, Definition(eps=eps), dtype in HALF)
     assert (hat[0, :, 1] == 0).all() and (hat[1, :, 4] == 0).all()
     if eps == 0:
         assert statistics[0, 1] == 0 and statistics[1, 4] == 0
@@ -183,7 +185,7 @@ def test_strides_and_surroundings():
         assert torch.equal(actual[0], expected[0])
         assert all(torch.equal(a, b) for a, b in zip(actual[2], expected[2], strict=True))
     row = z_a[:1].expand(50, -1)
-    hat, _ = passes.standardise(row, z_b, True, 1e-5, False)
+    hat, _ = passes.standardise(row, z_b, Definition(), False)
     assert (hat[0] == 0).all()
 
 
@@ -200,7 +202,7 @@ def test_the_diagonal_of_the_product_becomes_zero(size):
     statistics = torch.rand(5, size, device=DEVICE)
     before = p.clone()
     with red_zones():
-        loss, components = passes.correlation_loss(p, 7, statistics, 0.5)
+        loss, components = passes.correlation_loss(p, 7, statistics, Definition(lambd=0.5))
     assert torch.equal(p, before.fill_diagonal_(0))
     deficit = statistics[2].double()
     on, off = deficit.square().sum(), before.double().square().sum() / 49
@@ -211,9 +213,12 @@ def test_the_diagonal_of_the_product_becomes_zero(size):
 
 def test_energies_below_zero_are_zero():
     statistics = torch.zeros(5, 4, device=DEVICE)
-    loss, components = passes.gram_loss(torch.zeros(2, 3, 3, device=DEVICE), statistics, 1.0)
+    loss, components = passes.gram_loss(
+        torch.zeros(2, 3, 3, device=DEVICE), statistics, Definition(lambd=1.0)
+    )
     assert components[2] == 0 and loss == 0
-    _, components = passes.gram_loss(torch.full((2, 3, 3), float("nan"), device=DEVICE), statistics, 1.0)
+    grams = torch.full((2, 3, 3), float("nan"), device=DEVICE)
+    _, components = passes.gram_loss(grams, statistics, Definition(lambd=1.0))
     assert components[2].isnan()
 
 
@@ -234,14 +239,23 @@ def test_narrow_gradient(dtype, gram):
     """The write-out pass on given products, exactly: its own inputs are what the formula gets."""
     rows, columns, exponent, u = 45, 72, 4, 1.7
     z_a, z_b = embeddings(rows, columns, dtype)
-    _, statistics = passes.standardise(z_a, z_b, True, 1e-3, True)
+    definition = Definition(LAMBD, eps=1e-3)
+    _, statistics = passes.standardise(z_a, z_b, definition, True)
     products = list(torch.randn(2, rows, columns, device=DEVICE))
     grams = list(torch.rand(2, rows, rows, device=DEVICE) * 50)
     grads = [torch.empty_like(z) for z in (z_a, z_b)]
     with red_zones():
         upstream = torch.tensor(u, device=DEVICE)
         passes.gradient(
-            products, [z_a, z_b], statistics, upstream, LAMBD, gram, exponent, grams if gram else None, grads
+            products,
+            [z_a, z_b],
+            statistics,
+            upstream,
+            definition,
+            gram,
+            exponent,
+            grams if gram else None,
+            grads,
         )
     r, deficit, mean = statistics[:2].double(), statistics[2].double(), statistics[3:].double()
     hats = [(z.double() - mean[i]) * r[i] for i, z in enumerate((z_a, z_b))]
@@ -265,21 +279,22 @@ def test_narrow_form(dtype, gram):
     z_a, z_b = embeddings(rows, columns, dtype)
     leaves = [z.double().requires_grad_() for z in (z_a, z_b)]
     loss, _ = oracle(*leaves, LAMBD, True, 1e-5)
-    hat, statistics = passes.standardise(z_a, z_b, True, 1e-5, True)
+    definition = Definition(LAMBD)
+    hat, statistics = passes.standardise(z_a, z_b, definition, True)
     wide = hat.float()
     if gram:
         grams = wide @ wide.mT
-        actual, _ = passes.gram_loss(grams, statistics, LAMBD)
+        actual, _ = passes.gram_loss(grams, statistics, definition)
         narrow = passes.narrowed(grams, dtype, 7).float()
         products, own = [narrow[1] @ wide[0], narrow[0] @ wide[1]], [grams[1], grams[0]]
     else:
         p = wide[0].T @ wide[1]
-        actual, _ = passes.correlation_loss(p, rows, statistics, LAMBD)
+        actual, _ = passes.correlation_loss(p, rows, statistics, definition)
         narrow = passes.narrowed(p, dtype, 7).float()
         products, own = [wide[1] @ narrow.T, wide[0] @ narrow], None
     grads = [torch.empty_like(z) for z in (z_a, z_b)]
     upstream = torch.ones((), device=DEVICE)
-    passes.gradient(products, [z_a, z_b], statistics, upstream, LAMBD, gram, 7, own, grads)
+    passes.gradient(products, [z_a, z_b], statistics, upstream, definition, gram, 7, own, grads)
     ulp = torch.finfo(dtype).eps
     torch.testing.assert_close(actual.double(), loss.detach(), rtol=4 * ulp, atol=0)
     for grad, good in zip(grads, torch.autograd.grad(loss, leaves), strict=True):

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from mmfast.ops.barlow_twins import Definition
 from mmfast.ops.plan import MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains, plan_width
 from mmfast.triton import augment, barlow_twins
 
@@ -97,20 +98,24 @@ def augmentation(recorder, dtype):
 
 def barlow_twins_loss(recorder, dtype):
     rows, columns, narrow = 256, 1000, dtype in HALF
-    recorder.case = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     z = torch.zeros(rows, columns, dtype=dtype)
-    hat, statistics = barlow_twins.standardise(z, z, True, 1e-5, narrow)
-    wide = statistics.dtype
-    grams, products = torch.zeros(2, rows, rows, dtype=wide), torch.zeros(2, rows, columns, dtype=wide)
-    barlow_twins.gram_loss(grams, statistics, 0.1)
-    if narrow:
-        barlow_twins.narrowed(grams, dtype, 10)
-    else:
-        barlow_twins.correlation_loss(torch.zeros(columns, columns, dtype=wide), rows, statistics, 0.1)
-    barlow_twins.gradient(
-        list(products), [z, z] if narrow else list(hat), statistics, torch.ones((), dtype=wide), 0.1, True, 10,
-        list(grams) if narrow else None, [torch.zeros_like(z), torch.zeros_like(z)],
-    )  # fmt: skip
+    plain, other = Definition(), Definition(eps_outside=True, unbiased=True, divide=False)
+    for recorder.case, definition in ((name, plain), (f"{name} variant", other)):
+        hat, statistics = barlow_twins.standardise(z, z, definition, narrow)
+        wide = statistics.dtype
+        grams, products = torch.zeros(2, rows, rows, dtype=wide), torch.zeros(2, rows, columns, dtype=wide)
+        if definition is plain:
+            barlow_twins.gram_loss(grams, statistics, definition)
+            if narrow:
+                barlow_twins.narrowed(grams, dtype, 10)
+            else:
+                p = torch.zeros(columns, columns, dtype=wide)
+                barlow_twins.correlation_loss(p, rows, statistics, definition)
+        barlow_twins.gradient(
+            list(products), [z, z] if narrow else list(hat), statistics, torch.ones((), dtype=wide), definition,
+            True, 10, list(grams) if narrow else None, [torch.zeros_like(z), torch.zeros_like(z)],
+        )  # fmt: skip
 
 
 def main():

@@ -40,8 +40,8 @@ bool for_blocks(int64_t columns, int64_t rows, int threads, Body body) {
 // Copies one block of a view to `block`, less its column means if `center`, and returns r. Sums are relative
 // to the first row: a constant column comes out exactly zero, and an offset costs no precision.
 template <class C, class T, class Extent>
-MMFAST_HD Row<C> centred(const T* z, int64_t stride, int64_t rows, Extent extent, bool center, C eps,
-                         C* block, C* mean_out) {
+MMFAST_HD Row<C> centred(const T* z, int64_t stride, int64_t rows, Extent extent, bool center,
+                         const Scaling<C>& scaling, C* block, C* mean_out) {
   const Row<C> shift = center ? load<C>(z, extent) : Row<C>::all(0);
   const Row<C> sum = sum_rows<C>(rows, [&](int64_t i) {
     Row<C> x = load<C>(z + i * stride, extent) - shift;
@@ -57,7 +57,7 @@ MMFAST_HD Row<C> centred(const T* z, int64_t stride, int64_t rows, Extent extent
   });
   C r[kWidth<C>];
   square.to(r);
-  for (int j = 0; j < kWidth<C>; ++j) r[j] = inverse_deviation(r[j] / (C)rows, eps);
+  for (int j = 0; j < kWidth<C>; ++j) r[j] = scaling.inverse_deviation(r[j] / (C)rows);
   return Row<C>::of(r);
 }
 
@@ -67,25 +67,26 @@ struct Standardise {
   const T *z_a, *z_b;
   int64_t stride_a, stride_b, rows, columns;
   bool center;
-  C eps;
+  Scaling<C> scaling;
   C *hat_a, *hat_b, *r_a, *r_b, *deficit, *mean_a, *mean_b;
 
   template <class Extent>
   MMFAST_HD void block(int64_t j, Extent extent, C* a, C* b) const {
-    const Row<C> ra = centred<C>(z_a + j, stride_a, rows, extent, center, eps, a, mean_a + j);
-    const Row<C> rb = centred<C>(z_b + j, stride_b, rows, extent, center, eps, b, mean_b + j);
-    const Row<C> square = sum_rows<C>(rows, [&](int64_t i) {
+    const Row<C> ra = centred<C>(z_a + j, stride_a, rows, extent, center, scaling, a, mean_a + j);
+    const Row<C> rb = centred<C>(z_b + j, stride_b, rows, extent, center, scaling, b, mean_b + j);
+    const Row<C> known = Row<C>::all(scaling.known);
+    const Row<C> terms = sum_rows<C>(rows, [&](int64_t i) {
       Row<C> x = Row<C>::of(a + i * kWidth<C>) * ra;
       Row<C> y = Row<C>::of(b + i * kWidth<C>) * rb;
       store(x, hat_a + i * columns + j, extent);
       store(y, hat_b + i * columns + j, extent);
-      return (x - y) * (x - y);
+      return scaling.term(x, y, known);
     });
     C d[kWidth<C>], r[kWidth<C>], q[kWidth<C>];
-    square.to(d);
+    terms.to(d);
     ra.to(r);
     rb.to(q);
-    for (int k = 0; k < kWidth<C>; ++k) d[k] = one_minus_c(d[k] / (C)rows, r[k], q[k], eps);
+    for (int k = 0; k < kWidth<C>; ++k) d[k] = scaling.one_minus_c(d[k] / (C)rows, r[k], q[k]);
     store(ra, r_a + j, extent);
     store(rb, r_b + j, extent);
     store(Row<C>::of(d), deficit + j, extent);
@@ -210,7 +211,8 @@ struct Backward {
   View<C, T> a, b;
   const C* deficit;
   int64_t rows, columns;
-  C alpha, beta, diagonal;
+  Scaling<C> scaling;
+  Pull<C> pull;
 
   // The gradient of one block of columns, from m, own and partner with rows of `stride`.
   template <class Stored, class Extent>
@@ -218,16 +220,17 @@ struct Backward {
                           const C* r, int64_t j, Extent extent, T* grad) const {
     const Row<C> products = sum_rows<C>(
         rows, [&](int64_t i) { return load<C>(m + i * stride, stored) * load<C>(own + i * stride, stored); });
-    C p[kWidth<C>], w[kWidth<C>];
+    const Row<C> scale = load<C>(r + j, extent);
+    C p[kWidth<C>], w[kWidth<C>], q[kWidth<C>];
     products.to(p);
     load<C>(deficit + j, extent).to(w);
+    scale.to(q);
     for (int k = 0; k < kWidth<C>; ++k) {
-      ColumnGradient<C> g = column_gradient(p[k] / (C)rows, w[k], alpha, beta, diagonal);
-      p[k] = g.projection;
+      ColumnGradient<C> g = pull.column(p[k] / (C)rows, w[k], scaling.projection(q[k]));
+      p[k] = g.own;
       w[k] = g.weight;
     }
-    const Row<C> scale = load<C>(r + j, extent);
-    const Row<C> x = scale * Row<C>::all(alpha), y = scale * Row<C>::of(w), z = scale * Row<C>::of(p);
+    const Row<C> x = scale * Row<C>::all(pull.alpha), y = scale * Row<C>::of(w), z = scale * Row<C>::of(p);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = i * stride;
       Row<C> g =
@@ -302,16 +305,17 @@ double correlation_energy(C* p, int64_t columns, int threads) {
 
 // The loss and its components; `energy` is the sum of the squares of B C, with_diagonal or not.
 template <class C>
-void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool with_diagonal, double lambd,
-            C* loss, C* components) {
+void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool with_diagonal,
+            const BarlowTwinsDefinition& definition, C* loss, C* components) {
+  const Objective<double> objective(definition, rows);
   double on = 0, trace = 0, diagonal = 0;
   for (int64_t j = 0; j < columns; ++j) {
     double d = deficit[j], c = 1 - d;
-    on += d * d;
+    on += (d - objective.lack) * (d - objective.lack);
     trace += c;
     diagonal += c * c;
   }
-  write_loss(on, trace, diagonal, energy, with_diagonal, rows, columns, lambd, loss, components);
+  write_loss(on, trace, diagonal, energy, with_diagonal, rows, columns, objective, loss, components);
 }
 
 // run(T(), C()) for the element type `dtype` and its compute type.
@@ -332,8 +336,8 @@ bool with_types(int dtype, Run run) {
 }  // namespace
 
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
-                             int64_t rows, int64_t columns, bool center, double eps, void* hat,
-                             void* statistics, int threads) {
+                             int64_t rows, int64_t columns, const BarlowTwinsDefinition& definition,
+                             void* hat, void* statistics, int threads) {
   bool finite = true;
   const bool memory = with_types(dtype, [&](auto element, auto compute) {
     using T = decltype(element);
@@ -345,8 +349,8 @@ int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const
                                  stride_b,
                                  rows,
                                  columns,
-                                 center,
-                                 (C)eps,
+                                 definition.center,
+                                 Scaling<C>(definition, rows),
                                  hats,
                                  hats + rows * columns,
                                  r,
@@ -364,8 +368,8 @@ int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const
 }
 
 bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics, int64_t rows,
-                              int64_t columns, double lambd, bool grad_a, bool grad_b, void* kept, void* loss,
-                              void* components, int threads) {
+                              int64_t columns, const BarlowTwinsDefinition& definition, bool grad_a,
+                              bool grad_b, void* kept, void* loss, void* components, int threads) {
   return with_types(wide ? kFloat64 : kFloat32, [&](auto, auto compute) {
     using C = decltype(compute);
     const C* hats = (const C*)hat;
@@ -373,38 +377,38 @@ bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics
     double energy;
     if (!GramEnergy<C>{hats, hats + rows * columns, rows, columns, keep_a, keep_b}.run(threads, energy))
       return false;
-    finish((const C*)statistics + 2 * columns, rows, columns, energy, true, lambd, (C*)loss, (C*)components);
+    finish((const C*)statistics + 2 * columns, rows, columns, energy, true, definition, (C*)loss,
+           (C*)components);
     return true;
   });
 }
 
 void barlow_twins_correlation_energy(bool wide, void* p, const void* statistics, int64_t rows,
-                                     int64_t columns, double lambd, void* loss, void* components,
-                                     int threads) {
+                                     int64_t columns, const BarlowTwinsDefinition& definition, void* loss,
+                                     void* components, int threads) {
   with_types(wide ? kFloat64 : kFloat32, [&](auto, auto compute) {
     using C = decltype(compute);
     const double energy = correlation_energy((C*)p, columns, threads);
-    finish((const C*)statistics + 2 * columns, rows, columns, energy, false, lambd, (C*)loss, (C*)components);
+    finish((const C*)statistics + 2 * columns, rows, columns, energy, false, definition, (C*)loss,
+           (C*)components);
     return true;
   });
 }
 
 bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const void* matrix_b, const void* hat,
                            const void* statistics, const void* upstream, int64_t rows, int64_t columns,
-                           double lambd, void* grad_a, void* grad_b, int threads) {
+                           const BarlowTwinsDefinition& definition, void* grad_a, void* grad_b, int threads) {
   return with_types(dtype, [&](auto element, auto compute) {
     using T = decltype(element);
     using C = decltype(compute);
     const C *hat_a = (const C*)hat, *hat_b = hat_a + rows * columns, *r = (const C*)statistics;
-    const double u = *(const C*)upstream;
     return Backward<C, T>{{hat_a, r, (const C*)matrix_a, (T*)grad_a},
                           {hat_b, r + columns, (const C*)matrix_b, (T*)grad_b},
                           r + 2 * columns,
                           rows,
                           columns,
-                          (C)(2 * lambd * u / rows / rows),
-                          (C)(2 * u / rows),
-                          gram ? (C)lambd : 0}
+                          Scaling<C>(definition, rows),
+                          Pull<C>(definition, rows, gram, *(const C*)upstream)}
         .run(gram, threads);
   });
 }

@@ -3,6 +3,7 @@
 //
 // Pointers are addresses of dense host memory; `threads` is the number of threads to use at most.
 #include "../augment.h"
+#include "../barlow_twins.h"
 
 namespace MMFAST_NS {
 
@@ -29,21 +30,22 @@ int augment_adjoint(const mmfast::AugmentCall& call, const int32_t* plan, int dt
 
 // Returns 0; 1 if some column has a mean or variance that is not finite; 2 if memory ran out.
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
-                             int64_t rows, int64_t columns, bool center, double eps, void* hat,
-                             void* statistics, int threads);
+                             int64_t rows, int64_t columns, const mmfast::BarlowTwinsDefinition& definition,
+                             void* hat, void* statistics, int threads);
 // Gram form. kept (grad_a + grad_b, B, B): ÂÂ' if grad_b, then B̂B̂' if grad_a. False if memory ran out.
 bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics, int64_t rows,
-                              int64_t columns, double lambd, bool grad_a, bool grad_b, void* kept, void* loss,
-                              void* components, int threads);
+                              int64_t columns, const mmfast::BarlowTwinsDefinition& definition, bool grad_a,
+                              bool grad_b, void* kept, void* loss, void* components, int threads);
 // Direct form, from p = Â'B̂ (D, D), whose diagonal is set to zero.
 void barlow_twins_correlation_energy(bool wide, void* p, const void* statistics, int64_t rows,
-                                     int64_t columns, double lambd, void* loss, void* components,
-                                     int threads);
+                                     int64_t columns, const mmfast::BarlowTwinsDefinition& definition,
+                                     void* loss, void* components, int threads);
 // Gradients of type `dtype`, either of them null if not wanted, for the `upstream` gradient of the loss.
 // matrix_a and matrix_b: with `gram` B̂B̂' and ÂÂ' (B, B), otherwise the products B̂p' and Âp (B, D), which may
 // become the gradients in place. False if memory ran out.
 bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const void* matrix_b, const void* hat,
                            const void* statistics, const void* upstream, int64_t rows, int64_t columns,
-                           double lambd, void* grad_a, void* grad_b, int threads);
+                           const mmfast::BarlowTwinsDefinition& definition, void* grad_a, void* grad_b,
+                           int threads);
 
 }  // namespace MMFAST_NS

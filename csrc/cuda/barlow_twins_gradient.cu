@@ -12,7 +12,9 @@ struct GradientCall {
   Views<V> view;
   T *grad_a, *grad_b;
   int64_t rows, columns;
-  C scale, alpha, beta, diagonal;  // of products; alpha and beta still lack `upstream`
+  C scale;  // of products
+  Scaling<C> scaling;
+  Pull<C> pull;  // without `upstream`
 };
 
 // One column of one view, from row `row` on, rows `step` apart.
@@ -94,11 +96,10 @@ struct Weights {
   template <class Call>
   __device__ __forceinline__ Weights(const Call& call, int64_t column, C r, C products) {
     const C u = *call.upstream, deficit = call.statistics[2 * call.columns + column];
-    const ColumnGradient<C> g =
-        column_gradient(products / call.rows, deficit, call.alpha * u, call.beta * u, call.diagonal);
-    of_m = r * call.alpha * u;
-    of_partner = r * g.weight;
-    of_own = r * g.projection;
+    const ColumnGradient<C> g = call.pull.column(products / call.rows, deficit, call.scaling.projection(r));
+    of_m = r * call.pull.alpha * u;
+    of_partner = r * g.weight * u;
+    of_own = r * g.own * u;
   }
   template <class T, int N>
   __device__ __forceinline__ void store(const C (&m)[N], const C (&partner)[N], const C (&own)[N], int count,
@@ -193,8 +194,9 @@ int64_t cuda_barlow_twins_gradient_scratch(bool wide, int64_t rows, int64_t colu
 int cuda_barlow_twins_gradient(int view_dtype, int grad_dtype, const void* m_a, const void* m_b,
                                const void* view_a, int64_t stride_a, const void* view_b, int64_t stride_b,
                                const void* statistics, const void* upstream, int64_t rows, int64_t columns,
-                               double lambd, bool gram, int exponent, const void* gram_b, const void* gram_a,
-                               void* grad_a, void* grad_b, void* scratch, const Target& target) {
+                               const BarlowTwinsDefinition& definition, bool gram, int exponent,
+                               const void* gram_b, const void* gram_a, void* grad_a, void* grad_b,
+                               void* scratch, const Target& target) {
   const auto run = [&](auto of_view, auto of_grad) {
     using V = decltype(of_view);
     using T = decltype(of_grad);
@@ -211,9 +213,8 @@ int cuda_barlow_twins_gradient(int view_dtype, int grad_dtype, const void* m_a, 
                                   rows,
                                   columns,
                                   (C)(1ull << exponent),
-                                  (C)(2 * lambd / rows / rows),
-                                  (C)(2.0 / rows),
-                                  gram ? (C)lambd : 0};
+                                  Scaling<C>(definition, rows),
+                                  Pull<C>(definition, rows, gram, 1)};
     return gradient(call, (C*)scratch, target);
   };
   return with_type(grad_dtype, [&](auto of_grad) {

@@ -51,27 +51,27 @@ struct Diagonal {
 
 // Ends a launch of one block: `energy` is this thread's part.
 template <bool kGram, class C>
-__device__ __forceinline__ void finish(C energy, const C* statistics, int64_t rows, int64_t columns, C lambd,
-                                       C* loss, C* components) {
+__device__ __forceinline__ void finish(C energy, const C* statistics, int64_t rows, int64_t columns,
+                                       const Objective<C>& objective, C* loss, C* components) {
   C sums[4] = {energy, 0, 0, 0};
 #pragma unroll 4
   for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) {
     const C deficit = statistics[2 * columns + j], c = 1 - deficit;
-    sums[1] += deficit * deficit;
+    sums[1] += (deficit - objective.lack) * (deficit - objective.lack);
     sums[2] += c;
     sums[3] += c * c;
   }
   sum_block(sums);
   if (threadIdx.x == 0)
-    write_loss(sums[1], sums[2], sums[3], sums[0], kGram, rows, columns, lambd, loss, components);
+    write_loss(sums[1], sums[2], sums[3], sums[0], kGram, rows, columns, objective, loss, components);
 }
 
 // <ÂÂ', B̂B̂'> of `matrices` (2, B, B), or the sum of the squares of p (D, D) while its diagonal becomes zero.
 // One block finishes the loss, several leave their parts in `partial`.
 template <bool kGram, int N, class C>
 __global__ void __launch_bounds__(1024)
-    loss_kernel(C* matrices, const C* statistics, int64_t rows, int64_t columns, C lambd, C* loss,
-                C* components, C* partial) {
+    loss_kernel(C* matrices, const C* statistics, int64_t rows, int64_t columns, Objective<C> objective,
+                C* loss, C* components, C* partial) {
   using Vector = Pack<C, N>;
   constexpr int kUnroll = kGram ? 2 : 4;  // of two matrices or one
   const int64_t n = kGram ? rows : columns, count = n * n / N;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(1024)
 #pragma unroll
   for (int k = 0; k < N; ++k) energy[0] += sums[k];
   if (gridDim.x == 1) {
-    finish<kGram>(energy[0], statistics, rows, columns, lambd, loss, components);
+    finish<kGram>(energy[0], statistics, rows, columns, objective, loss, components);
   } else {
     sum_block(energy);
     if (threadIdx.x == 0) partial[blockIdx.x] = energy[0];
@@ -118,11 +118,11 @@ __global__ void __launch_bounds__(1024)
 
 template <bool kGram, class C>
 __global__ void __launch_bounds__(1024)
-    finish_loss(const C* partial, int64_t blocks, const C* statistics, int64_t rows, int64_t columns, C lambd,
-                C* loss, C* components) {
+    finish_loss(const C* partial, int64_t blocks, const C* statistics, int64_t rows, int64_t columns,
+                Objective<C> objective, C* loss, C* components) {
   C energy = 0;
   for (int64_t i = threadIdx.x; i < blocks; i += blockDim.x) energy += partial[i];
-  finish<kGram>(energy, statistics, rows, columns, lambd, loss, components);
+  finish<kGram>(energy, statistics, rows, columns, objective, loss, components);
 }
 
 template <int N, class T>
@@ -170,17 +170,18 @@ int64_t loss_blocks(bool gram, int64_t n) {
 }
 
 template <bool kGram, class C>
-int loss(C* matrices, const C* statistics, int64_t rows, int64_t columns, double lambd, C* loss,
-         C* components, C* partial, const Target& target) {
+int loss(C* matrices, const C* statistics, int64_t rows, int64_t columns,
+         const BarlowTwinsDefinition& definition, C* loss, C* components, C* partial, const Target& target) {
   const int64_t n = kGram ? rows : columns, blocks = loss_blocks<C>(kGram, n);
   const bool vectors = n * n % kWidth<C> == 0 && aligned(16, matrices);
   const auto kernel = vectors ? loss_kernel<kGram, kWidth<C>, C> : loss_kernel<kGram, 1, C>;
+  const Objective<C> objective(definition, rows);
   if (int code = launch(target, {blocks}, blocks == 1 ? 1024 : 256, kernel, matrices, statistics, rows,
-                        columns, (C)lambd, loss, components, partial))
+                        columns, objective, loss, components, partial))
     return code;
   if (blocks == 1) return 0;
   return launch(target, {1}, 1024, finish_loss<kGram, C>, (const C*)partial, blocks, statistics, rows,
-                columns, (C)lambd, loss, components);
+                columns, objective, loss, components);
 }
 
 template <class T>
@@ -201,12 +202,12 @@ int64_t cuda_barlow_twins_loss_scratch(bool wide, bool gram, int64_t rows, int64
 }
 
 int cuda_barlow_twins_loss(bool wide, bool gram, void* matrices, const void* statistics, int64_t rows,
-                           int64_t columns, double lambd, void* loss_out, void* components, void* scratch,
-                           const Target& target) {
+                           int64_t columns, const BarlowTwinsDefinition& definition, void* loss_out,
+                           void* components, void* scratch, const Target& target) {
   return with_width(wide, [&](auto compute) {
     using C = decltype(compute);
     const auto run = gram ? loss<true, C> : loss<false, C>;
-    return run((C*)matrices, (const C*)statistics, rows, columns, lambd, (C*)loss_out, (C*)components,
+    return run((C*)matrices, (const C*)statistics, rows, columns, definition, (C*)loss_out, (C*)components,
                (C*)scratch, target);
   });
 }

@@ -7,7 +7,7 @@ namespace {
 // One block sees all rows of its columns.
 template <class T, class H>
 __global__ void __launch_bounds__(32 * kMaxWarps)
-    standardise_whole(Views<T> z, int rows, int64_t columns, bool center, Compute<T> eps, H* hat,
+    standardise_whole(Views<T> z, int rows, int64_t columns, bool center, Scaling<Compute<T>> scaling, H* hat,
                       Compute<T>* statistics) {
   using C = Compute<T>;
   const Place at(columns);
@@ -39,20 +39,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
     }
   }
   sum_warps(sum);
-  C r[2], apart[1] = {0};
+  C r[2], terms[1] = {0};
 #pragma unroll
   for (int v = 0; v < 2; ++v) {
-    r[v] = inverse_deviation(sum[v] * weight, eps);
+    r[v] = scaling.inverse_deviation(sum[v] * weight);
     if (tells) to_statistics[v * columns] = r[v];
   }
 #pragma unroll
   for (int k = 0; k < kHeld<C>; ++k) {
     x[0][k] *= r[0];
     x[1][k] *= r[1];
-    apart[0] += (x[0][k] - x[1][k]) * (x[0][k] - x[1][k]);
+    terms[0] += scaling.term(x[0][k], x[1][k], scaling.known);
   }
-  sum_warps(apart);
-  if (tells) to_statistics[2 * columns] = one_minus_c(apart[0] * weight, r[0], r[1], eps);
+  sum_warps(terms);
+  if (tells) to_statistics[2 * columns] = scaling.one_minus_c(terms[0] * weight, r[0], r[1]);
   if (!at.inside) return;
   H* to = hat + at.warp * columns + at.column;
 #pragma unroll
@@ -100,11 +100,11 @@ __global__ void __launch_bounds__(32 * kChunkWarps)
   }
 }
 
-// differences (chunks, D): sums of (â - b̂)^2.
+// terms (chunks, D): their sums.
 template <class T, class H>
 __global__ void __launch_bounds__(32 * kChunkWarps)
-    standardise_chunk(Views<T> z, Chunks chunks, int64_t columns, bool center, Compute<T> eps,
-                      const Compute<T>* partial, Compute<T>* differences, H* hat, Compute<T>* statistics) {
+    standardise_chunk(Views<T> z, Chunks chunks, int64_t columns, bool center, Scaling<Compute<T>> scaling,
+                      const Compute<T>* partial, Compute<T>* terms, H* hat, Compute<T>* statistics) {
   using C = Compute<T>;
   const Place at(columns);
   const int chunk = blockIdx.y;
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(32 * kChunkWarps)
   }
   sum_warps(square);
 #pragma unroll
-  for (int v = 0; v < 2; ++v) r[v] = inverse_deviation(square[v] * weight, eps);
+  for (int v = 0; v < 2; ++v) r[v] = scaling.inverse_deviation(square[v] * weight);
 
-  C apart[1] = {0};
+  C sum[1] = {0};
   const int64_t row = chunks.begin(chunk) + at.warp;
   const T *a = z.a + row * z.stride_a + at.column, *b = z.b + row * z.stride_b + at.column;
   H* to = hat + row * columns + at.column;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(32 * kChunkWarps)
     for (int k = 0; k < kAhead<C>; ++k, to += kChunkWarps * columns) {
       x[k] = (x[k] - mean[0]) * r[0];
       y[k] = (y[k] - mean[1]) * r[1];
-      apart[0] += k < count ? (x[k] - y[k]) * (x[k] - y[k]) : 0;
+      sum[0] += k < count ? scaling.term(x[k], y[k], scaling.known) : 0;
       if (k < stored) {
         to[0] = Scalar<H>::store(x[k]);
         to[chunks.rows * columns] = Scalar<H>::store(y[k]);
@@ -157,9 +157,9 @@ __global__ void __launch_bounds__(32 * kChunkWarps)
     a += kAhead<C> * kChunkWarps * z.stride_a;
     b += kAhead<C> * kChunkWarps * z.stride_b;
   }
-  sum_warps(apart);
+  sum_warps(sum);
   if (at.warp == 0 && at.inside) {
-    differences[chunk * columns + at.column] = apart[0];
+    terms[chunk * columns + at.column] = sum[0];
     if (chunk > 0) return;
 #pragma unroll
     for (int v = 0; v < 2; ++v) {
@@ -171,34 +171,36 @@ __global__ void __launch_bounds__(32 * kChunkWarps)
 
 template <class C>
 __global__ void __launch_bounds__(128)
-    finish_statistics(const C* differences, Chunks chunks, int64_t columns, C eps, C* statistics) {
+    finish_statistics(const C* terms, Chunks chunks, int64_t columns, Scaling<C> scaling, C* statistics) {
   const int64_t column = (int64_t)blockIdx.x * 128 + threadIdx.x;
   if (column >= columns) return;
   C sum = 0;
 #pragma unroll 8
-  for (int c = 0; c < chunks.count; ++c) sum += differences[c * columns + column];
+  for (int c = 0; c < chunks.count; ++c) sum += terms[c * columns + column];
   statistics[2 * columns + column] =
-      one_minus_c(sum / chunks.rows, statistics[column], statistics[columns + column], eps);
+      scaling.one_minus_c(sum / chunks.rows, statistics[column], statistics[columns + column]);
 }
 
 template <class T, class H>
-int standardise(const Views<T>& z, int64_t rows, int64_t columns, bool center, double eps, H* hat,
-                Compute<T>* statistics, Compute<T>* scratch, const Target& target) {
+int standardise(const Views<T>& z, int64_t rows, int64_t columns, const BarlowTwinsDefinition& definition,
+                H* hat, Compute<T>* statistics, Compute<T>* scratch, const Target& target) {
   using C = Compute<T>;
+  const bool center = definition.center;
+  const Scaling<C> scaling(definition, rows);
   if (const int threads = whole_threads<C>(rows))
     return launch(target, {tiles(columns)}, threads, standardise_whole<T, H>, z, (int)rows, columns, center,
-                  (C)eps, hat, statistics);
+                  scaling, hat, statistics);
   const Chunks chunks = Chunks::of<C>(rows);
-  C* differences = scratch + chunks.count * 4 * columns;
+  C* terms = scratch + chunks.count * 4 * columns;
   const int threads = 32 * kChunkWarps;
   if (int code = launch(target, {tiles(columns), 2 * chunks.count}, threads, chunk_moments<T>, z, chunks,
                         columns, center, scratch))
     return code;
   if (int code = launch(target, {tiles(columns), chunks.count}, threads, standardise_chunk<T, H>, z, chunks,
-                        columns, center, (C)eps, (const C*)scratch, differences, hat, statistics))
+                        columns, center, scaling, (const C*)scratch, terms, hat, statistics))
     return code;
-  return launch(target, {(columns + 127) / 128}, 128, finish_statistics<C>, (const C*)differences, chunks,
-                columns, (C)eps, statistics);
+  return launch(target, {(columns + 127) / 128}, 128, finish_statistics<C>, (const C*)terms, chunks, columns,
+                scaling, statistics);
 }
 
 }  // namespace
@@ -208,14 +210,15 @@ int64_t cuda_barlow_twins_standardise_scratch(bool wide, int64_t rows, int64_t c
 }
 
 int cuda_barlow_twins_standardise(int dtype, bool narrow, const void* z_a, int64_t stride_a, const void* z_b,
-                                  int64_t stride_b, int64_t rows, int64_t columns, bool center, double eps,
-                                  void* hat, void* statistics, void* scratch, const Target& target) {
+                                  int64_t stride_b, int64_t rows, int64_t columns,
+                                  const BarlowTwinsDefinition& definition, void* hat, void* statistics,
+                                  void* scratch, const Target& target) {
   return with_type(dtype, [&](auto element) {
     using T = decltype(element);
     using C = Compute<T>;
     const Views<T> z{(const T*)z_a, (const T*)z_b, stride_a, stride_b};
-    return narrow ? standardise(z, rows, columns, center, eps, (T*)hat, (C*)statistics, (C*)scratch, target)
-                  : standardise(z, rows, columns, center, eps, (C*)hat, (C*)statistics, (C*)scratch, target);
+    return narrow ? standardise(z, rows, columns, definition, (T*)hat, (C*)statistics, (C*)scratch, target)
+                  : standardise(z, rows, columns, definition, (C*)hat, (C*)statistics, (C*)scratch, target);
   });
 }
 

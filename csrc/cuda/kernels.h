@@ -2,6 +2,7 @@
 // otherwise; every function returns 0 or CUDA's error code, and waits for nothing.
 #pragma once
 #include "../augment.h"
+#include "../barlow_twins.h"
 
 namespace mmfast {
 
@@ -32,14 +33,15 @@ int cuda_augment_adjoint(const AugmentCall& call, const int32_t* plan, int dtype
 // name says; null for 0.
 int64_t cuda_barlow_twins_standardise_scratch(bool wide, int64_t rows, int64_t columns);
 int cuda_barlow_twins_standardise(int dtype, bool narrow, const void* z_a, int64_t stride_a, const void* z_b,
-                                  int64_t stride_b, int64_t rows, int64_t columns, bool center, double eps,
-                                  void* hat, void* statistics, void* scratch, const Target& target);
+                                  int64_t stride_b, int64_t rows, int64_t columns,
+                                  const BarlowTwinsDefinition& definition, void* hat, void* statistics,
+                                  void* scratch, const Target& target);
 
 // gram_loss with `gram`, else correlation_loss.
 int64_t cuda_barlow_twins_loss_scratch(bool wide, bool gram, int64_t rows, int64_t columns);
 int cuda_barlow_twins_loss(bool wide, bool gram, void* matrices, const void* statistics, int64_t rows,
-                           int64_t columns, double lambd, void* loss, void* components, void* scratch,
-                           const Target& target);
+                           int64_t columns, const BarlowTwinsDefinition& definition, void* loss,
+                           void* components, void* scratch, const Target& target);
 
 // From `count` fp32 matrices (n, n) to a half type.
 int cuda_barlow_twins_narrowed(int dtype, const void* matrices, int64_t count, int64_t n, int exponent,
@@ -50,7 +52,8 @@ int64_t cuda_barlow_twins_gradient_scratch(bool wide, int64_t rows, int64_t colu
 int cuda_barlow_twins_gradient(int view_dtype, int grad_dtype, const void* m_a, const void* m_b,
                                const void* view_a, int64_t stride_a, const void* view_b, int64_t stride_b,
                                const void* statistics, const void* upstream, int64_t rows, int64_t columns,
-                               double lambd, bool gram, int exponent, const void* gram_b, const void* gram_a,
-                               void* grad_a, void* grad_b, void* scratch, const Target& target);
+                               const BarlowTwinsDefinition& definition, bool gram, int exponent,
+                               const void* gram_b, const void* gram_a, void* grad_a, void* grad_b,
+                               void* scratch, const Target& target);
 
 }  // namespace mmfast

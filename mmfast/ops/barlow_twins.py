@@ -20,7 +20,9 @@ are rounded to that type; their results, the statistics and everything elementwi
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,19 +33,67 @@ from mmfast.ops.native import DTYPE_CODES, call_cuda, dtype_code
 from mmfast.ops.products import gram_matrices, matmul, product
 
 
+class Definition(NamedTuple):
+    """What published losses of this name disagree on; :func:`barlow_twins` explains the fields."""
+
+    lambd: float = 5e-3
+    center: bool = True
+    eps: float = 1e-5
+    eps_outside: bool = False
+    unbiased: bool = False
+    divide: bool = True
+    scale: float = 1.0
+    normalise: bool = True
+
+    def check(self) -> None:
+        check_options(lambd=self.lambd, eps=self.eps, scale=self.scale)
+
+    # For B rows; csrc/barlow_twins.h has the same names.
+
+    def excess(self, rows: int) -> float:
+        """1 - biased variance / the variance that is used."""
+        return 1 / rows if self.unbiased else 0.0
+
+    def lack(self, rows: int) -> float:
+        """1 - what c_ii is drawn to."""
+        return 0.0 if self.divide else 1 - 1 / rows
+
+    def factor(self, rows: int) -> float:
+        """Of the loss of correlations that are divided by B."""
+        return self.scale if self.divide else self.scale * rows**2
+
+
 def reference(
-    z_a: Tensor, z_b: Tensor, lambd: float = 5e-3, center: bool = True, eps: float = 1e-5
+    z_a: Tensor,
+    z_b: Tensor,
+    lambd: float = 5e-3,
+    center: bool = True,
+    eps: float = 1e-5,
+    eps_outside: bool = False,
+    unbiased: bool = False,
+    divide: bool = True,
+    scale: float = 1.0,
+    normalise: bool = True,
+    pooled: bool = False,
 ) -> Tensor:
     """The definition, by autograd differentiable to any order: what every form and backend must equal."""
 
     def standardise(z):
         z = z.to(_compute_dtype(z))
         d = z - z.mean(0) if center else z
-        return d / (d.square().mean(0) + eps).sqrt()
+        if not normalise:
+            return d
+        v = d.square().sum(0) / (len(z) - unbiased)
+        return d / (v.sqrt() + eps if eps_outside else (v + eps).sqrt())
 
-    c = standardise(z_a).T @ standardise(z_b) / len(z_a)
+    rows = len(z_a)
+    if pooled:
+        a, b = standardise(torch.cat((z_a, z_b))).split(rows)
+    else:
+        a, b = standardise(z_a), standardise(z_b)
+    c = a.T @ b / (rows if divide else 1)
     off_diagonal = c - torch.diag(c.diagonal())
-    return (1 - c.diagonal()).square().sum() + lambd * off_diagonal.square().sum()
+    return scale * ((1 - c.diagonal()).square().sum() + lambd * off_diagonal.square().sum())
 
 
 def barlow_twins(
@@ -52,19 +102,58 @@ def barlow_twins(
     lambd: float = 5e-3,
     center: bool = True,
     eps: float = 1e-5,
+    eps_outside: bool = False,
+    unbiased: bool = False,
+    divide: bool = True,
+    scale: float = 1.0,
+    normalise: bool = True,
+    pooled: bool = False,
     gram: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and detached (5,) the loss, its on- and off-diagonal part, the mean of c_ii, the RMS of c_ij.
 
+    Embeddings are divided by sqrt(v + eps), or with ``eps_outside`` by sqrt(v) + eps, for the mean square v of
+    their columns (less the column means if ``center``), or with ``unbiased`` the sum of squares over B - 1.
+    ``pooled``: means and v are those of both views together. ``normalise=False``: by nothing.
+    ``divide=False``: C = Â'B̂. Components are of the C that is divided by B all the same: the loss is
+    scale B^2 (sum_i (1 / B - c_ii)^2 + lambd sum_{i != j} c_ij^2) in its terms.
+
     ``gram`` forces a form; by default it is the cheaper one.
     """
+    definition = Definition(lambd, center, eps, eps_outside, unbiased, divide, scale, normalise)
     check_embeddings(z_a, z_b)
-    check_options(lambd, eps)
+    check_options(lambd=lambd, eps=eps, scale=scale)
     if gram is None:
         gram = _gram_is_cheaper(*z_a.shape)
-    narrow = _narrow(z_a.dtype, z_a.device)
-    loss, components, _ = _BarlowTwins.apply(z_a, z_b, lambd, center, eps, gram, narrow)
+    if pooled:
+        z_a, z_b = _pooled(z_a, z_b, definition)
+        definition = definition._replace(center=False, normalise=False)
+    # Without standardisation, half types may not hold the products.
+    narrow = definition.normalise and _narrow(z_a.dtype, z_a.device)
+    loss, components, _ = _BarlowTwins.apply(z_a, z_b, gram, narrow, *definition)
     return loss, components
+
+
+def _root(x: Tensor) -> Tensor:
+    """The square root, with a derivative of zero at zero."""
+    return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)
+
+
+def _pooled(z_a: Tensor, z_b: Tensor, definition: Definition) -> tuple[Tensor, ...]:
+    """Both views, standardised by statistics of their rows together; differentiable."""
+    z = torch.cat((z_a, z_b)).to(_compute_dtype(z_a))
+    if definition.center:
+        # Relative to the first row, an offset costs no precision; the mean takes it out again.
+        z = z - z[0].detach()
+        z = z - z.mean(0)
+    if definition.normalise:
+        v = z.square().mean(0) / (1 - definition.excess(len(z)))
+        w = _root(v) + definition.eps if definition.eps_outside else _root(v + definition.eps)
+        r = torch.where(w > 0, 1 / torch.where(w > 0, w, 1), 0)
+        z = z * (r + (v - v))
+    if not torch.compiler.is_compiling() and not z.is_cuda and not z.isfinite().all():
+        _refuse(z_a=z_a, z_b=z_b)
+    return z.split(len(z_a))
 
 
 def _narrow(dtype: torch.dtype, device: torch.device) -> bool:
@@ -86,8 +175,8 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-def check_options(lambd: float, eps: float) -> None:
-    for name, value in (("lambd", lambd), ("eps", eps)):
+def check_options(**options: float) -> None:
+    for name, value in options.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"barlow_twins: {name} must be finite and at least 0, got {value}")
 
@@ -139,11 +228,16 @@ def _check_memory(enough: bool, rows: int) -> None:
         raise MemoryError(f"barlow_twins: no memory for copies of blocks of {rows} rows")
 
 
+@functools.lru_cache
+def _native(definition: Definition):
+    return backends._C.BarlowTwinsDefinition(*definition)
+
+
 class _Cpu:
     """The passes in C++, for CPU tensors: csrc/cpu/kernels.h. Never narrow: views are the hats."""
 
     @staticmethod
-    def standardise(z_a, z_b, center, eps, narrow):
+    def standardise(z_a, z_b, definition, narrow):
         rows, columns = z_a.shape
         hat = torch.empty(2, rows, columns, dtype=_compute_dtype(z_a))
         statistics = torch.empty(5, columns, dtype=hat.dtype)
@@ -155,8 +249,7 @@ class _Cpu:
             z_b.stride(0),
             rows,
             columns,
-            center,
-            eps,
+            _native(definition),
             hat.data_ptr(),
             statistics.data_ptr(),
             torch.get_num_threads(),
@@ -167,7 +260,7 @@ class _Cpu:
         return hat, statistics
 
     @staticmethod
-    def gram_energy(hat, statistics, lambd, grad_a, grad_b):
+    def gram_energy(hat, statistics, definition, grad_a, grad_b):
         """Loss, components, and what the backward pass needs: ÂÂ' if ``grad_b``, B̂B̂' if ``grad_a``."""
         _, rows, columns = hat.shape
         kept = hat.new_empty(grad_a + grad_b, rows, rows)
@@ -178,7 +271,7 @@ class _Cpu:
             statistics.data_ptr(),
             rows,
             columns,
-            lambd,
+            _native(definition),
             grad_a,
             grad_b,
             kept.data_ptr(),
@@ -190,7 +283,7 @@ class _Cpu:
         return loss, components, kept
 
     @staticmethod
-    def correlation_loss(p, rows, statistics, lambd):
+    def correlation_loss(p, rows, statistics, definition):
         loss, components = p.new_empty(()), p.new_empty(5)
         backends._C.barlow_twins_correlation_energy(
             p.dtype == torch.float64,
@@ -198,7 +291,7 @@ class _Cpu:
             statistics.data_ptr(),
             rows,
             len(p),
-            lambd,
+            _native(definition),
             loss.data_ptr(),
             components.data_ptr(),
             torch.get_num_threads(),
@@ -206,16 +299,16 @@ class _Cpu:
         return loss, components
 
     @staticmethod
-    def gram_backward(grams, hats, statistics, upstream, lambd, grads):
+    def gram_backward(grams, hats, statistics, upstream, definition, grads):
         """Fills ``grads``, unless None, from the matrices that :meth:`gram_energy` kept."""
-        _Cpu._backward(True, (grams[-1], grams[0]), hats, statistics, upstream, lambd, grads)
+        _Cpu._backward(True, (grams[-1], grams[0]), hats, statistics, upstream, definition, grads)
 
     @staticmethod
-    def gradient(products, hats, statistics, upstream, lambd, gram, exponent, grams, grads):
-        _Cpu._backward(False, products, hats, statistics, upstream, lambd, grads)
+    def gradient(products, hats, statistics, upstream, definition, gram, exponent, grams, grads):
+        _Cpu._backward(False, products, hats, statistics, upstream, definition, grads)
 
     @staticmethod
-    def _backward(gram, matrices, hats, statistics, upstream, lambd, grads):
+    def _backward(gram, matrices, hats, statistics, upstream, definition, grads):
         rows, columns = hats[0].shape
         done = backends._C.barlow_twins_backward(
             DTYPE_CODES[next(grad.dtype for grad in grads if grad is not None)],
@@ -226,7 +319,7 @@ class _Cpu:
             upstream.data_ptr(),
             rows,
             columns,
-            lambd,
+            _native(definition),
             *map(_address, grads),
             torch.get_num_threads(),
         )
@@ -244,43 +337,51 @@ class _Plain:
     """
 
     @staticmethod
-    def standardise(z_a, z_b, center, eps, narrow):
+    def standardise(z_a, z_b, definition, narrow):
         """hat (2, B, D): Â and B̂, of z's type if ``narrow``, else of C; statistics (5, D) of C.
 
         z_a, z_b (B, D) have unit column stride. The statistics are r_a, r_b, 1 - c_ii without cancellation,
-        and the means of view a and of view b, 0 if not ``center``.
+        and the means of view a and of view b, 0 if not ``definition.center``.
         """
         z = torch.stack((z_a, z_b)).to(_compute_dtype(z_a))
         # Relative to the first row, an offset costs no precision.
-        shift = z[:, :1] if center else torch.zeros_like(z[:, :1])
+        shift = z[:, :1] if definition.center else torch.zeros_like(z[:, :1])
         d = z - shift
-        mean = d.mean(1, keepdim=True) if center else shift
+        mean = d.mean(1, keepdim=True) if definition.center else shift
         d = d - mean
-        w = d.square().mean(1) + eps
+        excess, eps = definition.excess(len(z_a)), definition.eps
+        v = d.square().mean(1) / (1 - excess)
+        w = v.sqrt() + eps if definition.eps_outside else v + eps
         # A column without variance correlates with nothing if eps is 0, too; one that is not finite shows.
-        r = torch.where(w > 0, w.rsqrt(), 0) + (w - w)
+        r = torch.where(w > 0, 1 / w if definition.eps_outside else w.rsqrt(), 0) + (w - w)
+        if not definition.normalise:
+            r = 1 + (v - v)
         hat = d * r[:, None]
-        shrinkage = torch.where(r == 0, 1, eps * r * r)
-        one_minus_c = ((hat[0] - hat[1]).square().mean(0) + shrinkage.sum(0)) / 2
+        if definition.normalise:
+            lost = eps * r * (2 - eps * r) if definition.eps_outside else eps * r * r
+            shrinkage = excess + (1 - excess) * torch.where(r == 0, 1, lost)
+            one_minus_c = ((hat[0] - hat[1]).square().mean(0) + shrinkage.sum(0)) / 2
+        else:
+            one_minus_c = 1 - (hat[0] * hat[1]).mean(0)
         statistics = torch.cat((r, one_minus_c[None], (shift + mean)[:, 0]))
         return hat.to(z_a.dtype) if narrow else hat, statistics
 
     @staticmethod
-    def gram_loss(grams, statistics, lambd):
+    def gram_loss(grams, statistics, definition):
         """Loss and components (5,) from grams (2, B, B): ÂÂ' and B̂B̂'."""
         energy = (grams[0] * grams[1]).sum() / grams.shape[1] ** 2 - (1 - statistics[2]).square().sum()
-        return _Plain._finish(energy.clamp(min=0), statistics[2], lambd)
+        return _Plain._finish(energy.clamp(min=0), grams.shape[1], statistics[2], definition)
 
     @staticmethod
-    def correlation_loss(p, rows, statistics, lambd):
+    def correlation_loss(p, rows, statistics, definition):
         """The same from p = Â'B̂ (D, D), whose diagonal becomes zero."""
         energy = p.fill_diagonal_(0).square().sum() / rows**2
-        return _Plain._finish(energy, statistics[2], lambd)
+        return _Plain._finish(energy, rows, statistics[2], definition)
 
     @staticmethod
-    def _finish(off_diagonal, one_minus_c, lambd):
-        on_diagonal = one_minus_c.square().sum()
-        loss = on_diagonal + lambd * off_diagonal
+    def _finish(off_diagonal, rows, one_minus_c, definition):
+        on_diagonal = (one_minus_c - definition.lack(rows)).square().sum()
+        loss = definition.factor(rows) * (on_diagonal + definition.lambd * off_diagonal)
         pairs = len(one_minus_c) * (len(one_minus_c) - 1)
         rms = (off_diagonal / max(1, pairs)).sqrt()
         return loss, torch.stack((loss, on_diagonal, off_diagonal, 1 - one_minus_c.mean(), rms))
@@ -293,7 +394,7 @@ class _Plain:
         return scaled.to(dtype)
 
     @staticmethod
-    def gradient(products, views, statistics, upstream, lambd, gram, exponent, grams, grads):
+    def gradient(products, views, statistics, upstream, definition, gram, exponent, grams, grads):
         """Fills grads [grad_a, grad_b] (B, D), dense, of z's type; those that are None are not wanted.
 
         products [m_a, m_b] (B, D) of C: B̂B̂'Â and ÂÂ'B̂ if ``gram``, else B̂p' and Âp, all times 2^-exponent.
@@ -307,21 +408,29 @@ class _Plain:
             r, mean = statistics[:2], statistics[3:]
             hat = [(z - mean[i]) * r[i] for i, z in enumerate(views)]
         rows, one_minus_c = len(hat[0]), statistics[2]
-        weight = one_minus_c + lambd * (1 - one_minus_c) if gram else one_minus_c
+        lambd, eps = definition.lambd, definition.eps
+        weight = one_minus_c - definition.lack(rows)
+        if gram:
+            weight = weight + lambd * (1 - one_minus_c)
         for i, grad in enumerate(grads):
-            if grad is not None:
-                own, partner, m = hat[i], hat[1 - i], products[i] * 2.0**exponent
-                if grams is not None:
-                    m += grams[i].diagonal()[:, None] * own
-                g = upstream * (2 / rows) * (lambd / rows * m - weight * partner)
-                grad.copy_(statistics[i] * (g - own * (own * g).mean(0)))
+            if grad is None:
+                continue
+            own, partner, m, r = hat[i], hat[1 - i], products[i] * 2.0**exponent, statistics[i]
+            if grams is not None:
+                m += grams[i].diagonal()[:, None] * own
+            g = upstream * (2 * definition.factor(rows) / rows) * (lambd / rows * m - weight * partner)
+            if definition.normalise:
+                kept = 1 - eps * r if definition.eps_outside else torch.ones_like(r)
+                projection = torch.where(kept > 0, 1 / (kept * (1 - definition.excess(rows))), 0)
+                g = g - projection * own * (own * g).mean(0)
+            grad.copy_(r * g)
 
 
 class _Cuda:
     """The passes in CUDA: csrc/cuda/kernels.h."""
 
     @staticmethod
-    def standardise(z_a, z_b, center, eps, narrow):
+    def standardise(z_a, z_b, definition, narrow):
         rows, columns = z_a.shape
         compute = _compute_dtype(z_a)
         hat = z_a.new_empty((2, rows, columns), dtype=z_a.dtype if narrow else compute)
@@ -340,8 +449,7 @@ class _Cuda:
             z_b.stride(0),
             rows,
             columns,
-            center,
-            eps,
+            _native(definition),
             hat.data_ptr(),
             statistics.data_ptr(),
             _address(scratch),
@@ -349,15 +457,15 @@ class _Cuda:
         return hat, statistics
 
     @staticmethod
-    def gram_loss(grams, statistics, lambd):
-        return _Cuda._loss(True, grams, grams.shape[1], statistics, lambd)
+    def gram_loss(grams, statistics, definition):
+        return _Cuda._loss(True, grams, grams.shape[1], statistics, definition)
 
     @staticmethod
-    def correlation_loss(p, rows, statistics, lambd):
-        return _Cuda._loss(False, p, rows, statistics, lambd)
+    def correlation_loss(p, rows, statistics, definition):
+        return _Cuda._loss(False, p, rows, statistics, definition)
 
     @staticmethod
-    def _loss(gram, matrices, rows, statistics, lambd):
+    def _loss(gram, matrices, rows, statistics, definition):
         wide, columns = statistics.dtype == torch.float64, statistics.shape[1]
         loss, components = statistics.new_empty(()), statistics.new_empty(5)
         words = backends._C.barlow_twins_loss_scratch(wide, gram, rows, columns)
@@ -372,7 +480,7 @@ class _Cuda:
             statistics.data_ptr(),
             rows,
             columns,
-            lambd,
+            _native(definition),
             loss.data_ptr(),
             components.data_ptr(),
             _address(scratch),
@@ -397,7 +505,7 @@ class _Cuda:
         return out
 
     @staticmethod
-    def gradient(products, views, statistics, upstream, lambd, gram, exponent, grams, grads):
+    def gradient(products, views, statistics, upstream, definition, gram, exponent, grams, grads):
         view_a, view_b = views
         rows, columns = view_a.shape
         words = backends._C.barlow_twins_gradient_scratch(statistics.dtype == torch.float64, rows, columns)
@@ -417,7 +525,7 @@ class _Cuda:
             upstream.data_ptr(),
             rows,
             columns,
-            lambd,
+            _native(definition),
             gram,
             exponent,
             *((0, 0) if grams is None else map(_address, grams)),
@@ -446,33 +554,34 @@ def _check_narrow(narrow: bool, z: Tensor) -> None:
         raise ValueError(f"barlow_twins: narrow must be False for {z.dtype} embeddings, got True")
 
 
-def _forward(z_a, z_b, lambd, center, eps, gram, narrow, grad_a, grad_b):
+def _forward(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
+    definition = Definition(*definition)
     check_embeddings(z_a, z_b)
-    check_options(lambd, eps)
+    definition.check()
     _check_narrow(narrow, z_a)
     passes = _passes(z_a.device, narrow)
-    hat, statistics = passes.standardise(_unit_stride(z_a), _unit_stride(z_b), center, eps, narrow)
+    hat, statistics = passes.standardise(_unit_stride(z_a), _unit_stride(z_b), definition, narrow)
     # Asking any other device would wait for it: there the loss becomes NaN.
     if passes is not _Cpu and not z_a.is_cuda and not statistics.isfinite().all():
         _refuse(z_a=z_a, z_b=z_b)
     if not gram:
         hat_a, hat_b = hat.unbind()
         matrices = product(hat_a.t(), hat_b.t())
-        loss, components = passes.correlation_loss(matrices, len(z_a), statistics, lambd)
+        loss, components = passes.correlation_loss(matrices, len(z_a), statistics, definition)
     elif passes is _Cpu:
-        loss, components, matrices = _Cpu.gram_energy(hat, statistics, lambd, grad_a, grad_b)
+        loss, components, matrices = _Cpu.gram_energy(hat, statistics, definition, grad_a, grad_b)
     else:
         matrices = gram_matrices(hat)
-        loss, components = passes.gram_loss(matrices, statistics, lambd)
+        loss, components = passes.gram_loss(matrices, statistics, definition)
         if not (grad_a and grad_b):
             # A copy, so that what is not needed can be freed.
             matrices = matrices[1 - grad_b : 1 + grad_a].clone()
     return loss, components, hat, statistics, matrices
 
 
-def _forward_fake(z_a, z_b, lambd, center, eps, gram, narrow, grad_a, grad_b):
+def _forward_fake(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
     check_embeddings(z_a, z_b)
-    check_options(lambd, eps)
+    Definition(*definition).check()
     _check_narrow(narrow, z_a)
     rows, columns = z_a.shape
     compute = _compute_dtype(z_a)
@@ -486,15 +595,16 @@ def _forward_fake(z_a, z_b, lambd, center, eps, gram, narrow, grad_a, grad_b):
     )
 
 
-def _backward(upstream, views, statistics, matrices, lambd, center, eps, gram, narrow, grad_a, grad_b):
+def _backward(upstream, views, statistics, matrices, gram, narrow, grad_a, grad_b, *definition):
+    definition = Definition(*definition)
     passes = _passes(statistics.device, narrow)
     dtype, compute = views[-1].dtype, statistics.dtype
     z = [_unit_stride(z) for z in views[-2:]] if len(views) > 1 else None
-    hat = passes.standardise(*z, center, eps, narrow)[0] if len(views) == 2 else views[0]
+    hat = passes.standardise(*z, definition, narrow)[0] if len(views) == 2 else views[0]
     hats = hat_a, hat_b = hat.unbind()
     if gram and passes is _Cpu:
         grads = [torch.empty_like(hat_a, dtype=dtype) if wanted else None for wanted in (grad_a, grad_b)]
-        _Cpu.gram_backward(matrices, hats, statistics, upstream, lambd, grads)
+        _Cpu.gram_backward(matrices, hats, statistics, upstream, definition, grads)
     else:
         exponent, operands = 0, matrices
         if narrow:
@@ -514,11 +624,11 @@ def _backward(upstream, views, statistics, matrices, lambd, center, eps, gram, n
             grads = [None if m is None else torch.empty_like(m, dtype=dtype) for m in products]
         elementwise = z if narrow else hats
         grams = (matrices[-1], matrices[0]) if gram and narrow else None
-        passes.gradient(products, elementwise, statistics, upstream, lambd, gram, exponent, grams, grads)
+        passes.gradient(products, elementwise, statistics, upstream, definition, gram, exponent, grams, grads)
     return tuple(hat.new_empty(0, dtype=dtype) if grad is None else grad for grad in grads)
 
 
-def _backward_fake(upstream, views, statistics, matrices, lambd, center, eps, gram, narrow, grad_a, grad_b):
+def _backward_fake(upstream, views, statistics, matrices, gram, narrow, grad_a, grad_b, *definition):
     z = views[-1]
     return tuple(z.new_empty(z.shape[-2:] if wanted else 0) for wanted in (grad_a, grad_b))
 
@@ -527,7 +637,10 @@ _library = torch.library.Library("mmfast", "FRAGMENT")
 # hat (2, B, D) and statistics (5, D): see _Plain.standardise; views: hat, or z_a and z_b to standardise again,
 # or, narrow, all three; matrices: in Gram form (n, B, B), ÂÂ' if grad_b and B̂B̂' if grad_a, else Â'B̂ less its
 # diagonal.
-_options = "float lambd, bool center, float eps, bool gram, bool narrow, bool grad_a, bool grad_b"
+_options = (
+    "bool gram, bool narrow, bool grad_a, bool grad_b, float lambd, bool center, float eps, bool eps_outside, "
+    "bool unbiased, bool divide, float scale, bool normalise"
+)
 _ops = {
     f"barlow_twins_forward(Tensor z_a, Tensor z_b, {_options})"
     " -> (Tensor loss, Tensor components, Tensor hat, Tensor statistics, Tensor matrices)": (
@@ -576,12 +689,12 @@ class _BarlowTwins(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z_a, z_b, lambd, center, eps, gram, narrow):
+    def forward(ctx, z_a, z_b, gram, narrow, *definition):
         grad_a, grad_b = ctx.needs_input_grad[:2]
         loss, components, hat, statistics, matrices = _forward_op(
-            z_a, z_b, lambd, center, eps, gram, narrow, grad_a, grad_b
+            z_a, z_b, gram, narrow, grad_a, grad_b, *definition
         )
-        ctx.options = lambd, center, eps, gram, narrow, grad_a, grad_b
+        ctx.options = gram, narrow, grad_a, grad_b, *definition
         # Half embeddings are smaller than their fp32 hats: keep those, and standardise again.
         views = (hat,) if hat.dtype == z_a.dtype else (z_a, z_b)
         if narrow:
@@ -593,9 +706,10 @@ class _BarlowTwins(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _components, _hat):
+        unneeded = (None,) * (len(ctx.options) - 2)
         if upstream is None:
-            return (None,) * 7
+            return None, None, *unneeded
         gradient = _FinalGradient.apply if torch.is_grad_enabled() else _gradient
         grad_a, grad_b = gradient(ctx.options, upstream, *ctx.saved_tensors)
-        *_, needs_a, needs_b = ctx.options
-        return grad_a if needs_a else None, grad_b if needs_b else None, *(None,) * 5
+        _, _, needs_a, needs_b, *_ = ctx.options
+        return grad_a if needs_a else None, grad_b if needs_b else None, *unneeded

@@ -40,17 +40,40 @@ def number(high, low, C: tl.constexpr):
 
 
 @triton.jit
-def inverse_deviation(v, eps):
+def inverse_deviation(v, count, eps, OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr):
     """r: 0 for a column without variance if eps is 0, NaN where the variance is not finite."""
-    w = v + eps
-    r = divide(tl.full(w.shape, 1, w.dtype), root(w))
-    return tl.where(w - w != 0, w - w, tl.where(w > 0, r, 0.0))
+    if UNBIASED:
+        v = divide(v, 1 - divide(tl.full(count.shape, 1, count.dtype), count))
+    if NORMALISE:
+        w = root(v) + eps if OUTSIDE else v + eps
+        r = divide(tl.full(w.shape, 1, w.dtype), w if OUTSIDE else root(w))
+        r = tl.where(w - w != 0, w - w, tl.where(w > 0, r, 0.0))
+    else:
+        r = v - v + 1
+    return r
 
 
 @triton.jit
-def shrinkage(r, eps):
-    """1 - mean(â^2): the length that eps takes from a column."""
-    return tl.where(r == 0, 1.0, eps * r * r)
+def shrinkage(r, count, eps, OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr):
+    """1 - mean(â^2): the length that eps and the unbiased variance take from a column."""
+    lost = tl.where(r == 0, 1.0, eps * r * (2 - eps * r) if OUTSIDE else eps * r * r)
+    if UNBIASED:
+        excess = divide(tl.full(count.shape, 1, count.dtype), count)
+        lost = excess + (1 - excess) * lost
+    return lost
+
+
+@triton.jit
+def projection(r, count, eps, OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr):
+    """dL/dz = r (dL/dâ - projection â mean(â dL/dâ))."""
+    one = tl.full(r.shape, 1, r.dtype)
+    factor = one if NORMALISE else one * 0
+    if OUTSIDE:
+        kept = one - eps * r
+        factor = tl.where(kept > 0, divide(factor, tl.where(kept > 0, kept, 1.0)), 0.0)
+    if UNBIASED:
+        factor = divide(factor, one - divide(one, count))
+    return factor
 
 
 @triton.jit
@@ -130,7 +153,8 @@ def moments_kernel(
 @triton.jit
 def column_statistics(
     z, means, squares, chunks, chunk_rows, rows, columns, cols, wanted, eps,
-    CENTER: tl.constexpr, C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr,
+    CENTER: tl.constexpr, OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
+    C: tl.constexpr, MERGE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Shift (the first row), mean relative to it and r of each column, by Chan's formula."""
     count = tl.zeros((WIDTH,), C) + rows.to(C)
@@ -157,18 +181,23 @@ def column_statistics(
             d = m - mean[None, :]
             between += tl.where(mask, n * d * d, 0.0)
         square += tl.sum(between, axis=0)
-    return shift, mean, inverse_deviation(divide(square, count), eps)
+    r = inverse_deviation(divide(square, count), count, eps, OUTSIDE, UNBIASED, NORMALISE)
+    return shift, mean, r
 
 
 @triton.jit(
     do_not_specialize=["rows", "columns", "stride_a", "stride_b", "chunk_rows", "chunks", "eps", "eps_low"]
 )
 def standardise_kernel(
-    z_a, z_b, partial, hat, statistics, differences,
+    z_a, z_b, partial, hat, statistics, terms,
     rows, columns, stride_a, stride_b, chunk_rows, chunks, eps, eps_low,
-    CENTER: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
+    CENTER: tl.constexpr, OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
+    VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """hat (2, rows, columns), all statistics but 1 - c, and partial sums (chunks, columns) of (â - b̂)^2."""
+    """hat (2, rows, columns), all statistics but 1 - c, and partial sums (chunks, columns) of what that is made of.
+
+    That is (â - b̂)^2, or â b̂ unless NORMALISE.
+    """
     C: tl.constexpr = partial.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
     eps = number(eps, eps_low, C)
@@ -176,11 +205,11 @@ def standardise_kernel(
     plane = chunks.to(tl.int64) * columns
     shift_a, mean_a, r_a = column_statistics(
         z_a, partial, partial + plane, chunks, chunk_rows, rows, columns, cols, wanted, eps,
-        CENTER, C, MERGE, WIDTH,
+        CENTER, OUTSIDE, UNBIASED, NORMALISE, C, MERGE, WIDTH,
     )  # fmt: skip
     shift_b, mean_b, r_b = column_statistics(
         z_b, partial + 2 * plane, partial + 3 * plane, chunks, chunk_rows, rows, columns, cols, wanted, eps,
-        CENTER, C, MERGE, WIDTH,
+        CENTER, OUTSIDE, UNBIASED, NORMALISE, C, MERGE, WIDTH,
     )  # fmt: skip
     if chunk == 0:
         to = statistics + cols
@@ -191,7 +220,7 @@ def standardise_kernel(
     stride_a = stride_a.to(tl.int64) // VECTOR * VECTOR
     stride_b = stride_b.to(tl.int64) // VECTOR * VECTOR
     stride = columns.to(tl.int64) // VECTOR * VECTOR
-    square = tl.zeros((ROWS, WIDTH), C)
+    sum = tl.zeros((ROWS, WIDTH), C)
     for i in range(first, last, ROWS):
         row = i + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & wanted[None, :]
@@ -202,26 +231,29 @@ def standardise_kernel(
         at = hat + row[:, None] * stride + cols[None, :]
         tl.store(at, a.to(hat.dtype.element_ty), mask=mask)
         tl.store(at + rows * stride, b.to(hat.dtype.element_ty), mask=mask)
-        d = tl.where(mask, a - b, 0.0)
-        square += d * d
-    tl.store(differences + chunk * columns + cols, tl.sum(square, axis=0), mask=wanted)
+        sum += tl.where(mask, (a - b) * (a - b) if NORMALISE else a * b, 0.0)
+    tl.store(terms + chunk * columns + cols, tl.sum(sum, axis=0), mask=wanted)
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "chunks", "eps", "eps_low"])
 def deficit_kernel(
-    differences, statistics, rows, columns, chunks, eps, eps_low, MERGE: tl.constexpr, WIDTH: tl.constexpr
-):
-    """1 - c of every column, without cancellation where the views nearly agree."""
+    terms, statistics, rows, columns, chunks, eps, eps_low,
+    OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
+    MERGE: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """1 - c of every column, if NORMALISE without cancellation where the views nearly agree."""
     C: tl.constexpr = statistics.dtype.element_ty
     eps = number(eps, eps_low, C)
     cols = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     wanted = cols < columns
-    square = merged_sum(differences, chunks, columns, cols, wanted, MERGE, WIDTH)
+    count = tl.zeros((WIDTH,), C) + rows.to(C)
+    mean = divide(merged_sum(terms, chunks, columns, cols, wanted, MERGE, WIDTH), count)
     statistics += cols
     r_a = tl.load(statistics, mask=wanted, other=0.0)
     r_b = tl.load(statistics + columns, mask=wanted, other=0.0)
-    mean = divide(square, tl.zeros((WIDTH,), C) + rows.to(C))
-    deficit = (mean + shrinkage(r_a, eps) + shrinkage(r_b, eps)) * 0.5
+    if NORMALISE:
+        mean += shrinkage(r_a, count, eps, OUTSIDE, UNBIASED) + shrinkage(r_b, count, eps, OUTSIDE, UNBIASED)
+    deficit = mean * 0.5 if NORMALISE else 1 - mean
     tl.store(statistics + 2 * columns.to(tl.int64), deficit, mask=wanted)
 
 
@@ -262,9 +294,14 @@ def correlation_kernel(
     tl.store(partial + program, tl.sum(tl.sum(sum, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["count", "rows", "columns", "lambd", "lambd_low"])
+@triton.jit(
+    do_not_specialize=[
+        "count", "rows", "columns", "lambd", "lambd_low", "scale", "scale_low", "lack", "lack_low",
+    ]
+)  # fmt: skip
 def loss_kernel(
-    partial, statistics, loss, components, count, rows, columns, lambd, lambd_low,
+    partial, statistics, loss, components, count, rows, columns,
+    lambd, lambd_low, scale, scale_low, lack, lack_low,
     WITH_DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The loss and its components from the partial sums of the energy and from 1 - c."""
@@ -277,11 +314,13 @@ def loss_kernel(
     trace = tl.zeros((BLOCK,), C)
     diagonal = tl.zeros((BLOCK,), C)
     deficits = statistics + 2 * columns.to(tl.int64)
+    lack = number(lack, lack_low, C)
     for i in range(0, columns, BLOCK):
         mask = i + at < columns
         d = tl.load(deficits + i + at, mask=mask, other=0.0)
         c = tl.where(mask, 1 - d, 0.0)
-        on += d * d
+        apart = tl.where(mask, d - lack, 0.0)
+        on += apart * apart
         trace += c
         diagonal += c * c
     b = rows.to(C)
@@ -292,7 +331,7 @@ def loss_kernel(
     # Not a maximum, which may lose a NaN.
     off = tl.where(off < 0, 0.0, off)
     on_diagonal = tl.sum(on, axis=0)
-    total = on_diagonal + number(lambd, lambd_low, C) * off
+    total = number(scale, scale_low, C) * (on_diagonal + number(lambd, lambd_low, C) * off)
     pairs = tl.where(columns > 1, n * (n - 1), 1.0)
     tl.store(loss, total)
     tl.store(components, total)
@@ -330,18 +369,18 @@ def standardised(view, row, cols, stride, mask, mean, r, NARROW: tl.constexpr, C
 
 
 @triton.jit
-def product_of(product, gram, own, row, cols, stride, mask, last, rows, scale, WITH_GRAM: tl.constexpr):
+def product_of(product, gram, own, row, cols, stride, mask, last, rows, power, WITH_GRAM: tl.constexpr):
     """A tile of m, completed by what the diagonal of the Gram matrix adds."""
-    m = tl.load(product + row[:, None] * stride + cols[None, :], mask=mask, other=0.0) * scale
+    m = tl.load(product + row[:, None] * stride + cols[None, :], mask=mask, other=0.0) * power
     if WITH_GRAM:
         m += tl.load(gram + row * (rows.to(tl.int64) + 1), mask=row < last, other=0.0)[:, None] * own
     return m
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "stride_a", "stride_b", "chunk_rows", "chunks", "scale"])
+@triton.jit(do_not_specialize=["rows", "columns", "stride_a", "stride_b", "chunk_rows", "chunks", "power"])
 def projection_kernel(
     m_a, m_b, view_a, view_b, gram_a, gram_b, statistics, partial,
-    rows, columns, stride_a, stride_b, chunk_rows, chunks, scale,
+    rows, columns, stride_a, stride_b, chunk_rows, chunks, power,
     GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, NARROW: tl.constexpr, WITH_GRAM: tl.constexpr,
     VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -365,11 +404,11 @@ def projection_kernel(
         mask = (row < last)[:, None] & wanted[None, :]
         if GRAD_A:
             own = standardised(view_a, row, cols, stride_a, mask, mean_a, r_a, NARROW, C)
-            m = product_of(m_a, gram_a, own, row, cols, stride, mask, last, rows, scale, WITH_GRAM)
+            m = product_of(m_a, gram_a, own, row, cols, stride, mask, last, rows, power, WITH_GRAM)
             sum_a += tl.where(mask, m * own, 0.0)
         if GRAD_B:
             own = standardised(view_b, row, cols, stride_b, mask, mean_b, r_b, NARROW, C)
-            m = product_of(m_b, gram_b, own, row, cols, stride, mask, last, rows, scale, WITH_GRAM)
+            m = product_of(m_b, gram_b, own, row, cols, stride, mask, last, rows, power, WITH_GRAM)
             sum_b += tl.where(mask, m * own, 0.0)
     at = partial + chunk * columns + cols
     if GRAD_A:
@@ -380,24 +419,30 @@ def projection_kernel(
 
 @triton.jit
 def column_gradient(
-    partial, chunks, rows, columns, cols, wanted, deficit, alpha, beta, diagonal,
+    partial, chunks, rows, columns, cols, wanted, r, deficit, alpha, beta, diagonal, lack, eps,
+    OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
     MERGE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Weight of the partner and of the own column in the gradient of one column."""
     sum = merged_sum(partial, chunks, columns, cols, wanted, MERGE, WIDTH)
+    count = tl.zeros((WIDTH,), sum.dtype) + rows.to(sum.dtype)
     c = 1 - deficit
-    weight = beta * (deficit + diagonal * c)
-    return weight, alpha * divide(sum, tl.zeros((WIDTH,), sum.dtype) + rows.to(sum.dtype)) - weight * c
+    weight = beta * (deficit - lack + diagonal * c)
+    factor = projection(r, count, eps, OUTSIDE, UNBIASED, NORMALISE)
+    return weight, factor * (alpha * divide(sum, count) - weight * c)
 
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "columns", "stride_a", "stride_b", "chunk_rows", "chunks", "scale", "lambd", "lambd_low",
+        "rows", "columns", "stride_a", "stride_b", "chunk_rows", "chunks", "power", "lambd", "lambd_low",
+        "scale", "scale_low", "lack", "lack_low", "eps", "eps_low",
     ]
 )  # fmt: skip
 def gradient_kernel(
     m_a, m_b, view_a, view_b, gram_a, gram_b, statistics, partial, upstream, grad_a, grad_b,
-    rows, columns, stride_a, stride_b, chunk_rows, chunks, scale, lambd, lambd_low,
+    rows, columns, stride_a, stride_b, chunk_rows, chunks, power,
+    lambd, lambd_low, scale, scale_low, lack, lack_low, eps, eps_low,
+    OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
     GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, NARROW: tl.constexpr, WITH_GRAM: tl.constexpr,
     GRAM: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
@@ -408,8 +453,10 @@ def gradient_kernel(
     size = columns.to(tl.int64)
     stride = size // VECTOR * VECTOR
     lambd = number(lambd, lambd_low, C)
+    lack = number(lack, lack_low, C)
+    eps = number(eps, eps_low, C)
     count = rows.to(C)
-    beta = divide(2 * tl.load(upstream).to(C), count)
+    beta = divide(2 * number(scale, scale_low, C) * tl.load(upstream).to(C), count)
     alpha = divide(lambd * beta, count)
     diagonal = lambd if GRAM else 0.0
     statistics += cols
@@ -421,12 +468,12 @@ def gradient_kernel(
     stride_a = stride_a.to(tl.int64) // VECTOR * VECTOR
     stride_b = stride_b.to(tl.int64) // VECTOR * VECTOR
     weight_a, own_a = column_gradient(
-        partial, chunks if GRAD_A else 0, rows, columns, cols, wanted, deficit, alpha, beta, diagonal,
-        MERGE, WIDTH,
+        partial, chunks if GRAD_A else 0, rows, columns, cols, wanted, r_a, deficit, alpha, beta, diagonal,
+        lack, eps, OUTSIDE, UNBIASED, NORMALISE, MERGE, WIDTH,
     )  # fmt: skip
     weight_b, own_b = column_gradient(
-        partial + chunks * size, chunks if GRAD_B else 0, rows, columns, cols, wanted, deficit, alpha, beta,
-        diagonal, MERGE, WIDTH,
+        partial + chunks * size, chunks if GRAD_B else 0, rows, columns, cols, wanted, r_b, deficit, alpha,
+        beta, diagonal, lack, eps, OUTSIDE, UNBIASED, NORMALISE, MERGE, WIDTH,
     )  # fmt: skip
     for i in range(first, last, ROWS):
         row = i + tl.arange(0, ROWS)
@@ -435,11 +482,11 @@ def gradient_kernel(
         b = standardised(view_b, row, cols, stride_b, mask, mean_b, r_b, NARROW, C)
         at = row[:, None] * stride + cols[None, :]
         if GRAD_A:
-            m = product_of(m_a, gram_a, a, row, cols, stride, mask, last, rows, scale, WITH_GRAM)
+            m = product_of(m_a, gram_a, a, row, cols, stride, mask, last, rows, power, WITH_GRAM)
             g = r_a[None, :] * (alpha * m - weight_a[None, :] * b - own_a[None, :] * a)
             tl.store(grad_a + at, g.to(grad_a.dtype.element_ty), mask=mask)
         if GRAD_B:
-            m = product_of(m_b, gram_b, b, row, cols, stride, mask, last, rows, scale, WITH_GRAM)
+            m = product_of(m_b, gram_b, b, row, cols, stride, mask, last, rows, power, WITH_GRAM)
             g = r_b[None, :] * (alpha * m - weight_b[None, :] * a - own_b[None, :] * b)
             tl.store(grad_b + at, g.to(grad_b.dtype.element_ty), mask=mask)
 
@@ -452,6 +499,16 @@ def _parts(value: float) -> tuple[float, float]:
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _objective(definition, rows) -> tuple[float, ...]:
+    """lambd, scale and lack (csrc/barlow_twins.h), each in two parts."""
+    values = definition.lambd, definition.factor(rows), definition.lack(rows)
+    return tuple(part for value in values for part in _parts(value))
+
+
+def _scaling(definition) -> tuple[bool, bool, bool]:
+    return definition.eps_outside, definition.unbiased, definition.normalise
 
 
 class _Grid:
@@ -475,7 +532,7 @@ def _with_rows(z: Tensor) -> Tensor:
     return z if z.stride(1) == 1 else z.contiguous()
 
 
-def standardise(z_a, z_b, center, eps, narrow) -> tuple[Tensor, Tensor]:
+def standardise(z_a, z_b, definition, narrow) -> tuple[Tensor, Tensor]:
     """hat (2, B, D) and statistics (5, D): r_a, r_b, 1 - c, mean_a, mean_b."""
     rows, columns = z_a.shape
     compute, device = _compute_dtype(z_a.dtype), z_a.device
@@ -484,32 +541,46 @@ def standardise(z_a, z_b, center, eps, narrow) -> tuple[Tensor, Tensor]:
     statistics = torch.empty(5, columns, dtype=compute, device=device)
     grid = _Grid(rows, columns)
     partial = torch.empty(5, grid.chunks, columns, dtype=compute, device=device)
-    differences = partial[4]
+    terms = partial[4]
+    eps, scaling = _parts(definition.eps), _scaling(definition)
     vector = _vector(columns, z_a, z_b, hat)
     sizes = rows, columns, z_a.stride(0), z_b.stride(0), grid.rows, grid.chunks
-    launch(moments_kernel, grid.programs, device, z_a, z_b, partial, *sizes, center, vector, ROWS, WIDTH)
+    launch(
+        moments_kernel,
+        grid.programs,
+        device,
+        z_a,
+        z_b,
+        partial,
+        *sizes,
+        definition.center,
+        vector,
+        ROWS,
+        WIDTH,
+    )
     launch(
         standardise_kernel, grid.programs, device,
-        z_a, z_b, partial, hat, statistics, differences, *sizes, *_parts(eps), center, vector, ROWS, WIDTH, MERGE,
+        z_a, z_b, partial, hat, statistics, terms, *sizes, *eps, definition.center, *scaling,
+        vector, ROWS, WIDTH, MERGE,
     )  # fmt: skip
     launch(
         deficit_kernel, grid.blocks, device,
-        differences, statistics, rows, columns, grid.chunks, *_parts(eps), MERGE, WIDTH,
+        terms, statistics, rows, columns, grid.chunks, *eps, *scaling, MERGE, WIDTH,
     )  # fmt: skip
     return hat, statistics
 
 
-def _loss(partial, rows, statistics, lambd, with_diagonal) -> tuple[Tensor, Tensor]:
+def _loss(partial, rows, statistics, definition, with_diagonal) -> tuple[Tensor, Tensor]:
     loss, components = statistics.new_empty(()), statistics.new_empty(5)
     launch(
         loss_kernel, 1, statistics.device,
-        partial, statistics, loss, components, len(partial), rows, statistics.shape[1], *_parts(lambd),
-        with_diagonal, 1024, warps=8,
+        partial, statistics, loss, components, len(partial), rows, statistics.shape[1],
+        *_objective(definition, rows), with_diagonal, 1024, warps=8,
     )  # fmt: skip
     return loss, components
 
 
-def gram_loss(grams, statistics, lambd) -> tuple[Tensor, Tensor]:
+def gram_loss(grams, statistics, definition) -> tuple[Tensor, Tensor]:
     """Loss and components from the Gram matrices (2, B, B)."""
     rows = grams.shape[1]
     size = rows * rows
@@ -518,10 +589,10 @@ def gram_loss(grams, statistics, lambd) -> tuple[Tensor, Tensor]:
     partial = statistics.new_empty(triton.cdiv(blocks, share))
     vector = divisor(16 // grams.element_size(), size)
     launch(gram_kernel, len(partial), grams.device, grams, partial, size, share, vector, FLAT)
-    return _loss(partial, rows, statistics, lambd, True)
+    return _loss(partial, rows, statistics, definition, True)
 
 
-def correlation_loss(p, rows, statistics, lambd) -> tuple[Tensor, Tensor]:
+def correlation_loss(p, rows, statistics, definition) -> tuple[Tensor, Tensor]:
     """Loss and components from p = Â'B̂ (D, D), whose diagonal becomes zero."""
     size = len(p)
     tiles = triton.cdiv(size, SQUARE_ROWS) * triton.cdiv(size, SQUARE_WIDTH)
@@ -531,7 +602,7 @@ def correlation_loss(p, rows, statistics, lambd) -> tuple[Tensor, Tensor]:
         correlation_kernel, len(partial), p.device,
         p, partial, size, tiles, share, _vector(size, p), SQUARE_ROWS, SQUARE_WIDTH,
     )  # fmt: skip
-    return _loss(partial, rows, statistics, lambd, False)
+    return _loss(partial, rows, statistics, definition, False)
 
 
 def narrowed(matrices, dtype, exponent) -> Tensor:
@@ -547,7 +618,7 @@ def narrowed(matrices, dtype, exponent) -> Tensor:
     return out
 
 
-def gradient(products, views, statistics, upstream, lambd, gram, exponent, grams, grads) -> None:
+def gradient(products, views, statistics, upstream, definition, gram, exponent, grams, grads) -> None:
     """Fill ``grads`` from the products m (see csrc/barlow_twins.h), which still want a factor of 2^exponent."""
     a, b = (_with_rows(view) for view in views)
     rows, columns = a.shape
@@ -569,6 +640,7 @@ def gradient(products, views, statistics, upstream, lambd, gram, exponent, grams
     )  # fmt: skip
     launch(
         gradient_kernel, grid.programs, device,
-        *products, a, b, *matrices, statistics, partial, upstream, *grads, *sizes, *_parts(lambd),
-        *flags, gram, vector, ROWS, WIDTH, MERGE,
+        *products, a, b, *matrices, statistics, partial, upstream, *grads, *sizes,
+        *_objective(definition, rows), *_parts(definition.eps), *_scaling(definition), *flags, gram,
+        vector, ROWS, WIDTH, MERGE,
     )  # fmt: skip

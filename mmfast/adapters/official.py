@@ -1,0 +1,31 @@
+"""The model of facebookresearch/barlowtwins, which returns its loss."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mmfast.adapters._world import one_process
+from mmfast.functional import barlow_twins
+
+
+class BarlowTwins(nn.Module):
+    """``loss = model(y1, y2)``: both views through backbone and projector, and the loss of the projections.
+
+    The official model builds its ResNet-50 and projector from ``args``; here they are given. Parameters have the
+    official names. Two things are not taken over: C is divided by the number of rows there are, not by
+    ``args.batch_size``; and there are no running statistics (``bn.*`` in the official checkpoints), so ``eval()``
+    does not change the loss.
+
+    Raises:
+        UserError: in a process group of more than one process.
+    """
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module, lambd: float = 0.0051):
+        super().__init__()
+        self.backbone, self.projector, self.lambd = backbone, projector, lambd
+
+    def forward(self, y1: Tensor, y2: Tensor) -> Tensor:
+        """The loss of two views of a batch."""
+        one_process("official.BarlowTwins")
+        z1, z2 = (self.projector(self.backbone(y)) for y in (y1, y2))
+        return barlow_twins(z1, z2, self.lambd)

@@ -1,0 +1,150 @@
+"""The call signatures of other projects give the numbers of their formulas; lightly's own where it is installed."""
+
+import copy
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
+
+import mmfast
+from mmfast.adapters import lifestream, lightly, monai, official, solo, vissl
+
+
+def same(ours, truth, tolerance=1e-12):
+    assert float(ours[0]) == pytest.approx(float(truth[0]), rel=tolerance)
+    assert all(relative_error(x, y) < 5 * tolerance for x, y in zip(ours[1:], truth[1:], strict=True))
+
+
+PAIRS = {
+    "lightly": (lightly.BarlowTwinsLoss(), FORMULAS["lightly"]),
+    "lightly lambda": (lightly.BarlowTwinsLoss(lambda_param=0.3), lambda a, b: FORMULAS["lightly"](a, b, 0.3)),
+    "lightly gathered": (lightly.BarlowTwinsLoss(gather_distributed=True), FORMULAS["lightly"]),
+    "solo": (solo.barlow_loss_func, FORMULAS["solo"]),
+    "solo options": (
+        lambda a, b: solo.barlow_loss_func(a, b, lamb=0.3, scale_loss=0.5),
+        lambda a, b: 20 * FORMULAS["solo"](a, b, 0.3),
+    ),
+    "official": (official.BarlowTwins(torch.nn.Identity(), torch.nn.Identity()),
+                 lambda a, b: FORMULAS["official"](a, b, 0.0051)),
+    "monai": (monai.BarlowTwinsLoss(), FORMULAS["monai"]),
+    "monai lambda": (
+        lambda a, b: monai.BarlowTwinsLoss(lambd=0.3)(input=a, target=b),
+        lambda a, b: FORMULAS["monai"](a, b, 0.3),
+    ),
+    "vissl": (
+        lambda a, b: vissl.BarlowTwinsCriterion(0.0051, 0.024, embedding_dim=30)(torch.cat([a, b])),
+        FORMULAS["vissl"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_and_gradients(name):
+    ours, formula = PAIRS[name]
+    z = views(12, 30)
+    same(gradients(ours, *z, -2.0), gradients(formula, *z, -2.0))
+
+
+def lifestream_formula(z, lambd):
+    c = z[0::2].T @ z[1::2] / (len(z) // 2)
+    off = c - c.diagonal().diag()
+    return (c.diagonal() - 1).square().sum() + lambd * off.square().sum()
+
+
+def test_interleaved_rows():
+    z = torch.stack(views(12, 30), 1).flatten(0, 1).double()
+    target = torch.arange(12).repeat_interleave(2)
+    x, y = z.clone().requires_grad_(), z.clone().requires_grad_()
+    loss = lifestream.BarlowTwinsLoss(0.02)(x, target)
+    truth = lifestream_formula(y, 0.02)
+    loss.backward()
+    truth.backward()
+    assert float(loss.detach()) == pytest.approx(float(truth.detach()), rel=1e-12)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_the_model_that_returns_its_loss():
+    torch.manual_seed(1)
+    backbone, projector = torch.nn.Linear(6, 8), torch.nn.Linear(8, 20)
+    model = official.BarlowTwins(backbone, projector, lambd=0.01).double()
+    y1, y2 = (torch.randn(9, 6, dtype=torch.float64) for _ in range(2))
+    other = copy.deepcopy(model)
+    model(y1, y2).backward()
+    FORMULAS["official"](*(other.projector(other.backbone(y)) for y in (y1, y2)), 0.01).backward()
+    for ours, truth in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, truth.grad, rtol=1e-9, atol=1e-12)
+    assert {name.partition(".")[0] for name in model.state_dict()} == {"backbone", "projector"}
+
+
+def lightly_itself():
+    path = os.environ.get("MMFAST_LIGHTLY")
+    if not path:
+        package = importlib.util.find_spec("lightly")
+        if package is None:
+            pytest.skip(
+                "lightly is not installed, and MMFAST_LIGHTLY does not name its loss/barlow_twins_loss.py"
+            )
+        path = Path(package.submodule_search_locations[0]) / "loss/barlow_twins_loss.py"
+    spec = importlib.util.spec_from_file_location("lightly_barlow_twins_loss", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.BarlowTwinsLoss
+
+
+@pytest.mark.parametrize("shape", [(12, 50), (40, 17)], ids=str)
+def test_lightly_itself(shape):
+    theirs, z = lightly_itself(), views(*shape)
+    for options in ({}, {"lambda_param": 0.3}):
+        truth = gradients(theirs(**options), *z, -2.0)
+        same(gradients(lightly.BarlowTwinsLoss(**options), *z, -2.0), truth)
+        same(gradients(lightly.BarlowTwinsLoss(**options), *z, -2.0, torch.float32), truth, 2e-6)
+
+
+CRITERION = vissl.BarlowTwinsCriterion(0.0051, 0.024, embedding_dim=6)
+LIFESTREAM = lifestream.BarlowTwinsLoss(0.005)
+Z = torch.arange(24.0).view(4, 6)
+ROWS = "lifestream.BarlowTwinsLoss: model_outputs and target must have one even number of rows, got "
+INVALID = [
+    (lambda: CRITERION(Z[:3]), "embedding must have an even number of rows and 6 columns, got (3, 6)"),
+    (lambda: CRITERION(Z[:, :5]), "embedding must have an even number of rows and 6 columns, got (4, 5)"),
+    (lambda: CRITERION(Z[0]), "embedding must have an even number of rows and 6 columns, got (6,)"),
+    (lambda: LIFESTREAM(Z[:3], torch.zeros(3)), ROWS + "3 and 3"),
+    (lambda: LIFESTREAM(Z, torch.zeros(2)), ROWS + "4 and 2"),
+    (
+        lambda: LIFESTREAM(Z, torch.tensor([1, 1, 2, 3])),
+        "target must be the same in rows 2 i and 2 i + 1, got 2 and 3 in rows 2 and 3",
+    ),
+    (
+        lambda: monai.BarlowTwinsLoss()(Z, Z[:3]),
+        "barlow_twins: z_b must have the shape of z_a (4, 6), got (3, 6)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), INVALID, ids=[x[1] for x in INVALID])
+def test_invalid_arguments(call, message):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert str(caught.value).endswith(message)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    """What these projects compute over all processes is not computed on each in silence."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    z_a, z_b = views(6, 6)
+    calls = {
+        "lightly.BarlowTwinsLoss": lambda: lightly.BarlowTwinsLoss(gather_distributed=True)(z_a, z_b),
+        "solo.barlow_loss_func": lambda: solo.barlow_loss_func(z_a, z_b),
+        "official.BarlowTwins": lambda: PAIRS["official"][0](z_a, z_b),
+        "vissl.BarlowTwinsCriterion": lambda: CRITERION(torch.cat([z_a, z_b])),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            mmfast.UserError, match=f"^{name}: the process group must have one process, .* got 4$"
+        ):
+            call()
+    assert torch.equal(lightly.BarlowTwinsLoss()(z_a, z_b), mmfast.BarlowTwinsLoss()(z_a, z_b))
