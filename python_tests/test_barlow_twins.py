@@ -15,6 +15,7 @@ from mmfast import backends
 from mmfast import functional as F
 from mmfast.losses import BarlowTwinsLoss
 from mmfast.ops import barlow_twins as ops
+from mmfast.ops.barlow_twins_passes import Cpu, Definition, _native, compute_dtype, passes_for
 from mmfast.ops.native import call_cuda, dtype_code
 from mmfast.ops.products import gram_matrices, matmul, product
 
@@ -75,7 +76,7 @@ def skip_where_bfloat16_is_not_rounded(backend, dtype):
 
 
 def passes():
-    return ops._passes(torch.get_default_device(), narrow=False)
+    return passes_for(torch.get_default_device(), narrow=False)
 
 
 def brute_force(z_a, z_b, lambd=5e-3, center=True, eps=1e-5):
@@ -352,7 +353,7 @@ def test_kernels_write_only_their_outputs(dtype, gram):
         buffers.append(torch.full((math.prod(shape) + 2 * zone,), 7.5, dtype=dtype))
         return buffers[-1][zone:-zone].view(shape)
 
-    definition = ops._native(ops.Definition(lambd=0.01))
+    definition = _native(Definition(lambd=0.01))
 
     def call(name, *arguments):
         addresses = (x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments)
@@ -409,15 +410,15 @@ def test_every_instruction_set(isa, dtype):
 def test_bits_depend_neither_on_threads_nor_on_chance(shape):
     z_a, z_b = views(*shape, torch.float32)
     fixed = torch.randn(shape[1], shape[1])
-    definition = ops.Definition(lambd=0.01)
+    definition = Definition(lambd=0.01)
 
     def passes():
-        hat, statistics = ops._Cpu.standardise(z_a, z_b, definition, False)
-        loss, components, kept = ops._Cpu.gram_energy(hat, statistics, definition, True, True)
-        direct = ops._Cpu.correlation_loss(fixed.clone(), shape[0], statistics, definition)
+        hat, statistics = Cpu.standardise(z_a, z_b, definition, False)
+        loss, components, kept = Cpu.gram_energy(hat, statistics, definition, True, True)
+        direct = Cpu.correlation_loss(fixed.clone(), shape[0], statistics, definition)
         grads = torch.empty(2, *hat.shape)
-        ops._Cpu.gram_backward(kept, hat, statistics, loss, definition, grads[0])
-        ops._Cpu.gradient(hat, hat, statistics, loss, definition, False, 0, None, grads[1])
+        Cpu.gram_backward(kept, hat, statistics, loss, definition, grads[0])
+        Cpu.gradient(hat, hat, statistics, loss, definition, False, 0, None, grads[1])
         return hat, statistics, loss, components, kept, *direct, grads
 
     threads = torch.get_num_threads()
@@ -441,7 +442,7 @@ NARROW = pytest.mark.parametrize("backend", NARROW, ids="-".join, indirect=True)
 
 
 def narrow_loss(z_a, z_b, lambd=5e-3, center=True, gram=True):
-    return ops._BarlowTwins.apply(z_a, z_b, gram, True, *ops.Definition(lambd, center))[0]
+    return ops._BarlowTwins.apply(z_a, z_b, gram, True, *Definition(lambd, center))[0]
 
 
 def gradient_bound(z_a, z_b, truth, lambd, center=True):
@@ -564,10 +565,10 @@ def test_matrices_of_more_than_one_block(gram, backend):
 def test_cuda_kernels_write_only_their_outputs(shape, dtype, gram, backend):
     """Everything lies between red zones of NaN, which show where they are read, and where they are written."""
     rows, columns = shape
-    compute, half = ops._compute_dtype(torch.empty(0, dtype=dtype)), dtype in HALF
+    compute, half = compute_dtype(torch.empty(0, dtype=dtype)), dtype in HALF
     code, wide = dtype_code("test", "z", torch.empty(0, dtype=dtype)), compute == torch.float64
     device = torch.get_default_device()
-    definition = ops._native(ops.Definition(lambd=0.01))
+    definition = _native(Definition(lambd=0.01))
     for zone, narrow in ((64, half), (63, False), (61, half)):
         buffers = []
 
@@ -698,7 +699,7 @@ def test_opcheck(dtype, gram, backend):
     z_a, z_b = views(6, 9, dtype)
     narrow = is_narrow(dtype)
     for needs in ((True, True), (False, True), (False, False)):
-        options = (gram, narrow, *needs, *ops.Definition(lambd=0.01))
+        options = (gram, narrow, *needs, *Definition(lambd=0.01))
         arguments = (z_a, z_b, *options)
         torch.library.opcheck(torch.ops.mmfast.barlow_twins_forward, arguments)
         if any(needs):
@@ -932,7 +933,7 @@ def test_the_loss_shows_what_nobody_waits_to_look_at(bad, rows, gram, backend):
         pytest.skip("these kernels do report it")
     z_a, z_b = views(rows, 5, torch.float32)
     z_b[1:, 2] = bad
-    definition = ops.Definition(lambd=0.01)
+    definition = Definition(lambd=0.01)
     hat, statistics = passes().standardise(z_a, z_b, definition, False)
     assert statistics[[1, 2], 2].isnan().all() and statistics[:, [0, 1, 3, 4]].isfinite().all()
     if gram:

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from mmfast.ops.barlow_twins import Definition
+from mmfast.ops.barlow_twins_passes import Definition
 from mmfast.ops.plan import MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains, plan_width
 from mmfast.triton import augment, barlow_twins
 
