@@ -2,7 +2,7 @@
 
 from mmfast.backends import backend, info
 from mmfast.errors import UserError
-from mmfast.losses import BarlowTwinsLoss
+from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss
 from mmfast.plan import Plan
 from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
 
@@ -12,6 +12,7 @@ __all__ = [
     "Chain",
     "FeatureMask",
     "GaussianNoise",
+    "MultiViewBarlowTwinsLoss",
     "Plan",
     "SeqAug",
     "TimeMask",

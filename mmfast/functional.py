@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfast.errors import UserError
-from mmfast.ops import barlow_twins as _barlow_twins
+from mmfast.ops.barlow_twins import barlow_twins as _two_views
+from mmfast.ops.barlow_twins_many import Sharing, barlow_twins_many
+from mmfast.ops.barlow_twins_passes import Definition
 
 
 class BarlowTwinsComponents(NamedTuple):
@@ -53,6 +58,9 @@ BARLOW_TWINS_VARIANTS: dict[str, dict[str, float | bool]] = {
 }
 
 
+_NOBODY = Sharing(stats=None)
+
+
 def barlow_twins_options(variant: str, **given: float | bool | None) -> dict[str, float | bool]:
     """Arguments of the op: those of the variant, where they are not given."""
     chosen = BARLOW_TWINS_VARIANTS.get(variant) if isinstance(variant, str) else None
@@ -63,6 +71,32 @@ def barlow_twins_options(variant: str, **given: float | bool | None) -> dict[str
     return {**BARLOW_TWINS_VARIANTS["official"], **chosen, **given}
 
 
+def evaluate_barlow_twins(
+    z_a: Tensor,
+    z_b: Tensor,
+    options: Mapping[str, float | bool],
+    debias: bool = False,
+    sharing: Sharing = _NOBODY,
+    gram: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its components (5,), by the op for what is asked."""
+    pooled = options.get("pooled", False)
+    if not (pooled or debias) and sharing.across() is None:
+        sharing.check()
+        return _two_views(z_a, z_b, **options, gram=gram)
+    definition = Definition(**{name: value for name, value in options.items() if name != "pooled"})
+    loss, components = barlow_twins_many(
+        {"z_a": z_a, "z_b": z_b},
+        definition=definition,
+        pooled=pooled,
+        debias=debias,
+        sharing=sharing,
+        corresponding=True,
+        gram=gram,
+    )
+    return loss, components[0]
+
+
 def barlow_twins(
     z_a: Tensor,
     z_b: Tensor,
@@ -71,6 +105,10 @@ def barlow_twins(
     eps: float | None = None,
     variant: str = "official",
     scale: float | None = None,
+    debias: bool = False,
+    stats: str | None = "global",
+    grad_convention: str = "true",
+    group: Any = None,
 ) -> Tensor:
     r"""Barlow Twins loss of the embeddings of two views (Zbontar et al., ICML 2021).
 
@@ -113,6 +151,21 @@ def barlow_twins(
             correlates with nothing: c = 0.
         variant: the name of a published definition.
         scale: factor of the whole loss, finite and >= 0; the variant's if None.
+        debias: estimate the off-diagonal sum without its bias, as a U-statistic (B >= 4; Song et al., JMLR 13
+            (2012), eq. 5, with the means taken out; pairs of different rows, B >= 2, for center=False). Each c_ij^2
+            of B independent rows is 1 / (B - 1) on average, also where features are independent: at B = 8 and D =
+            64 all of the off-diagonal sum may be this noise. The estimate is zero on average for independent views,
+            and may be negative.
+        stats: with several processes (an initialised ``torch.distributed``), whose rows the means and variances are
+            of: "global", those of all processes, so that the loss is that of one process with all rows; or "local",
+            those of each process, as batch norm that is not synchronised. C is the mean over all rows either way,
+            and every process returns the same loss. None: processes have nothing to do with each other. Numbers of
+            rows may differ; 0 and 1 are allowed for "global". Every process must call the loss, and its backward
+            pass.
+        grad_convention: "true": gradients that DistributedDataParallel, which averages over processes, turns into
+            the gradient of the loss. "legacy": these divided by the number of processes, as the official code,
+            solo-learn and VISSL have them.
+        group: the process group; None for the default one.
 
     Returns:
         A scalar, float64 for float64 embeddings, else float32. Gradients have the dtype of the embeddings and
@@ -121,11 +174,14 @@ def barlow_twins(
     Raises:
         ValueError: shapes or devices that do not match, B < 2, D < 1, an unknown variant, lambd, eps or scale out
             of range. On the CPU also NaN or infinite embeddings, with the view, their number and the first
-            position; on GPUs, which nobody waits for, these make the loss NaN.
+            position; on GPUs, which nobody waits for, these make the loss NaN, and compiled they do in
+            what is composed of PyTorch's operations (more than two views, ``debias``, "vissl").
         TypeError: unequal or unsupported dtypes.
+        Of several processes all raise the error of the lowest rank that has one, with that rank; also where
+        arguments differ that must not: D, dtype, options, whether a gradient is required.
     """
     options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
-    return _barlow_twins.barlow_twins(z_a, z_b, **options)[0]
+    return evaluate_barlow_twins(z_a, z_b, options, debias, Sharing(stats, grad_convention, group))[0]
 
 
 @torch.no_grad()
@@ -137,7 +193,113 @@ def barlow_twins_components(
     eps: float | None = None,
     variant: str = "official",
     scale: float | None = None,
+    debias: bool = False,
+    stats: str | None = "global",
+    group: Any = None,
 ) -> BarlowTwinsComponents:
     """The parts of :func:`barlow_twins`, for the same arguments and at the cost of its forward pass."""
     options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
-    return BarlowTwinsComponents(*_barlow_twins.barlow_twins(z_a, z_b, **options)[1].unbind())
+    _, components = evaluate_barlow_twins(z_a, z_b, options, debias, Sharing(stats, "true", group))
+    return BarlowTwinsComponents(*components.unbind())
+
+
+Views = Mapping[str, Tensor] | Sequence[Tensor]
+Pair = tuple[str, str] | tuple[int, int]
+
+
+def multi_view_barlow_twins(
+    views: Views,
+    present: Tensor | Mapping[str, Tensor] | None = None,
+    weights: Mapping[Pair, float] | None = None,
+    lambd: float | None = None,
+    center: bool = True,
+    eps: float | None = None,
+    variant: str = "official",
+    scale: float | None = None,
+    debias: bool = False,
+    stats: str | None = "global",
+    grad_convention: str = "true",
+    group: Any = None,
+) -> Tensor:
+    r"""Sum over pairs of any number of views or modalities of the weighted :func:`barlow_twins` losses.
+
+    .. math:: L = \sum_{(m, n)} w_{mn} L(z_m, z_n)
+
+    Each view is standardised once and, where B is small against D, has one B x B Gram matrix for all its pairs:
+    O(M B^2 D + M^2 B^2) for M views against O(M^2 B D^2) (peer of the duality of Garrido et al., ICLR 2023).
+
+    Args:
+        views: M >= 2 matrices (B, D_m), by name or in order, of one dtype and device. Where D_m differs from D_n no
+            feature corresponds to another: the pair's loss is ``lambd`` times the sum of all squares of C, which
+            only keeps the views from repeating each other.
+        present: None if all samples have all views; or bool (B, M), or (B,) by name: whether a sample has a view.
+            What it does not have is not looked at (it may be NaN) and gets a zero gradient. Means and variances of
+            a view are those of the samples that have it, C_mn is the mean over the samples that have both; pairs
+            that fewer than two samples have count nothing.
+        weights: by pairs of names or positions, finite and >= 0; pairs that are not there are left out. None: 1 for
+            all.
+        others: see :func:`barlow_twins`; ``debias`` is for samples that have all views, and ``variant="vissl"``,
+            which pools the statistics of two views, is not offered.
+
+    Returns and raises what :func:`barlow_twins` does.
+    """
+    options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
+    sharing = Sharing(stats, grad_convention, group)
+    return evaluate_multi_view(views, present, weights, options, debias, sharing)[0]
+
+
+def evaluate_multi_view(
+    views, present, weights, options, debias, sharing
+) -> tuple[Tensor, dict[Pair, Tensor]]:
+    """The loss, and its components (5,) by pair."""
+    if not isinstance(views, Mapping):
+        views = dict(enumerate(views))
+    names = list(views)
+    if len(names) < 2:
+        raise UserError(f"multi_view_barlow_twins: there must be at least 2 views, got {len(names)}")
+    if options.get("pooled"):
+        raise UserError(
+            'multi_view_barlow_twins: variant must not be "vissl", whose statistics are those of two views'
+        )
+    if debias and present is not None:
+        raise UserError("multi_view_barlow_twins: debias must be False where present is given, got True")
+    pairs = _pairs(names, weights)
+    if isinstance(present, Mapping):
+        present = _present(present, names)
+    definition = Definition(**options)
+    named = {f"views[{name!r}]": z for name, z in views.items()}
+    positions = [(names.index(m), names.index(n), weight) for (m, n), weight in pairs.items()]
+    loss, components = barlow_twins_many(
+        named, positions, present, definition, debias=debias, sharing=sharing
+    )
+    return loss, dict(zip(pairs, components.unbind(), strict=True))
+
+
+def _pairs(names: list, weights: Mapping[Pair, float] | None) -> dict[Pair, float]:
+    if weights is None:
+        return dict.fromkeys(itertools.combinations(names, 2), 1.0)
+    pairs = {}
+    for pair, weight in weights.items():
+        known = isinstance(pair, tuple) and len(pair) == 2 and pair[0] != pair[1] and set(pair) <= set(names)
+        if not known or pair[::-1] in pairs:
+            rule = "must name each pair of different views once"
+            raise UserError(
+                f"multi_view_barlow_twins: weights {rule} ({', '.join(map(repr, names))}), got {pair!r}"
+            )
+        if not 0 <= weight < math.inf:
+            raise UserError(
+                f"multi_view_barlow_twins: weights must be finite and at least 0, got {weight} for {pair!r}"
+            )
+        pairs[pair] = float(weight)
+    if not pairs:
+        raise UserError("multi_view_barlow_twins: weights must name at least one pair, got none")
+    return pairs
+
+
+def _present(present: Mapping[str, Tensor], names: list) -> Tensor:
+    if set(present) != set(names):
+        raise UserError(
+            f"multi_view_barlow_twins: present must name the views ({', '.join(map(repr, names))}), "
+            f"got {', '.join(map(repr, present))}"
+        )
+    return torch.stack([present[name] for name in names], dim=1)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from mmfast.functional import BarlowTwinsComponents, barlow_twins_components, barlow_twins_options
-from mmfast.ops import barlow_twins as _barlow_twins
+from mmfast.functional import (
+    BarlowTwinsComponents,
+    Pair,
+    Views,
+    barlow_twins_options,
+    evaluate_barlow_twins,
+    evaluate_multi_view,
+)
+from mmfast.ops.barlow_twins_checks import check_options
+from mmfast.ops.barlow_twins_many import Sharing
 
 
-class BarlowTwinsLoss(nn.Module):
-    """Barlow Twins loss of two views' embeddings (B, D), defined in :func:`mmfast.functional.barlow_twins`.
-
-    >>> loss = BarlowTwinsLoss()
-    >>> loss(z_a, z_b).backward()
-    >>> loss.last.mean_diagonal
-
-    ``variant`` names the published definition, from which lambd, eps and scale come where they are not given; it is
-    described there, with a warning about "thesis" and "vissl".
-    """
+class _BarlowTwins(nn.Module):
+    """Options of Barlow Twins losses; :func:`mmfast.functional.barlow_twins` explains them."""
 
     def __init__(
         self,
@@ -26,21 +30,47 @@ class BarlowTwinsLoss(nn.Module):
         eps: float | None = None,
         variant: str = "official",
         scale: float | None = None,
+        debias: bool = False,
+        stats: str | None = "global",
+        grad_convention: str = "true",
+        group: Any = None,
     ):
         super().__init__()
         options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
-        self.variant, self.center = variant, center
+        self.variant, self.center, self.debias = variant, center, debias
         self.lambd, self.eps, self.scale = (options[name] for name in ("lambd", "eps", "scale"))
-        _barlow_twins.check_options(lambd=self.lambd, eps=self.eps, scale=self.scale)
-        self._last: Tensor | None = None
+        check_options(lambd=self.lambd, eps=self.eps, scale=self.scale)
+        self.stats, self.grad_convention, self.group = stats, grad_convention, group
+        Sharing(stats, grad_convention).check()
 
     def _options(self) -> dict[str, float | bool]:
         names = ("variant", "lambd", "center", "eps", "scale")
-        return {name: getattr(self, name) for name in names}
+        return barlow_twins_options(**{name: getattr(self, name) for name in names})
+
+    def _sharing(self) -> Sharing:
+        return Sharing(self.stats, self.grad_convention, self.group)
+
+    def extra_repr(self) -> str:
+        names = ("lambd", "center", "eps", "variant", "scale", "debias", "stats", "grad_convention")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+
+class BarlowTwinsLoss(_BarlowTwins):
+    """Barlow Twins loss of two views' embeddings (B, D), defined in :func:`mmfast.functional.barlow_twins`.
+
+    >>> loss = BarlowTwinsLoss()
+    >>> loss(z_a, z_b).backward()
+    >>> loss.last.mean_diagonal
+
+    ``variant`` names the published definition, from which lambd, eps and scale come where they are not given; it is
+    described there, with a warning about "thesis" and "vissl". In an initialised process group of several processes
+    the loss is that of all their rows: every process must call it (``stats=None``: each has its own).
+    """
+
+    _last: Tensor | None = None
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        options = barlow_twins_options(**self._options())
-        loss, self._last = _barlow_twins.barlow_twins(z_a, z_b, **options)
+        loss, self._last = evaluate_barlow_twins(z_a, z_b, self._options(), self.debias, self._sharing())
         return loss
 
     @property
@@ -48,10 +78,41 @@ class BarlowTwinsLoss(nn.Module):
         """Components of the latest call (None before the first), already computed, without its graph."""
         return None if self._last is None else BarlowTwinsComponents(*self._last.unbind())
 
+    @torch.no_grad()
     def components(self, z_a: Tensor, z_b: Tensor) -> BarlowTwinsComponents:
         """Components for other embeddings, with this loss's options; ``last`` stays as it is."""
-        return barlow_twins_components(z_a, z_b, **self._options())
+        _, components = evaluate_barlow_twins(z_a, z_b, self._options(), self.debias, self._sharing())
+        return BarlowTwinsComponents(*components.unbind())
+
+
+class MultiViewBarlowTwinsLoss(_BarlowTwins):
+    """Weighted Barlow Twins losses of all pairs of any number of views:
+    :func:`mmfast.functional.multi_view_barlow_twins`.
+
+    >>> loss = MultiViewBarlowTwinsLoss({("text", "audio"): 1.0, ("text", "visual"): 0.5})
+    >>> loss({"text": z_t, "audio": z_a, "visual": z_v}, present={"text": t, "audio": a, "visual": v}).backward()
+    >>> loss.last["text", "audio"].mean_diagonal
+
+    Without ``weights`` every pair counts once. Other options are those of :class:`BarlowTwinsLoss`, by keyword.
+    """
+
+    _last: dict[Pair, Tensor] | None = None
+
+    def __init__(self, weights: Mapping[Pair, float] | None = None, **options: Any):
+        super().__init__(**options)
+        self.weights = None if weights is None else dict(weights)
+
+    def forward(self, views: Views, present: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
+        options, sharing = self._options(), self._sharing()
+        loss, self._last = evaluate_multi_view(views, present, self.weights, options, self.debias, sharing)
+        return loss
+
+    @property
+    def last(self) -> dict[Pair, BarlowTwinsComponents] | None:
+        """Components of the latest call by pair (None before the first), already computed, without its graph."""
+        if self._last is None:
+            return None
+        return {pair: BarlowTwinsComponents(*components.unbind()) for pair, components in self._last.items()}
 
     def extra_repr(self) -> str:
-        options = f"lambd={self.lambd}, center={self.center}, eps={self.eps}"
-        return f"{options}, variant={self.variant!r}, scale={self.scale}"
+        return f"weights={self.weights}, {super().extra_repr()}"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
 
-import mmfast
 from mmfast.adapters import lifestream, lightly, monai, official, solo, vissl
 
 
@@ -129,22 +128,3 @@ def test_invalid_arguments(call, message):
     with pytest.raises(ValueError) as caught:
         call()
     assert str(caught.value).endswith(message)
-
-
-def test_several_processes_are_refused(monkeypatch):
-    """What these projects compute over all processes is not computed on each in silence."""
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    z_a, z_b = views(6, 6)
-    calls = {
-        "lightly.BarlowTwinsLoss": lambda: lightly.BarlowTwinsLoss(gather_distributed=True)(z_a, z_b),
-        "solo.barlow_loss_func": lambda: solo.barlow_loss_func(z_a, z_b),
-        "official.BarlowTwins": lambda: PAIRS["official"][0](z_a, z_b),
-        "vissl.BarlowTwinsCriterion": lambda: CRITERION(torch.cat([z_a, z_b])),
-    }
-    for name, call in calls.items():
-        with pytest.raises(
-            mmfast.UserError, match=f"^{name}: the process group must have one process, .* got 4$"
-        ):
-            call()
-    assert torch.equal(lightly.BarlowTwinsLoss()(z_a, z_b), mmfast.BarlowTwinsLoss()(z_a, z_b))

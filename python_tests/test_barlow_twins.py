@@ -360,7 +360,7 @@ def test_kernels_write_only_their_outputs(dtype, gram):
         return getattr(backends._C, name)(*addresses, 2)
 
     z_a, z_b = views(rows, columns, dtype)
-    code = ops.dtype_code("test", "z_a", z_a)
+    code = dtype_code("test", "z_a", z_a)
     hat, statistics = guarded(2, rows, columns), guarded(5, columns)
     sizes = (rows, columns)
     call("barlow_twins_standardise", code, z_a, columns, z_b, columns, *sizes, definition, hat, statistics)
@@ -854,7 +854,8 @@ def test_module():
     assert loss.last == loss.components(z_a, z_b) and torch.equal(loss.last.loss, value.detach())
     assert not loss.last.on_diagonal.requires_grad
     assert not loss.state_dict() and not list(loss.parameters())
-    options = "lambd=0.02, center=False, eps=0.001, variant='official', scale=1.0"
+    options = "lambd=0.02, center=False, eps=0.001, variant='official', scale=1.0, "
+    options += "debias=False, stats='global', grad_convention='true'"
     assert repr(loss) == f"BarlowTwinsLoss({options})"
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmfast.adapters._world import one_process
 from mmfast.functional import barlow_twins
 
 
 class BarlowTwinsLoss(nn.Module):
     """lightly's Barlow Twins loss.
 
-    Raises:
-        UserError: ``gather_distributed`` in a process group of more than one process.
+    ``gather_distributed`` takes the mean of C over the processes, each with the statistics of its own rows.
     """
 
     def __init__(self, lambda_param: float = 5e-3, gather_distributed: bool = False):
@@ -21,6 +19,5 @@ class BarlowTwinsLoss(nn.Module):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss of two views' embeddings (B, D)."""
-        if self.gather_distributed:
-            one_process("lightly.BarlowTwinsLoss")
-        return barlow_twins(z_a, z_b, self.lambda_param, variant="lightly")
+        stats = "local" if self.gather_distributed else None
+        return barlow_twins(z_a, z_b, self.lambda_param, variant="lightly", stats=stats)

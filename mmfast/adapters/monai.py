@@ -8,7 +8,7 @@ from mmfast.functional import barlow_twins
 
 
 class BarlowTwinsLoss(nn.Module):
-    """MONAI's Barlow Twins loss."""
+    """MONAI's Barlow Twins loss, of each process for itself."""
 
     def __init__(self, lambd: float = 5e-3):
         super().__init__()
@@ -16,4 +16,4 @@ class BarlowTwinsLoss(nn.Module):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of two views' embeddings (B, D)."""
-        return barlow_twins(input, target, self.lambd, variant="monai")
+        return barlow_twins(input, target, self.lambd, variant="monai", stats=None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmfast.adapters._world import one_process
 from mmfast.functional import barlow_twins
 
 
@@ -16,8 +15,8 @@ class BarlowTwins(nn.Module):
     ``args.batch_size``; and there are no running statistics (``bn.*`` in the official checkpoints), so ``eval()``
     does not change the loss.
 
-    Raises:
-        UserError: in a process group of more than one process.
+    With several processes statistics and C are those of all rows (the official BatchNorm is synchronised), and
+    gradients are divided by the number of processes, as the official learning rates want it.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, lambd: float = 0.0051):
@@ -26,6 +25,5 @@ class BarlowTwins(nn.Module):
 
     def forward(self, y1: Tensor, y2: Tensor) -> Tensor:
         """The loss of two views of a batch."""
-        one_process("official.BarlowTwins")
         z1, z2 = (self.projector(self.backbone(y)) for y in (y1, y2))
-        return barlow_twins(z1, z2, self.lambd)
+        return barlow_twins(z1, z2, self.lambd, grad_convention="legacy")

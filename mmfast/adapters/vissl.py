@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmfast.adapters._world import one_process
 from mmfast.errors import UserError
 from mmfast.functional import barlow_twins
 
@@ -12,10 +11,11 @@ from mmfast.functional import barlow_twins
 class BarlowTwinsCriterion(nn.Module):
     """VISSL's Barlow Twins loss of one tensor: all rows of the first view, then all rows of the second.
 
-    Statistics are those of both views together, which is wrong for views of different modalities.
+    Statistics are those of both views together and of all processes, which is wrong for views of different
+    modalities. Gradients are divided by the number of processes.
 
     Raises:
-        UserError: an embedding that is not (2 B, ``embedding_dim``), or a process group of more than one process.
+        UserError: an embedding that is not (2 B, ``embedding_dim``).
     """
 
     def __init__(self, lambda_: float, scale_loss: float, embedding_dim: int):
@@ -24,7 +24,6 @@ class BarlowTwinsCriterion(nn.Module):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """The loss of the embeddings (2 B, D) of both views."""
-        one_process("vissl.BarlowTwinsCriterion")
         shape = tuple(embedding.shape)
         if len(shape) != 2 or shape[0] % 2 or shape[1] != self.embedding_dim:
             raise UserError(
@@ -32,4 +31,5 @@ class BarlowTwinsCriterion(nn.Module):
                 f"columns, got {shape}"
             )
         z_a, z_b = embedding.chunk(2)
-        return barlow_twins(z_a, z_b, self.lambda_, variant="vissl", scale=self.scale_loss)
+        options = {"variant": "vissl", "grad_convention": "legacy"}
+        return barlow_twins(z_a, z_b, self.lambda_, scale=self.scale_loss, **options)

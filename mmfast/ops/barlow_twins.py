@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.ops.barlow_twins_passes import Cpu, Definition, check_options, compute_dtype, passes_for, refuse
-from mmfast.ops.native import dtype_code
+from mmfast.ops.barlow_twins_checks import check_embeddings, check_options, compute_dtype, refuse
+from mmfast.ops.barlow_twins_passes import Cpu, Definition, passes_for
 from mmfast.ops.products import gram_matrices, matmul, product
 
 
@@ -71,14 +71,13 @@ def barlow_twins(
     divide: bool = True,
     scale: float = 1.0,
     normalise: bool = True,
-    pooled: bool = False,
     gram: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and detached (5,) the loss, its on- and off-diagonal part, the mean of c_ii, the RMS of c_ij.
 
     Embeddings are divided by sqrt(v + eps), or with ``eps_outside`` by sqrt(v) + eps, for the mean square v of
     their columns (less the column means if ``center``), or with ``unbiased`` the sum of squares over B - 1.
-    ``pooled``: means and v are those of both views together. ``normalise=False``: by nothing.
+    ``normalise=False``: by nothing.
     ``divide=False``: C = Â'B̂. Components are of the C that is divided by B all the same: the loss is
     scale B^2 (sum_i (1 / B - c_ii)^2 + lambd sum_{i != j} c_ij^2) in its terms.
 
@@ -88,36 +87,11 @@ def barlow_twins(
     check_embeddings(z_a, z_b)
     check_options(lambd=lambd, eps=eps, scale=scale)
     if gram is None:
-        gram = _gram_is_cheaper(*z_a.shape)
-    if pooled:
-        z_a, z_b = _pooled(z_a, z_b, definition)
-        definition = definition._replace(center=False, normalise=False)
+        gram = gram_is_cheaper(*z_a.shape)
     # Without standardisation, half types may not hold the products.
     narrow = definition.normalise and _narrow(z_a.dtype, z_a.device)
     loss, components, _ = _BarlowTwins.apply(z_a, z_b, gram, narrow, *definition)
     return loss, components
-
-
-def _root(x: Tensor) -> Tensor:
-    """The square root, with a derivative of zero at zero."""
-    return torch.where(x > 0, torch.where(x > 0, x, 1).sqrt(), 0)
-
-
-def _pooled(z_a: Tensor, z_b: Tensor, definition: Definition) -> tuple[Tensor, ...]:
-    """Both views, standardised by statistics of their rows together; differentiable."""
-    z = torch.cat((z_a, z_b)).to(compute_dtype(z_a))
-    if definition.center:
-        # Relative to the first row, an offset costs no precision; the mean takes it out again.
-        z = z - z[0].detach()
-        z = z - z.mean(0)
-    if definition.normalise:
-        v = z.square().mean(0) / (1 - definition.excess(len(z)))
-        w = _root(v) + definition.eps if definition.eps_outside else _root(v + definition.eps)
-        r = torch.where(w > 0, 1 / torch.where(w > 0, w, 1), 0)
-        z = z * (r + (v - v))
-    if not torch.compiler.is_compiling() and not z.is_cuda and not z.isfinite().all():
-        refuse(z_a=z_a, z_b=z_b)
-    return z.split(len(z_a))
 
 
 def _narrow(dtype: torch.dtype, device: torch.device) -> bool:
@@ -129,34 +103,10 @@ def _narrow(dtype: torch.dtype, device: torch.device) -> bool:
 _narrow._dynamo_marked_constant = True
 
 
-def _gram_is_cheaper(rows: int, columns: int) -> bool:
+def gram_is_cheaper(rows: int, columns: int) -> bool:
     # 8 B^2 D operations against 6 B D^2. With symmetric Gram matrices it is even at B = 0.9 D, but there the
     # subtraction of the diagonal may magnify rounding by 1 / (1 - B / D) = 10, here by 4 at most.
     return 4 * rows < 3 * columns
-
-
-def check_embeddings(z_a: Tensor, z_b: Tensor) -> None:
-    for name, z in (("z_a", z_a), ("z_b", z_b)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"barlow_twins: {name} must be a tensor, got {type(z).__name__}")
-    if z_a.dim() != 2:
-        raise ValueError(f"barlow_twins: z_a must have shape (B, D), got {tuple(z_a.shape)}")
-    if z_b.shape != z_a.shape:
-        raise ValueError(
-            f"barlow_twins: z_b must have the shape of z_a {tuple(z_a.shape)}, got {tuple(z_b.shape)}"
-        )
-    if z_a.shape[0] < 2:
-        raise ValueError(
-            "barlow_twins: z_a must have at least 2 rows (a correlation over one sample is undefined), "
-            f"got {tuple(z_a.shape)}"
-        )
-    if z_a.shape[1] < 1:
-        raise ValueError(f"barlow_twins: z_a must have at least 1 column, got {tuple(z_a.shape)}")
-    dtype_code("barlow_twins", "z_a", z_a)
-    if z_b.dtype != z_a.dtype:
-        raise TypeError(f"barlow_twins: z_b must have the dtype of z_a ({z_a.dtype}), got {z_b.dtype}")
-    if z_b.device != z_a.device:
-        raise ValueError(f"barlow_twins: z_b must be on the device of z_a ({z_a.device}), got {z_b.device}")
 
 
 def _unit_stride(z: Tensor) -> Tensor:

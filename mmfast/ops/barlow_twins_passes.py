@@ -7,14 +7,13 @@ C++, puts the products of the Gram form into its own.
 from __future__ import annotations
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.errors import UserError
+from mmfast.ops.barlow_twins_checks import check_options, compute_dtype, refuse
 from mmfast.ops.native import DTYPE_CODES, call_cuda
 
 
@@ -46,34 +45,6 @@ class Definition(NamedTuple):
     def factor(self, rows: int) -> float:
         """Of the loss of correlations that are divided by B."""
         return self.scale if self.divide else self.scale * rows**2
-
-
-def check_options(**options: float) -> None:
-    for name, value in options.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"barlow_twins: {name} must be finite and at least 0, got {value}")
-
-
-def compute_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
-
-
-def refuse(**views: Tensor) -> None:
-    """Says which of the embeddings are not finite, or too large for their variance to be computed."""
-    for name, z in views.items():
-        wrong = ~z.isfinite()
-        if count := int(wrong.sum()):
-            row, column = wrong.nonzero()[0].tolist()
-            raise UserError(
-                f"barlow_twins: {name} must be finite, got {count} NaN or infinite values of {z.numel()}, "
-                f"the first ({float(z[row, column])}) in row {row}, column {column}"
-            )
-    largest = {name: float(z.abs().max()) for name, z in views.items()}
-    name = max(largest, key=largest.get)
-    raise UserError(
-        f"barlow_twins: {name} must have variances within the range of {compute_dtype(views[name])}, "
-        f"got values up to {largest[name]:.3g}"
-    )
 
 
 def _check_memory(enough: bool, rows: int) -> None:

@@ -1,0 +1,521 @@
+"""The Barlow Twins loss of many views, of rows on many processes, of samples that lack views; and debiased.
+
+The sum over pairs of views (a, b) of weight * L(a, b), in the notation of ``mmfast/ops/barlow_twins.py``. What is
+shared is computed once: a view is standardised once and has, in Gram form, one Gram matrix, however many pairs it
+is in; the gradient of its embeddings takes one product, with the weighted sum of its partners' Gram matrices.
+
+Processes that share a batch (``Ranks``) send each other, in Gram form, the standardised rows, and keep their own
+rows of the Gram matrices; in direct form they add up C. For N rows in all and D columns that is 2 N D numbers
+against D^2 that are sent twice, and 8 N^2 D operations against 6 N D^2: for 4 N < 3 D the Gram form is cheaper in
+both.
+
+All of it is PyTorch around ``mmfast/ops/products.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mmfast.errors import UserError
+from mmfast.ops.barlow_twins import gram_is_cheaper
+from mmfast.ops.barlow_twins_checks import check_present, check_views, compute_dtype, not_finite, too_large
+from mmfast.ops.barlow_twins_passes import Definition
+from mmfast.ops.collectives import Ranks, agree, check_group, raise_together, world
+from mmfast.ops.products import matmul, product
+
+
+class Setting(NamedTuple):
+    """What is computed: of ``pairs`` (a, b, weight) of views, standardised as ``definition`` says."""
+
+    pairs: tuple[tuple[int, int, float], ...]
+    definition: Definition
+    pooled: bool = False
+    """Statistics are those of all views together."""
+    debias: bool = False
+    shared: bool = True
+    """Statistics are those of the rows of all processes, not of this one's."""
+    share: float = 1.0
+    """The part of the true gradient that is returned."""
+    gram: bool = True
+    narrow: bool = False
+    """Operands of products are of the embeddings' half type."""
+
+
+class Sharing(NamedTuple):
+    """How processes that work on one batch share it; :func:`mmfast.functional.barlow_twins` explains the fields."""
+
+    stats: str | None = "global"
+    grad_convention: str = "true"
+    group: Any = None
+
+    def across(self) -> Any:
+        """The process group, or None where this process is alone."""
+        check_group("barlow_twins", self.group)
+        return None if self.stats is None else world(self.group)
+
+    def check(self) -> None:
+        for name, value, choices in (
+            ("stats", self.stats, ("global", "local", None)),
+            ("grad_convention", self.grad_convention, ("true", "legacy")),
+        ):
+            if value not in choices:
+                known = ", ".join(map(repr, choices))
+                raise UserError(f"barlow_twins: {name} must be one of {known}, got {value!r}")
+
+
+_ALONE, _OFFICIAL, _TWO_VIEWS = Sharing(None), Definition(), ((0, 1, 1.0),)
+
+
+def barlow_twins_many(
+    views: Mapping[str, Tensor],
+    pairs: Sequence[tuple[int, int, float]] = _TWO_VIEWS,
+    present: Tensor | None = None,
+    definition: Definition = _OFFICIAL,
+    pooled: bool = False,
+    debias: bool = False,
+    sharing: Sharing = _ALONE,
+    corresponding: bool = False,
+    gram: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and detached components (pairs, 5) of its terms, which are those of two views: see
+    ``barlow_twins``.
+
+    views: (B, D_m) on this process, of one D if ``corresponding``. present: None, or bool (B, M): which samples
+    have which views; what is not present is not looked at. A view's statistics are those of the rows that have it,
+    a pair's C is the mean over the rows that have both; a pair that fewer than two rows have is left out. Views of
+    different widths have no diagonal: their term is lambd times the sum of all D_a x D_b squares.
+
+    ``debias``: the off-diagonal part is an estimate without bias of that of the distribution the rows come from:
+    with a_b for row b of Â,
+
+        |C|^2 ~ sum_{b != c} (a_b . a_c) (b_b . b_c) / (N (N - 1))
+
+    for known means (``center=False``), and where means were taken out
+
+        |C|^2 ~ (sum_{b != c} (a_b . a_c) (b_b . b_c) - 2 / (N - 2) sum_b |a_b|^2 |b_b|^2
+                 + |Â|^2 |B̂|^2 / ((N - 1) (N - 2))) / (N (N - 3)),
+
+    the U-statistic of Song et al., JMLR 13 (2012), eq. 5, for Gram matrices whose rows sum to zero; of either the
+    same of c_ii^2 is subtracted for every column.
+
+    ``gram`` forces a form; by default it is the cheaper one. Every process raises the same error.
+    """
+    group, problem = sharing.across(), None
+    try:
+        sharing.check()
+        definition.check()
+        check_views(views, 2 if group is None else 0, corresponding)
+        if present is not None:
+            check_present(present, views)
+    except (TypeError, ValueError) as error:
+        problem = error
+    if group is not None:
+        ranks = _agreed(
+            group, views, pairs, present, (definition, pooled, debias, sharing[:2], gram), problem
+        )
+    elif problem is not None:
+        raise problem
+    else:
+        ranks = Ranks((len(next(iter(views.values()))),))
+    _check_rows(ranks, sharing.stats == "local", debias, definition.center)
+
+    matrices = list(views.values())
+    z, widths = matrices[0], [z.shape[1] for z in matrices]
+    setting = Setting(
+        pairs=tuple(pairs),
+        definition=definition,
+        pooled=pooled,
+        debias=debias,
+        shared=sharing.stats != "local",
+        share=1 / len(ranks.rows) if sharing.grad_convention == "legacy" else 1.0,
+        gram=gram_is_cheaper(ranks.total, min(widths)) if gram is None else gram,
+        narrow=z.is_cuda and compute_dtype(z) != z.dtype,
+    )
+    loss, components = _loss(matrices, present, setting, ranks)
+    # Asking a GPU would wait for it: there the loss becomes NaN.
+    if not (torch.compiler.is_compiling() or loss.is_cuda or loss.detach().isfinite()):
+        if present is not None:
+            views = {
+                name: torch.where(present[:, m, None], z, 0) for m, (name, z) in enumerate(views.items())
+            }
+        for wrong in (not_finite(views), too_large(views)):
+            raise_together(group, wrong)
+    return loss, components
+
+
+def _agreed(group, views, pairs, present, options, problem: Exception | None) -> Ranks:
+    if problem is not None:
+        return agree("barlow_twins", group, 0, {}, problem)
+    grad = torch.is_grad_enabled()
+    facts = {
+        "the number of views": len(views),
+        "the number of columns": [z.shape[1] for z in views.values()],
+        "dtype": next(iter(views.values())).dtype,
+        "that a gradient is required": [grad and z.requires_grad for z in views.values()],
+        "that present is given": present is not None,
+        "the pairs": list(pairs),
+        "the options": options,
+    }
+    return agree("barlow_twins", group, len(next(iter(views.values()))), facts, None)
+
+
+def _check_rows(ranks: Ranks, local: bool, debias: bool, center: bool) -> None:
+    every = "" if ranks.group is None else f" on the {len(ranks.rows)} ranks"
+    if ranks.total < 2:
+        raise UserError(
+            f"barlow_twins: a batch must have at least 2 rows (a correlation over one sample is undefined), "
+            f"got {ranks.total}{every}"
+        )
+    if debias and ranks.total < (least := 4 if center else 2):
+        raise UserError(f"barlow_twins: debias must have at least {least} rows, got {ranks.total}{every}")
+    if local and min(ranks.rows) < 2:
+        raise UserError(
+            "barlow_twins: with stats='local' every rank must have at least 2 rows, "
+            f"got {', '.join(map(str, ranks.rows))}"
+        )
+
+
+def _loss(
+    views: list[Tensor], present: Tensor | None, setting: Setting, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(views[0])
+    count = len(views)
+    outputs = _Standardise.apply(setting, ranks, present, *views)
+    hats, shrinkages = outputs[:count], outputs[count:]
+    energies = _Energies.apply(setting, ranks, views[0].dtype, *hats)
+    rows = _rows_of_pairs(present, ranks)
+
+    sums = [_sums(hats, shrinkages, pair, present is None, setting.debias) for pair in setting.pairs]
+    flat = torch.cat(
+        [
+            # In direct form every process has all of these.
+            energies if setting.gram else energies[:0],
+            *(x.reshape(-1).double() for one in sums for x in one.values()),
+        ]
+    )
+    flat = _Sum.apply(ranks, flat)
+    if setting.gram:
+        energies, flat = flat.split([len(energies), len(flat) - len(energies)])
+    parts = iter(flat.split([x.numel() for one in sums for x in one.values()]))
+
+    loss, components = 0.0, []
+    for (a, b, weight), energy, one in zip(setting.pairs, energies.unbind(), sums, strict=True):
+        known = {name: next(parts).view(x.shape) for name, x in one.items()}
+        n = rows if present is None else rows[a, b]
+        term, summary = _term(n, energy, known, views[a], views[b], setting)
+        loss = loss + weight * term
+        components.append(summary)
+    return _Upstream.apply(ranks, setting.share, loss.to(dtype)), torch.stack(components).to(dtype)
+
+
+def _rows_of_pairs(present: Tensor | None, ranks: Ranks) -> float | Tensor:
+    """How many rows have both views of a pair: (M, M) in fp64, or the same number for all."""
+    if present is None:
+        return float(ranks.total)
+    has = present.double()
+    return ranks.sum((has[:, :, None] * has[:, None, :]).sum(0))
+
+
+def _sums(hats, shrinkages, pair, complete: bool, debias: bool) -> dict[str, Tensor]:
+    """Sums over this process's rows, for :func:`_term`."""
+    a, b = (hats[m] for m in pair[:2])
+    same = a.shape[1] == b.shape[1]
+    sums = {}
+    if same:
+        sums["products"] = (a * b).sum(0)
+    if same and complete:
+        # 2 (1 - â b̂), without cancellation where the views nearly agree, for the lengths of columns are known.
+        with torch.no_grad():
+            lost = shrinkages[pair[0]] + shrinkages[pair[1]]
+            sums["lacks"] = (a - b).square().sum(0).double() + len(a) * lost
+    if debias:
+        a, b = a.square(), b.square()
+        sums["lengths"] = (a.sum(1) * b.sum(1)).sum()
+        sums["columns_a"], sums["columns_b"] = a.sum(0), b.sum(0)
+        if same:
+            sums["squares"] = (a * b).sum(0)
+    return sums
+
+
+def _term(rows, energy: Tensor, sums: dict[str, Tensor], z_a: Tensor, z_b: Tensor, setting: Setting):
+    """The loss of one pair, and its components (5,), in fp64; zeros for a pair that fewer than two rows have."""
+    definition, masked = setting.definition, isinstance(rows, Tensor)
+    n = rows.clamp(min=2) if masked else rows
+    columns = z_a.shape[1], z_b.shape[1]
+    on, mean, pairs = energy.new_zeros(()), energy.new_full((), float("nan")), columns[0] * columns[1]
+    off = energy
+    if "products" in sums:
+        lack = 1 - sums["products"] / n
+        if "lacks" in sums:
+            lack = _with_value(lack, sums["lacks"] / (2 * n))
+        c = 1 - lack
+        target = 0.0 if definition.divide else 1 - 1 / n
+        on, mean, pairs = (lack - target).square().sum(), c.mean(), pairs - columns[0]
+        if setting.gram:
+            off = off - (n * c).square().sum()
+    if setting.debias:
+        off = _debiased(off, n, sums, definition.center)
+    else:
+        off = off / n**2
+        off = _with_value(off, off.clamp(min=0))
+    factor = definition.scale if definition.divide else definition.scale * n**2
+    loss = factor * (on + definition.lambd * off)
+    rms = (off.clamp(min=0) / max(1, pairs)).sqrt()
+    summary = torch.stack((loss, on, off, mean, rms)).detach()
+    if masked:
+        loss, summary = (torch.where(rows > 1, x, 0) for x in (loss, summary))
+    return loss, summary
+
+
+def _with_value(x: Tensor, value: Tensor) -> Tensor:
+    """``value``, with the gradient of ``x``."""
+    return x + (value - x).detach()
+
+
+def _debiased(off: Tensor, n: float, sums: dict[str, Tensor], center: bool) -> Tensor:
+    """The sum of squares of C less its diagonal, without bias: from that of N C and lengths of rows and columns."""
+    lengths, product = sums["lengths"], sums["columns_a"].sum() * sums["columns_b"].sum()
+    if "squares" in sums:
+        lengths = lengths - sums["squares"].sum()
+        product = product - (sums["columns_a"] * sums["columns_b"]).sum()
+    if not center:
+        return (off - lengths) / (n * (n - 1))
+    return (off - lengths * n / (n - 2) + product / ((n - 1) * (n - 2))) / (n * (n - 3))
+
+
+class _Upstream(Function):
+    """The loss that every process has; its gradient is that of the sum over processes, or a share of it."""
+
+    @staticmethod
+    def forward(ctx, ranks, share, loss):
+        ctx.ranks, ctx.share = ranks, share
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return None, None, ctx.ranks.sum(upstream) * ctx.share
+
+
+class _Sum(Function):
+    """Sums over the processes, of what contributes to a loss that every process has alike."""
+
+    @staticmethod
+    def forward(ctx, ranks, x):
+        return ranks.sum(x.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return None, upstream
+
+
+class _Energies(Function):
+    """The sums of the squares of N C for all pairs, in fp64.
+
+    In Gram form this process's part of them, by its rows of the Gram matrices; in direct form all, less the
+    diagonal where there is one.
+    """
+
+    @staticmethod
+    def forward(ctx, setting, ranks, dtype, *hats):
+        operands = [hat.to(dtype) if setting.narrow else hat for hat in hats]
+        pairs = [pair[:2] for pair in setting.pairs]
+        if setting.gram:
+            finish = [ranks.start_gather(x) for x in operands]
+            every, matrices = [], []
+            for x, hat, gathered in zip(operands, hats, finish, strict=True):
+                every.append(gathered())
+                matrices.append(product(x, every[-1]))
+                if setting.narrow:
+                    # The diagonal is most of the energy: rounded rows would tell in the loss.
+                    matrices[-1].diagonal(ranks.first).copy_(hat.square().sum(1))
+            energies = [(matrices[a] * matrices[b]).sum(dtype=torch.float64) for a, b in pairs]
+        else:
+            every = operands
+            # The sums of one pair travel while the next one's are computed.
+            finish = [ranks.start_sum(product(operands[a].t(), operands[b].t())) for a, b in pairs]
+            matrices = [p() for p in finish]
+            for p in matrices:
+                if p.shape[0] == p.shape[1]:
+                    p.fill_diagonal_(0)
+            energies = [p.square().sum(dtype=torch.float64) for p in matrices]
+        ctx.setting, ctx.first = setting, ranks.first
+        ctx.save_for_backward(*hats, *every, *matrices)
+        return torch.stack(energies)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        setting, count = ctx.setting, len(ctx.needs_input_grad) - 3
+        saved = ctx.saved_tensors
+        hats, every, matrices = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        grads = []
+        for m in range(count):
+            if not ctx.needs_input_grad[3 + m]:
+                grads.append(None)
+                continue
+            total = None
+            for i, (a, b, _) in enumerate(setting.pairs):
+                if m not in (a, b):
+                    continue
+                weight = (2 * upstream[i]).to(hats[m].dtype)
+                if setting.gram:
+                    part = matrices[a + b - m] * weight
+                else:
+                    p = matrices[i] * weight
+                    part = _multiply(p if m == a else p.t(), every[a + b - m].t(), setting.narrow).t()
+                total = part if total is None else total.add_(part)
+            if total is not None and setting.gram:
+                total = _gram_multiply(total, every[m], hats[m], ctx.first, setting.narrow)
+            grads.append(total)
+        return None, None, None, *grads
+
+
+def _multiply(x: Tensor, y: Tensor, narrow: bool) -> Tensor:
+    """x @ y for y of the operands' type."""
+    if not narrow:
+        return product(x, y.t())
+    # Within the range of fp16, whatever the weights.
+    size = x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    return matmul((x / size).to(y.dtype), y) * size
+
+
+def _gram_multiply(x: Tensor, rows: Tensor, own: Tensor, first: int, narrow: bool) -> Tensor:
+    """x @ rows, for weighted Gram matrices x (n, N), whose large diagonal is not rounded."""
+    if not narrow:
+        return matmul(x, rows)
+    diagonal = x.diagonal(first).clone()
+    x.diagonal(first).zero_()
+    return _multiply(x, rows, narrow).addcmul_(diagonal[:, None], own)
+
+
+class _Standardise(Function):
+    """Standardised views in the compute type, and (D,) in fp64 what eps takes from the length of each column."""
+
+    @staticmethod
+    def forward(ctx, setting, ranks, present, *views):
+        definition, dtype = setting.definition, compute_dtype(views[0])
+        columns = [None if present is None else present[:, m, None] for m in range(len(views))]
+        flat = [_moments(z, has, definition.center) for z, has in zip(views, columns, strict=True)]
+        parts = (ranks.stack if setting.shared else Ranks((len(views[0]),)).stack)(torch.cat(flat))
+        parts = parts.split([len(x) for x in flat], dim=1)
+        if setting.pooled:
+            parts = [torch.cat(parts)] * len(views)
+        statistics = [_merged(part, definition) for part in parts]
+        hats = []
+        for z, has, one in zip(views, columns, statistics, strict=True):
+            # A mean in two parts takes no precision from what it is subtracted from.
+            high = one.mean.to(dtype)
+            hat = (z.to(dtype) - high - (one.mean - high).to(dtype)) * one.r.to(dtype)
+            hats.append(hat if has is None else torch.where(has, hat, 0))
+        ctx.setting, ctx.ranks, ctx.dtype = setting, ranks, views[0].dtype
+        r, projections = ([getattr(x, name).to(dtype) for x in statistics] for name in ("r", "projection"))
+        ctx.save_for_backward(present, torch.stack([x.count for x in statistics]), *r, *projections, *hats)
+        shrinkages = [x.shrinkage for x in statistics]
+        # Shared statistics carry the gradient of every view to each.
+        fixed = [hat for m, hat in enumerate(hats) if not (setting.pooled or ctx.needs_input_grad[3 + m])]
+        ctx.mark_non_differentiable(*shrinkages, *fixed)
+        ctx.set_materialize_grads(False)
+        return *hats, *shrinkages
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        setting, views = ctx.setting, len(grads) // 2
+        present, counts, *saved = ctx.saved_tensors
+        rs, projections, hats = saved[:views], saved[views : 2 * views], saved[2 * views :]
+        grads = list(grads[:views])
+        wanted = [g is not None for g in grads]
+        sums = []
+        for m, hat in enumerate(hats):
+            if not wanted[m]:
+                continue
+            if present is not None:
+                grads[m] = torch.where(present[:, m, None], grads[m], 0)
+            sums += [grads[m].sum(0).double(), (hat * grads[m]).sum(0).double()]
+        if sums and setting.shared:
+            flat = ctx.ranks.sum(torch.cat(sums))
+            sums = list(flat.split([len(x) for x in sums]))
+        if setting.pooled:
+            sums = [sum(sums[::2]), sum(sums[1::2])] * views
+        sums = iter(sums)
+        for m, hat in enumerate(hats):
+            if not wanted[m]:
+                continue
+            mean, own = (x / counts[m].clamp(min=1) for x in (next(sums), next(sums)))
+            g = grads[m] - hat * (projections[m] * own.to(hat.dtype))
+            if setting.definition.center:
+                g -= mean.to(hat.dtype)
+            if present is not None:
+                g = torch.where(present[:, m, None], g, 0)
+            grads[m] = (g * rs[m]).to(ctx.dtype)
+        return None, None, None, *grads
+
+
+class _Statistics(NamedTuple):
+    """Of one view's columns (D,), in fp64."""
+
+    count: Tensor
+    """() rows that they are of"""
+    mean: Tensor
+    r: Tensor
+    """hat = (z - mean) r"""
+    shrinkage: Tensor
+    """1 - mean(hat^2)"""
+    projection: Tensor
+    """dL/dz = r (dL/dhat - mean(dL/dhat) - projection hat mean(hat dL/dhat))"""
+
+
+def _moments(z: Tensor, has: Tensor | None, center: bool) -> Tensor:
+    """(1 + 2 D) in fp64: how many rows are there, their means, the sums of squared deviations from those.
+
+    has: None, or bool (n, 1). Without ``center`` the means are 0.
+    """
+    z = z.to(compute_dtype(z))
+    if has is None:
+        count = torch.full((1,), len(z), dtype=torch.float64, device=z.device)
+    else:
+        count = has.sum(dtype=torch.float64)[None]
+    mean = torch.zeros(z.shape[1], dtype=torch.float64, device=z.device)
+    if center and len(z):
+        # Relative to a row, an offset costs no precision.
+        shift = z[0] if has is None else z.index_select(0, has.to(torch.int8).argmax()[None])[0]
+        z = z - shift
+        if has is not None:
+            z, shift = torch.where(has, z, 0), torch.where(count > 0, shift, 0)
+        mean = z.sum(0).double() / count.clamp(min=1)
+        z = z - mean.to(z.dtype)
+        mean = mean + shift
+    if has is not None:
+        z = torch.where(has, z, 0)
+    return torch.cat((count, mean, z.square().sum(0).double()))
+
+
+def _merged(parts: Tensor, definition: Definition) -> _Statistics:
+    """Statistics of the rows of all parts, each as :func:`_moments` gives them."""
+    columns = parts.shape[1] // 2
+    counts, means, squares = parts.split([1, columns, columns], dim=1)
+    count = counts.sum()
+    mean = (counts * means).sum(0) / count.clamp(min=1)
+    square = (squares + counts * (means - mean).square()).sum(0)
+    if not definition.normalise:
+        return _Statistics(
+            count, mean, torch.ones_like(mean), 1 - square / count.clamp(min=1), torch.zeros_like(mean)
+        )
+    v = square / (count - int(definition.unbiased)).clamp(min=1)
+    inner, outer = (0.0, definition.eps) if definition.eps_outside else (definition.eps, 0.0)
+    deviation = (v + inner).sqrt() + outer
+    # A column without variance correlates with nothing if eps is 0, too; one that is not finite shows.
+    r = torch.where(deviation > 0, 1 / deviation, 0) + (deviation - deviation)
+    lost = torch.where(r == 0, 1, inner * r * r + outer * r * (2 - outer * r))
+    excess = 1 / count.clamp(min=1) if definition.unbiased else torch.zeros_like(count)
+    kept = 1 - outer * r
+    projection = torch.where(kept > 0, 1 / (kept * (1 - excess)), 0)
+    return _Statistics(count, mean, r, excess + (1 - excess) * lost, projection)
