@@ -324,7 +324,9 @@ class _Energies(Function):
     """
 
     @staticmethod
-    def forward(ctx, setting, ranks, dtype, *hats):
+    def forward(ctx, *arguments):
+        # Dynamo (torch 2.13) takes the context for an argument if there are as many as names in the signature.
+        setting, ranks, dtype, *hats = arguments
         operands = [hat.to(dtype) if setting.narrow else hat for hat in hats]
         pairs = [pair[:2] for pair in setting.pairs]
         if setting.gram:
@@ -400,7 +402,9 @@ class _Standardise(Function):
     """Standardised views in the compute type, and (D,) in fp64 what eps takes from the length of each column."""
 
     @staticmethod
-    def forward(ctx, setting, ranks, present, *views):
+    def forward(ctx, *arguments):
+        # Of one name, as above.
+        setting, ranks, present, *views = arguments
         definition, dtype = setting.definition, compute_dtype(views[0])
         columns = [None if present is None else present[:, m, None] for m in range(len(views))]
         flat = [_moments(z, has, definition.center) for z, has in zip(views, columns, strict=True)]
