@@ -27,7 +27,7 @@ from mmfast.ops.barlow_twins import gram_is_cheaper
 from mmfast.ops.barlow_twins_checks import check_present, check_views, compute_dtype, not_finite, too_large
 from mmfast.ops.barlow_twins_passes import Definition
 from mmfast.ops.collectives import Ranks, agree, check_group, raise_together, world
-from mmfast.ops.products import matmul, product
+from mmfast.ops.products import product
 
 
 class Setting(NamedTuple):
@@ -188,10 +188,15 @@ def _loss(
     count = len(views)
     outputs = _Standardise.apply(setting, ranks, present, *views)
     hats, shrinkages = outputs[:count], outputs[count:]
-    energies = _Energies.apply(setting, ranks, views[0].dtype, *hats)
+    energies, *lacks = _Pairs.apply(setting, ranks, present, views[0].dtype, *hats, *shrinkages)
     rows = _rows_of_pairs(present, ranks)
 
-    sums = [_sums(hats, shrinkages, pair, present is None, setting.debias) for pair in setting.pairs]
+    lacks = iter(lacks)
+    sums = []
+    for a, b, _ in setting.pairs:
+        sums.append({"lack": next(lacks)} if _same(hats, a, b) else {})
+        if setting.debias:
+            sums[-1] |= _lengths(hats[a], hats[b])
     flat = torch.cat(
         [
             # In direct form every process has all of these.
@@ -214,6 +219,11 @@ def _loss(
     return _Upstream.apply(ranks, setting.share, loss.to(dtype)), torch.stack(components).to(dtype)
 
 
+def _same(views, a: int, b: int) -> bool:
+    """Whether the columns of two views correspond."""
+    return views[a].shape[1] == views[b].shape[1]
+
+
 def _rows_of_pairs(present: Tensor | None, ranks: Ranks) -> float | Tensor:
     """How many rows have both views of a pair: (M, M) in fp64, or the same number for all."""
     if present is None:
@@ -222,25 +232,13 @@ def _rows_of_pairs(present: Tensor | None, ranks: Ranks) -> float | Tensor:
     return ranks.sum((has[:, :, None] * has[:, None, :]).sum(0))
 
 
-def _sums(hats, shrinkages, pair, complete: bool, debias: bool) -> dict[str, Tensor]:
-    """Sums over this process's rows, for :func:`_term`."""
-    a, b = (hats[m] for m in pair[:2])
-    same = a.shape[1] == b.shape[1]
-    sums = {}
-    if same:
-        sums["products"] = (a * b).sum(0)
-    if same and complete:
-        # 2 (1 - â b̂), without cancellation where the views nearly agree, for the lengths of columns are known.
-        with torch.no_grad():
-            lost = shrinkages[pair[0]] + shrinkages[pair[1]]
-            sums["lacks"] = (a - b).square().sum(0).double() + len(a) * lost
-    if debias:
-        a, b = a.square(), b.square()
-        sums["lengths"] = (a.sum(1) * b.sum(1)).sum()
-        sums["columns_a"], sums["columns_b"] = a.sum(0), b.sum(0)
-        if same:
-            sums["squares"] = (a * b).sum(0)
-    return sums
+def _lengths(hat_a: Tensor, hat_b: Tensor) -> dict[str, Tensor]:
+    """Sums over this process's rows, for :func:`_debiased`."""
+    a, b = hat_a.square(), hat_b.square()
+    lengths = {"rows": (a.sum(1) * b.sum(1)).sum(), "columns_a": a.sum(0), "columns_b": b.sum(0)}
+    if a.shape == b.shape:
+        lengths["elements"] = (a * b).sum(0)
+    return lengths
 
 
 def _term(rows, energy: Tensor, sums: dict[str, Tensor], z_a: Tensor, z_b: Tensor, setting: Setting):
@@ -250,10 +248,8 @@ def _term(rows, energy: Tensor, sums: dict[str, Tensor], z_a: Tensor, z_b: Tenso
     columns = z_a.shape[1], z_b.shape[1]
     on, mean, pairs = energy.new_zeros(()), energy.new_full((), float("nan")), columns[0] * columns[1]
     off = energy
-    if "products" in sums:
-        lack = 1 - sums["products"] / n
-        if "lacks" in sums:
-            lack = _with_value(lack, sums["lacks"] / (2 * n))
+    if "lack" in sums:
+        lack = sums["lack"] / (2 * n)
         c = 1 - lack
         target = 0.0 if definition.divide else 1 - 1 / n
         on, mean, pairs = (lack - target).square().sum(), c.mean(), pairs - columns[0]
@@ -263,7 +259,7 @@ def _term(rows, energy: Tensor, sums: dict[str, Tensor], z_a: Tensor, z_b: Tenso
         off = _debiased(off, n, sums, definition.center)
     else:
         off = off / n**2
-        off = _with_value(off, off.clamp(min=0))
+        off = off + (off.clamp(min=0) - off).detach()
     factor = definition.scale if definition.divide else definition.scale * n**2
     loss = factor * (on + definition.lambd * off)
     rms = (off.clamp(min=0) / max(1, pairs)).sqrt()
@@ -273,16 +269,11 @@ def _term(rows, energy: Tensor, sums: dict[str, Tensor], z_a: Tensor, z_b: Tenso
     return loss, summary
 
 
-def _with_value(x: Tensor, value: Tensor) -> Tensor:
-    """``value``, with the gradient of ``x``."""
-    return x + (value - x).detach()
-
-
 def _debiased(off: Tensor, n: float, sums: dict[str, Tensor], center: bool) -> Tensor:
     """The sum of squares of C less its diagonal, without bias: from that of N C and lengths of rows and columns."""
-    lengths, product = sums["lengths"], sums["columns_a"].sum() * sums["columns_b"].sum()
-    if "squares" in sums:
-        lengths = lengths - sums["squares"].sum()
+    lengths, product = sums["rows"], sums["columns_a"].sum() * sums["columns_b"].sum()
+    if "elements" in sums:
+        lengths = lengths - sums["elements"].sum()
         product = product - (sums["columns_a"] * sums["columns_b"]).sum()
     if not center:
         return (off - lengths) / (n * (n - 1))
@@ -316,21 +307,28 @@ class _Sum(Function):
         return None, upstream
 
 
-class _Energies(Function):
-    """The sums of the squares of N C for all pairs, in fp64.
+class _Pairs(Function):
+    """Of all pairs, in fp64, the sum of the squares of N C, and for pairs with a diagonal (D,) sums of 2 (1 - â b̂).
 
-    In Gram form this process's part of them, by its rows of the Gram matrices; in direct form all, less the
-    diagonal where there is one.
+    The latter, and in Gram form the former, are this process's part of a sum over all; in direct form the former is
+    that of all, less the diagonal where there is one.
     """
 
     @staticmethod
     def forward(ctx, *arguments):
         # Dynamo (torch 2.13) takes the context for an argument if there are as many as names in the signature.
-        setting, ranks, dtype, *hats = arguments
+        setting, ranks, present, dtype, *rest = arguments
+        count = len(rest) // 2
+        hats, shrinkages = rest[:count], rest[count:]
         operands = [hat.to(dtype) if setting.narrow else hat for hat in hats]
         pairs = [pair[:2] for pair in setting.pairs]
         if setting.gram:
             finish = [ranks.start_gather(x) for x in operands]
+        else:
+            # The sums of one pair travel while the next one's are computed.
+            finish = [ranks.start_sum(product(operands[a].t(), operands[b].t())) for a, b in pairs]
+        lacks = [_lack(hats, shrinkages, a, b, present) for a, b in pairs if _same(hats, a, b)]
+        if setting.gram:
             every, matrices = [], []
             for x, hat, gathered in zip(operands, hats, finish, strict=True):
                 every.append(gathered())
@@ -340,62 +338,79 @@ class _Energies(Function):
                     matrices[-1].diagonal(ranks.first).copy_(hat.square().sum(1))
             energies = [(matrices[a] * matrices[b]).sum(dtype=torch.float64) for a, b in pairs]
         else:
-            every = operands
-            # The sums of one pair travel while the next one's are computed.
-            finish = [ranks.start_sum(product(operands[a].t(), operands[b].t())) for a, b in pairs]
-            matrices = [p() for p in finish]
-            for p in matrices:
-                if p.shape[0] == p.shape[1]:
+            every, matrices = operands, [p() for p in finish]
+            for p, (a, b) in zip(matrices, pairs, strict=True):
+                if _same(hats, a, b):
                     p.fill_diagonal_(0)
             energies = [p.square().sum(dtype=torch.float64) for p in matrices]
         ctx.setting, ctx.first = setting, ranks.first
         ctx.save_for_backward(*hats, *every, *matrices)
-        return torch.stack(energies)
+        return torch.stack(energies), *lacks
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
-        setting, count = ctx.setting, len(ctx.needs_input_grad) - 3
+    def backward(ctx, of_energies, *of_lacks):
+        setting, count = ctx.setting, (len(ctx.needs_input_grad) - 4) // 2
         saved = ctx.saved_tensors
         hats, every, matrices = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        of_lacks = iter(of_lacks)
+        weights = [
+            (2 * of_energies[i], -2 * next(of_lacks) if _same(hats, a, b) else None)
+            for i, (a, b, _) in enumerate(setting.pairs)
+        ]
         grads = []
-        for m in range(count):
-            if not ctx.needs_input_grad[3 + m]:
+        for m, hat in enumerate(hats):
+            partners = [
+                (a + b - m, i, *weights[i]) for i, (a, b, _) in enumerate(setting.pairs) if m in (a, b)
+            ]
+            if not (ctx.needs_input_grad[4 + m] and partners):
                 grads.append(None)
                 continue
             total = None
-            for i, (a, b, _) in enumerate(setting.pairs):
-                if m not in (a, b):
-                    continue
-                weight = (2 * upstream[i]).to(hats[m].dtype)
+            for other, i, weight, _ in partners:
                 if setting.gram:
-                    part = matrices[a + b - m] * weight
+                    part = matrices[other] * weight.to(hat.dtype)
                 else:
-                    p = matrices[i] * weight
-                    part = _multiply(p if m == a else p.t(), every[a + b - m].t(), setting.narrow).t()
+                    p = matrices[i] if m == setting.pairs[i][0] else matrices[i].t()
+                    part = _product(every[other], p).mul_(weight.to(hat.dtype))
                 total = part if total is None else total.add_(part)
-            if total is not None and setting.gram:
-                total = _gram_multiply(total, every[m], hats[m], ctx.first, setting.narrow)
+            if setting.gram:
+                total = _gram_product(total, every[m], hat, ctx.first)
+            for other, _, _, weight in partners:
+                if weight is not None:
+                    total.addcmul_(hats[other], weight.to(hat.dtype))
             grads.append(total)
-        return None, None, None, *grads
+        return None, None, None, None, *grads, *([None] * count)
 
 
-def _multiply(x: Tensor, y: Tensor, narrow: bool) -> Tensor:
-    """x @ y for y of the operands' type."""
-    if not narrow:
-        return product(x, y.t())
-    # Within the range of fp16, whatever the weights.
-    size = x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
-    return matmul((x / size).to(y.dtype), y) * size
+def _lack(hats, shrinkages, a: int, b: int, present: Tensor | None) -> Tensor:
+    """(D,) sums of 2 (1 - â b̂) over the rows that have both views, in fp64."""
+    if present is None:
+        # Without cancellation where the views nearly agree, for the lengths of columns are known.
+        lost = shrinkages[a] + shrinkages[b]
+        return (hats[a] - hats[b]).square_().sum(0).double() + len(hats[a]) * lost
+    both = present[:, a] & present[:, b]
+    return 2 * (both.sum() - (hats[a] * hats[b]).sum(0).double())
 
 
-def _gram_multiply(x: Tensor, rows: Tensor, own: Tensor, first: int, narrow: bool) -> Tensor:
-    """x @ rows, for weighted Gram matrices x (n, N), whose large diagonal is not rounded."""
-    if not narrow:
-        return matmul(x, rows)
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y.T; where one of them is of a half type, the other is rounded to it."""
+    if x.dtype == y.dtype:
+        return product(x, y)
+    wide, half = (x, y.dtype) if x.dtype.itemsize > y.dtype.itemsize else (y, x.dtype)
+    # Within the range of fp16, whatever its elements are.
+    size = wide.abs().amax().clamp(min=torch.finfo(wide.dtype).tiny)
+    x, y = (z if z.dtype == half else (z / size).to(half) for z in (x, y))
+    return product(x, y) * size
+
+
+def _gram_product(x: Tensor, rows: Tensor, own: Tensor, first: int) -> Tensor:
+    """x @ rows, for weighted Gram matrices x (n, N), of which the large diagonal is not rounded."""
+    if x.dtype == rows.dtype:
+        return product(x, rows.t())
     diagonal = x.diagonal(first).clone()
     x.diagonal(first).zero_()
-    return _multiply(x, rows, narrow).addcmul_(diagonal[:, None], own)
+    return _product(x, rows.t()).addcmul_(diagonal[:, None], own)
 
 
 class _Standardise(Function):
@@ -407,18 +422,25 @@ class _Standardise(Function):
         setting, ranks, present, *views = arguments
         definition, dtype = setting.definition, compute_dtype(views[0])
         columns = [None if present is None else present[:, m, None] for m in range(len(views))]
-        flat = [_moments(z, has, definition.center) for z, has in zip(views, columns, strict=True)]
-        parts = (ranks.stack if setting.shared else Ranks((len(views[0]),)).stack)(torch.cat(flat))
-        parts = parts.split([len(x) for x in flat], dim=1)
+        flat, hats = [], []
+        for z, has in zip(views, columns, strict=True):
+            moments, deviations = _moments(z.to(dtype), has, definition.center)
+            flat.append(moments)
+            hats.append(deviations)
+        shared = ranks if setting.shared else Ranks(ranks.rows[ranks.rank :][:1])
+        parts = shared.stack(torch.cat(flat)).split([len(x) for x in flat], dim=1)
         if setting.pooled:
             parts = [torch.cat(parts)] * len(views)
         statistics = [_merged(part, definition) for part in parts]
-        hats = []
-        for z, has, one in zip(views, columns, statistics, strict=True):
-            # A mean in two parts takes no precision from what it is subtracted from.
-            high = one.mean.to(dtype)
-            hat = (z.to(dtype) - high - (one.mean - high).to(dtype)) * one.r.to(dtype)
-            hats.append(hat if has is None else torch.where(has, hat, 0))
+        if len(parts[0]) > 1:
+            # Means of all rows, in two parts that take no precision from what they are subtracted from.
+            for m, (z, one) in enumerate(zip(views, statistics, strict=True)):
+                high = one.mean.to(dtype)
+                hats[m] = (z.to(dtype) - high).sub_((one.mean - high).to(dtype))
+        for m, (has, one) in enumerate(zip(columns, statistics, strict=True)):
+            hats[m] = hats[m] * one.r.to(dtype)
+            if has is not None:
+                hats[m] = torch.where(has, hats[m], 0)
         ctx.setting, ctx.ranks, ctx.dtype = setting, ranks, views[0].dtype
         r, projections = ([getattr(x, name).to(dtype) for x in statistics] for name in ("r", "projection"))
         ctx.save_for_backward(present, torch.stack([x.count for x in statistics]), *r, *projections, *hats)
@@ -436,30 +458,34 @@ class _Standardise(Function):
         present, counts, *saved = ctx.saved_tensors
         rs, projections, hats = saved[:views], saved[views : 2 * views], saved[2 * views :]
         grads = list(grads[:views])
-        wanted = [g is not None for g in grads]
-        sums = []
-        for m, hat in enumerate(hats):
-            if not wanted[m]:
-                continue
+        wanted = [m for m, g in enumerate(grads) if g is not None]
+        # The partners' columns have mean zero, and so has what they give; but not these, and not those of several
+        # processes if means are large against deviations.
+        centred = present is None and ctx.ranks.group is None and not (setting.pooled or setting.debias)
+        remove_mean = setting.definition.center and not centred
+        sums = {}
+        for m in wanted:
             if present is not None:
                 grads[m] = torch.where(present[:, m, None], grads[m], 0)
-            sums += [grads[m].sum(0).double(), (hat * grads[m]).sum(0).double()]
-        if sums and setting.shared:
-            flat = ctx.ranks.sum(torch.cat(sums))
-            sums = list(flat.split([len(x) for x in sums]))
+            sums[m] = [(hats[m] * grads[m]).sum(0)]
+            if remove_mean:
+                sums[m].append(grads[m].sum(0))
+        if setting.shared and ctx.ranks.group is not None:
+            flat = [x.double() for m in wanted for x in sums[m]]
+            parts = iter(ctx.ranks.sum(torch.cat(flat)).split([len(x) for x in flat]))
+            sums = {m: [next(parts) for _ in sums[m]] for m in wanted}
         if setting.pooled:
-            sums = [sum(sums[::2]), sum(sums[1::2])] * views
-        sums = iter(sums)
-        for m, hat in enumerate(hats):
-            if not wanted[m]:
-                continue
-            mean, own = (x / counts[m].clamp(min=1) for x in (next(sums), next(sums)))
-            g = grads[m] - hat * (projections[m] * own.to(hat.dtype))
-            if setting.definition.center:
-                g -= mean.to(hat.dtype)
+            together = [sum(one) for one in zip(*sums.values(), strict=True)]
+            sums = {m: together for m in wanted}
+        for m in wanted:
+            hat = hats[m]
+            own, *means = ((x / counts[m].clamp(min=1)).to(hat.dtype) for x in sums[m])
+            g = torch.addcmul(grads[m], hat, projections[m] * own, value=-1)
+            for mean in means:
+                g -= mean
             if present is not None:
                 g = torch.where(present[:, m, None], g, 0)
-            grads[m] = (g * rs[m]).to(ctx.dtype)
+            grads[m] = g.mul_(rs[m]).to(ctx.dtype)
         return None, None, None, *grads
 
 
@@ -477,12 +503,11 @@ class _Statistics(NamedTuple):
     """dL/dz = r (dL/dhat - mean(dL/dhat) - projection hat mean(hat dL/dhat))"""
 
 
-def _moments(z: Tensor, has: Tensor | None, center: bool) -> Tensor:
-    """(1 + 2 D) in fp64: how many rows are there, their means, the sums of squared deviations from those.
+def _moments(z: Tensor, has: Tensor | None, center: bool) -> tuple[Tensor, Tensor]:
+    """(1 + 2 D) in fp64: the number of rows, means, sums of squared deviations from those; and these (n, D).
 
     has: None, or bool (n, 1). Without ``center`` the means are 0.
     """
-    z = z.to(compute_dtype(z))
     if has is None:
         count = torch.full((1,), len(z), dtype=torch.float64, device=z.device)
     else:
@@ -495,11 +520,11 @@ def _moments(z: Tensor, has: Tensor | None, center: bool) -> Tensor:
         if has is not None:
             z, shift = torch.where(has, z, 0), torch.where(count > 0, shift, 0)
         mean = z.sum(0).double() / count.clamp(min=1)
-        z = z - mean.to(z.dtype)
+        z = z.sub_(mean.to(z.dtype))
         mean = mean + shift
     if has is not None:
         z = torch.where(has, z, 0)
-    return torch.cat((count, mean, z.square().sum(0).double()))
+    return torch.cat((count, mean, z.square().sum(0).double())), z
 
 
 def _merged(parts: Tensor, definition: Definition) -> _Statistics:
