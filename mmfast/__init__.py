@@ -3,6 +3,7 @@
 from mmfast.backends import backend, info
 from mmfast.errors import UserError
 from mmfast.losses import BarlowTwinsLoss
+from mmfast.micro_batches import backward_in_micro_batches
 from mmfast.plan import Plan
 from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
 
@@ -18,5 +19,6 @@ __all__ = [
     "TwoViews",
     "UserError",
     "backend",
+    "backward_in_micro_batches",
     "info",
 ]
