@@ -105,8 +105,6 @@ def _first_pass(embed: Embed, micro_batches: list) -> tuple[list[Tensor], list[l
             parts.append(_embeddings(embed(batch), index))
             _check_like_the_first(parts, index)
         views = [torch.cat(view).requires_grad_() for view in zip(*parts, strict=True)]
-    # Casts of weights that autocast made here know no gradient, and would be used again.
-    torch.clear_autocast_cache()
     return views, [[z.shape for z in part] for part in parts], states
 
 
@@ -131,8 +129,6 @@ def _second_pass(
         )
     with _without_autocast():
         torch.autograd.backward(*zip(*roots, strict=True))
-    # Cached casts of weights are part of the graph.
-    torch.clear_autocast_cache()
 
 
 def _embeddings(returned, index: int) -> Sequence[Tensor]:
