@@ -5,6 +5,7 @@ from mmfast.errors import UserError
 from mmfast.losses import BarlowTwinsLoss
 from mmfast.micro_batches import backward_in_micro_batches
 from mmfast.plan import Plan
+from mmfast.plots import plot_cross_correlation
 from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
 
 __version__ = "0.1.0"
@@ -21,4 +22,5 @@ __all__ = [
     "backend",
     "backward_in_micro_batches",
     "info",
+    "plot_cross_correlation",
 ]
