@@ -3,7 +3,9 @@
 from mmfast.backends import backend, info
 from mmfast.errors import UserError
 from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss
+from mmfast.micro_batches import backward_in_micro_batches
 from mmfast.plan import Plan
+from mmfast.plots import plot_cross_correlation
 from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
 
 __version__ = "0.1.0"
@@ -19,5 +21,7 @@ __all__ = [
     "TwoViews",
     "UserError",
     "backend",
+    "backward_in_micro_batches",
     "info",
+    "plot_cross_correlation",
 ]

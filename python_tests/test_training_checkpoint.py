@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from training_help import TINY, assert_same, checkpoint, mmfast, train
 
+from mmfast import files
 from mmfast.errors import UserError
-from mmfast.training import files
+from mmfast.files import write_atomically, write_json
 from mmfast.training.checkpoint import PRETRAINING, SUPERVISED, read_checkpoint
-from mmfast.training.files import write_atomically, write_json
 from mmfast.training.handover import load_part
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from training_help import TINY, assert_same, checkpoint, mmfast, train
 
-from mmfast.training import files, pretraining, supervised
+from mmfast import files
+from mmfast.training import pretraining, supervised
 from mmfast.training.checkpoint import LastCheckpoint
 
 MODULES = {"pretrain": pretraining.Pretraining, "finetune": supervised.Supervised}

@@ -14,7 +14,7 @@ from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from mmfast.errors import UserError
-from mmfast.training.files import write_atomically
+from mmfast.files import write_atomically
 
 # The entry that says what a checkpoint is: {"kind", "config", "features", "standardiser", ...}.
 RECORD = "mmfast"
@@ -22,7 +22,7 @@ PRETRAINING, SUPERVISED = "pretraining", "supervised"
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """Saves through :func:`~mmfast.training.files.write_atomically`."""
+    """Saves through :func:`~mmfast.files.write_atomically`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options: Any = None) -> None:
         # Serialised in memory first: torch's own writer reports a full disk as an unspecific RuntimeError.

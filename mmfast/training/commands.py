@@ -17,10 +17,10 @@ from jsonargparse import ArgumentParser
 from mmfast.cli import Parser
 from mmfast.data import MultimodalDataset, Standardiser, load
 from mmfast.errors import UserError
+from mmfast.files import write_json
 from mmfast.training import runs
 from mmfast.training.checkpoint import PRETRAINING, RECORD, read_checkpoint
 from mmfast.training.config import ExperimentConfig, RunConfig, check_experiment
-from mmfast.training.files import write_json
 from mmfast.training.fitting import BEST, LAST
 from mmfast.training.folder import CONFIG, claim
 from mmfast.training.parsing import config_parser, sections

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfast.data import MultimodalDataset, collate
+from mmfast.plots import correlation_matrix
 from mmfast.training.checkpoint import PRETRAINING, RECORD, read_checkpoint
 from mmfast.training.components import make_pretraining
 from mmfast.training.parsing import config_of
@@ -42,9 +43,6 @@ def cross_correlation(module: Pretraining, batch) -> Tensor:
     projector = copy.deepcopy(module.projector).train()
     seed = derive(module.seed, "views of the report")
     views = module.views(batch.values, batch.lengths, ids=batch.ids, seed=seed, padding=batch.padding)
-    a, b = (_standardised(projector(module.encoder(view, batch.lengths, batch.padding))) for view in views)
-    return a.T @ b / len(batch)
-
-
-def _standardised(z: Tensor) -> Tensor:
-    return (z - z.mean(0)) / z.std(0, correction=0).clamp_min(1e-5)
+    return correlation_matrix(
+        *(projector(module.encoder(view, batch.lengths, batch.padding)) for view in views)
+    )

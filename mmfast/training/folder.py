@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mmfast.errors import UserError
+from mmfast.files import write_json
 from mmfast.training.config import first_difference
 from mmfast.training.environment import environment
-from mmfast.training.files import write_json
 from mmfast.training.parsing import load_yaml, save_yaml
 
 CONFIG, ENVIRONMENT, RESULT, PREDICTIONS = "config.yaml", "environment.yaml", "result.json", "predictions.csv"

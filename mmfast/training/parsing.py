@@ -12,8 +12,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from mmfast.errors import UserError
+from mmfast.files import write_atomically
 from mmfast.training.config import Config, check
-from mmfast.training.files import write_atomically
 
 
 def config_parser(prog: str, description: str = "") -> ArgumentParser:

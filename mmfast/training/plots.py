@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from torch import Tensor
+
+from mmfast.plots import draw_correlation
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {
@@ -61,24 +63,22 @@ def supervised_curves(histories: Mapping[str, Sequence[History]]) -> bytes:
     return _png(figure)
 
 
-def correlation_maps(before: np.ndarray, after: np.ndarray, shown: int = 64) -> bytes:
+def correlation_maps(before: Tensor, after: Tensor, shown: int = 64) -> bytes:
     """Cross-correlation (D, D) before and after pre-training: the first dimensions, and all cells as histograms."""
     figure, axes = _figure(1, 3, 11.5, 3.7, width_ratios=(1, 1, 0.95))
     for ax, c, title in zip(
         axes[0], (before, after), ("before pre-training", "after pre-training"), strict=False
     ):
-        part = c[:shown, :shown]
-        image = ax.imshow(part, cmap="RdBu_r", norm=TwoSlopeNorm(0, -1, 1), interpolation="nearest")
-        ax.set(title=title, xlabel="dimension of view 2")
-        ax.spines[:].set_visible(False)
-    axes[0][0].set_ylabel("dimension of view 1")
+        image = draw_correlation(ax, c[:shown, :shown])
+        ax.set(title=title)
+    axes[0][1].set_ylabel(None)
     figure.colorbar(image, ax=list(axes[0][:2]), shrink=0.85, label="correlation")
     bins = np.linspace(-1, 1, 81)
     diagonal = np.eye(len(before), dtype=bool)
     for c, colour, when in ((before, "#7F7F7F", "before"), (after, COLOURS["SSL"], "after")):
         for mask, style, where in ((diagonal, "-", "diagonal"), (~diagonal, ":", "off-diagonal")):
             axes[0][2].hist(
-                c[mask],
+                c.numpy()[mask],
                 bins,
                 density=True,
                 histtype="step",

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mmfast.data import MultimodalBatch, MultimodalDataset, make_loader
 from mmfast.errors import UserError
+from mmfast.files import write_atomically
 from mmfast.metrics import regression_metrics
-from mmfast.training.files import write_atomically
 
 BATCH = 256
 

@@ -14,12 +14,12 @@ import numpy as np
 import yaml
 
 from mmfast.data import MultimodalData
+from mmfast.files import write_atomically, write_json
 from mmfast.training import plots
 from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.correlation import before_and_after
 from mmfast.training.document import Block, Code, Figure, Heading, Table, Text, to_html, to_markdown
 from mmfast.training.experiment import METHODS, PRETRAINED, TITLES, Outcome, Unit, units_of
-from mmfast.training.files import write_atomically, write_json
 from mmfast.training.fitting import LAST
 from mmfast.training.folder import ENVIRONMENT, load_result
 from mmfast.training.parsing import load_yaml
@@ -237,7 +237,7 @@ def _figures(
             ),
             Figure(
                 "plots/correlation.png",
-                plots.correlation_maps(before.numpy(), after.numpy()),
+                plots.correlation_maps(before, after),
                 f"Cross-correlation of two augmented views of one batch before and after pre-training ({units[0]}): "
                 f"the first dimensions of {len(before)}, and the distribution over all cells.",
             ),
