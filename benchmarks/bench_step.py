@@ -19,10 +19,10 @@ from mmfast.models import Projector
 
 pytest.importorskip("lightning", reason="steps of training need mmfast[train]")
 
-from mmfast.data import make_loader  # noqa: E402
-from mmfast.training.components import make_pretraining  # noqa: E402
-from mmfast.training.config import Config, ModelConfig  # noqa: E402
-from mmfast.training.splits import load_data, make_splits  # noqa: E402
+from mmfast.data import make_loader
+from mmfast.training.components import make_pretraining
+from mmfast.training.config import Config, ModelConfig
+from mmfast.training.splits import load_data, make_splits
 
 # Rounds, and seconds that they may take beyond the fewest.
 ROUNDS, BUDGET = (3, 9), 10.0

@@ -78,8 +78,8 @@ def main(contender: str, *shapes: str) -> None:
         peers = eager_peers() | compiled_peers()
         loss = barlow_twins if contender == "mmfast" else peers[contender].loss
         z = embeddings(*map(int, shape.split("x")))
-        warm = [z] if loss is not barlow_twins and peers[contender].compiled else map(embeddings, *zip(*SMALL))
-        for views in warm:
+        compiled = contender in peers and peers[contender].compiled
+        for views in [z] if compiled else [embeddings(*small) for small in SMALL]:
             step(loss, *views)()
         z[0].grad = z[1].grad = None
         peaks.append(peak_of(step(loss, *z)))
