@@ -42,7 +42,7 @@ def speedups(grid: Races) -> bytes:
         "mmfast against the best peer, forward and backward, fp32\n(times faster, and which peer that was)",
         norm,
         "RdBu",
-        lambda value, _: f"{10**value:.3g}x",
+        {np.log10(x): f"{x:g}x" for x in (0.5, 1, 3, 10, 30, 100, 300, 1000, 3000, 10000)},
     )
 
 
@@ -55,7 +55,7 @@ def floor(grid: Races) -> bytes:
         "and 6 B D min(B, D) operations, at this machine's rates",
         Normalize(0, 100),
         "viridis",
-        lambda value, _: f"{value:.0f} %",
+        {x: f"{x} %" for x in range(0, 101, 20)},
     )
 
 
@@ -64,7 +64,9 @@ def _milliseconds(seconds: float) -> str:
     return f"{ms:.2g} ms" if ms < 10 else f"{ms:.0f} ms" if ms < 1e4 else f"{seconds:.0f} s"
 
 
-def _heat_map(grid: Races, value: Callable, label: Callable, title: str, norm, colours: str, tick) -> bytes:
+def _heat_map(
+    grid: Races, value: Callable, label: Callable, title: str, norm, colours: str, ticks: dict
+) -> bytes:
     rows, columns = (sorted({shape[axis] for shape in grid}) for axis in (0, 1))
     values = np.full((len(rows), len(columns)), np.nan)
     for (b, d), e in grid.items():
@@ -83,7 +85,10 @@ def _heat_map(grid: Races, value: Callable, label: Callable, title: str, norm, c
     ax.tick_params(length=0)
     for spine in ax.spines.values():
         spine.set_visible(False)
-    figure.colorbar(image, ax=ax, format=tick, pad=0.02)
+    bar = figure.colorbar(image, ax=ax, pad=0.02)
+    shown = {at: text for at, text in ticks.items() if norm.vmin - 1e-6 <= at <= norm.vmax}
+    bar.set_ticks(list(shown), labels=list(shown.values()))
+    bar.ax.minorticks_off()
     return _png(figure)
 
 
@@ -92,13 +97,14 @@ def memory(peaks: Mapping[str, Mapping[str, int]]) -> bytes:
     shapes = list(next(iter(peaks.values())))
     figure, axes = _figure(3.0 * len(shapes) + 1, 1.3 + 0.27 * len(peaks), len(shapes))
     order = sorted(peaks, key=lambda name: peaks[name][shapes[-1]], reverse=True)
+    largest = max(max(by_shape.values()) for by_shape in peaks.values()) / 2**20
     for ax, shape in zip(np.atleast_1d(axes), shapes, strict=True):
         values = [peaks[name][shape] / 2**20 for name in order]
         ax.barh(order, values, color=[OURS if name == "mmfast" else THEIRS for name in order])
         for y, v in enumerate(values):
             ax.text(v * 1.12, y, f"{v:.1f}" if v < 10 else f"{v:,.0f}", va="center", fontsize=8)
         ax.set_xscale("log")
-        ax.set_xlim(min(values) / 2, max(values) * 6)
+        ax.set_xlim(1, largest * 8)
         ax.set_title(shape.replace("x", " x "), fontsize=10)
         ax.set_xlabel("MiB")
         ax.spines[["top", "right"]].set_visible(False)
