@@ -32,6 +32,8 @@ def cost(shape) -> int:
 
 
 GRID = sorted([*((rows, columns) for rows in ROWS for columns in COLUMNS), *NAMED], key=cost)
+# Compiling and warming up takes minutes beyond these.
+COMPILE_BOTH, COMPILE = 1e10, 1e12
 # fp64 takes seconds beyond these: then loss and gradient are checked for the official definition only, or for
 # none, and the others' losses against what mmfast says in their variant.
 EVERY_TRUTH, ONE_TRUTH = 2e9, 3e10
@@ -85,9 +87,23 @@ class Check:
         self.errors[name] = errors
 
 
-def run_race(race, shape, peers, dtype=torch.float32, tolerances=(LOSS, GRADIENT), yardsticks=None):
+def contenders(shape, smoke):
+    """({name: peer}, {name: why it does not run})."""
+    peers, excluded = eager_peers() | compiled_peers(), {}
+    for name in [name for name, peer in peers.items() if peer.compiled]:
+        if smoke or cost(shape) > COMPILE:
+            excluded[name] = "not run: compiling and warming up would take minutes"
+        elif cost(shape) > COMPILE_BOTH and name != "compiled definition":
+            excluded[name] = "not run: the compiled definition stands for it, elsewhere they are alike"
+    return {name: peer for name, peer in peers.items() if name not in excluded}, excluded
+
+
+def run_race(race, smoke, shape, dtype=torch.float32, tolerances=(LOSS, GRADIENT), yardsticks=None):
     """``yardsticks`` {name: call}: timed with the finalists, neither peers nor checked."""
+    if smoke and cost(shape) > 1e9:
+        pytest.skip("a smoke run takes the small sizes")
     rows, columns = shape
+    peers, excluded = contenders(shape, smoke)
     z = embeddings(rows, columns, dtype)
     check = Check(*z, {"mmfast": "official", **{n: peer.variant for n, peer in peers.items()}}, tolerances)
     watched = {name: check.watch(name, step(peer.loss, *z)) for name, peer in peers.items()}
@@ -99,6 +115,7 @@ def run_race(race, shape, peers, dtype=torch.float32, tolerances=(LOSS, GRADIENT
             flops=6 * rows * columns * min(rows, columns),
             warm=[name for name, peer in peers.items() if peer.compiled],
             yardsticks=list(yardsticks or ()),
+            excluded=excluded,
             done=check,
             op="barlow_twins",
             rows=rows,
@@ -111,19 +128,14 @@ def run_race(race, shape, peers, dtype=torch.float32, tolerances=(LOSS, GRADIENT
 
 @pytest.mark.parametrize("shape", GRID, ids=shape_id)
 def test_forward_and_backward(shape, race, smoke):
-    if smoke and cost(shape) > 1e9:
-        pytest.skip("a smoke run takes the small sizes")
-    run_race(race, shape, eager_peers() if smoke else eager_peers() | compiled_peers())
+    run_race(race, smoke, shape)
 
 
 @pytest.mark.parametrize("shape", HALF, ids=shape_id)
 def test_bfloat16(shape, race, smoke):
     """Peers compute in the type they are given; errors are those of their arithmetic, the inputs being exact."""
-    if smoke and cost(shape) > 1e9:
-        pytest.skip("a smoke run takes the small sizes")
     fp32 = step(barlow_twins, *embeddings(*shape))
-    peers = eager_peers() if smoke else eager_peers() | compiled_peers()
-    run_race(race, shape, peers, torch.bfloat16, (1, 1), {"mmfast fp32": fp32})
+    run_race(race, smoke, shape, torch.bfloat16, (1, 1), {"mmfast fp32": fp32})
 
 
 CONTENDERS = ["mmfast", *eager_peers(), "compiled definition"]

@@ -77,11 +77,13 @@ def race(benchmark, machine, smoke, request):
     Others qualify by a call each; the three fastest run against ``ours`` in turns, beside ``yardsticks``, names
     of others that are not rivals. ``nbytes`` and ``flops`` are the least that the task must move (read and
     written) and compute; the time they take at this machine's rates is the floor. ``warm``: names of others that
-    must be called once before they are timed. ``done(name)`` is called after a first call. What else is given
-    by name goes into the JSON as it is.
+    must be called once before they are timed. ``excluded`` {name: why} is kept beside those that could not run.
+    ``done(name)`` is called after a first call. What else is given by name goes into the JSON as it is.
     """
 
-    def run(ours, others, nbytes, flops=0, warm=(), yardsticks=(), done=lambda name: None, **facts):
+    def run(
+        ours, others, nbytes, flops=0, warm=(), yardsticks=(), excluded=(), done=lambda name: None, **facts
+    ):
         if smoke:
             for name, call in {"mmfast": ours, **others}.items():
                 call()
@@ -115,7 +117,7 @@ def race(benchmark, machine, smoke, request):
             quartiles=result.quartiles(),
             rounds=len(result.times["mmfast"]),
             qualifying=result.qualifying,
-            skipped=result.skipped,
+            skipped={**dict(excluded), **result.skipped},
             yardsticks=list(yardsticks),
             best=min(rivals, key=medians.get) if rivals else None,
             speedup={name: value / median for name, value in medians.items()},

@@ -93,6 +93,7 @@ def test_long_races_have_fewer_contenders(monkeypatch):
     monkeypatch.setattr(races, "BUDGET", 0.1)
     result = races.race(sleeper(1), {name: sleeper(20) for name in "abcd"})
     assert result.skipped == {name: "not run: the time to qualify was spent" for name in "cd"}
+    assert set(result.qualifying) == {"mmfast", "a", "b"}
     assert len(result.times) == 2
 
 
@@ -100,7 +101,7 @@ def test_other_errors_of_contenders_are_raised():
     def broken():
         raise RuntimeError("a bug")
 
-    with pytest.raises(RuntimeError, match="^a bug$"):
+    with pytest.raises(RuntimeError, match="a bug"):
         races.race(sleeper(1), {"broken": broken})
 
 
