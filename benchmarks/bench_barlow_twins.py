@@ -1,95 +1,161 @@
-"""Barlow Twins loss, forward and backward in fp32, against lightly's, eager and compiled PyTorch.
-
-lightly is found as a package, or by the path of its ``loss/barlow_twins_loss.py`` in ``MMFAST_LIGHTLY``: that
-file is loaded on its own, since the package imports torchvision.
-"""
+"""Barlow Twins loss, forward and backward: a grid of shapes against every peer, bf16, and peak memory."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import contextlib
+import sys
 from pathlib import Path
 
+import memory
 import pytest
 import torch
+from peers import compiled_peers, eager_peers, embeddings, step
+from races import memory_limit
 
 from mmfast.functional import barlow_twins
-from mmfast.ops.barlow_twins import reference
 
-SHAPES = [
-    (170, 1000),
-    (32, 1000),
-    (128, 8192),
-    (256, 8192),
-    (512, 1000),
-    (1024, 512),
-    (2048, 256),
-    (4096, 1024),
-]
+# The tests' transcriptions of the published formulas: the truth, in fp64.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "python_tests"))
+from barlow_twins_formulas import FORMULAS, gradients, relative_error
+
+ROWS = (16, 64, 256, 1024, 4096)
+COLUMNS = (64, 256, 1024, 4096, 16384)
+NAMED = [(170, 1000), (32, 1000), (128, 8192), (256, 8192), (512, 1000)]
+HALF = [(170, 1000), (256, 8192)]
+MEMORY = [(170, 1000), (128, 8192), (256, 8192), (1024, 4096)]
 
 
-def lightly_loss():
-    path = os.environ.get("MMFAST_LIGHTLY")
-    if not path:
-        package = importlib.util.find_spec("lightly")
-        if package is None:
-            return None
-        path = Path(package.submodule_search_locations[0]) / "loss/barlow_twins_loss.py"
-    spec = importlib.util.spec_from_file_location("lightly_barlow_twins_loss", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.BarlowTwinsLoss()
-
-
-def definition(z_a, z_b, lambd=5e-3, block=1024):
-    """(loss, gradients) in fp64, a block of columns of C at a time."""
-    z_a, z_b = (z.detach().double().requires_grad_() for z in (z_a, z_b))
-    total = 0.0
-    for start in range(0, z_a.shape[1], block):
-        a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in (z_a, z_b))
-        c = a.T @ b[:, start : start + block] / len(a)
-        d = c.diagonal(-start)
-        loss = (1 - d).square().sum() + lambd * (c.square().sum() - d.square().sum())
-        loss.backward()
-        total += float(loss.detach())
-    return total, z_a.grad, z_b.grad
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def test_forward_and_backward(shape, race, smoke):
+def cost(shape) -> int:
+    """What all but mmfast pay grows with this: operations, and passes over C."""
     rows, columns = shape
-    if smoke and rows * columns > 200_000:
-        pytest.skip("a smoke run takes the small sizes")
-    torch.manual_seed(0)
-    z_a = torch.randn(rows, columns)
-    z_b = (z_a + 0.5 * torch.randn(rows, columns)).requires_grad_()
-    z_a.requires_grad_()
+    return (rows + 200) * columns**2
 
-    losses = {"lightly": lightly_loss(), "eager": reference}
-    if losses["lightly"] is None:
-        del losses["lightly"]
-    if not smoke:
-        torch._dynamo.reset()
-        losses["compiled"] = torch.compile(reference, fullgraph=True, dynamic=False)
 
-    def step(loss):
+GRID = sorted([*((rows, columns) for rows in ROWS for columns in COLUMNS), *NAMED], key=cost)
+# Compiling and warming up takes minutes beyond these.
+COMPILE_BOTH, COMPILE = 1e10, 1e12
+# fp64 takes seconds beyond these: then loss and gradient are checked for the official definition only, or for
+# none, and the others' losses against what mmfast says in their variant.
+EVERY_TRUTH, ONE_TRUTH = 2e9, 3e10
+# fp32 against fp64, relative. VISSL's variance, E[x^2] - E[x]^2, loses a digit.
+LOSS, GRADIENT = 1e-5, 2e-5
+
+
+def shape_id(shape):
+    return "x".join(map(str, shape))
+
+
+class Check:
+    """Each contender's loss and gradients against the formula that it computes; keeps their errors."""
+
+    def __init__(self, z_a, z_b, variants: dict[str, str], tolerances=(LOSS, GRADIENT)):
+        self.views, self.variants, self.tolerances = (z_a, z_b), variants, tolerances
+        self.losses, self.errors, self._truths = {}, {}, {}
+
+    def _truth(self, variant):
+        if variant not in self._truths:
+            exact = [z.detach().double() for z in self.views]
+            limit = ONE_TRUTH if variant == "official" else EVERY_TRUTH
+            if cost(exact[0].shape) < limit:
+                self._truths[variant] = gradients(FORMULAS[variant], *exact)
+            else:
+                self._truths[variant] = (barlow_twins(*exact, variant=variant),)
+        return self._truths[variant]
+
+    def watch(self, name, call):
+        """``call`` with its loss kept."""
+
         def run():
-            z_a.grad = z_b.grad = None
-            value = loss(z_a, z_b)
-            value.backward()
-            return value
+            self.losses[name] = call()
 
         return run
 
-    truth, grad_a, grad_b = definition(z_a, z_b)
-    for name, loss in {**losses, "mmfast": barlow_twins}.items():
-        assert float(step(loss)().detach()) == pytest.approx(truth, rel=2e-6), name
-        for z, grad in ((z_a, grad_a), (z_b, grad_b)):
-            assert float((z.grad - grad).norm() / grad.norm()) < 1e-5, name
+    def __call__(self, name):
+        if name not in self.variants:
+            return
+        variant = self.variants[name]
+        scale = 1.0
+        if variant in ("lightly", "solo"):
+            # The official one, scaled.
+            variant, scale = "official", 0.025 if variant == "solo" else 1.0
+        loss, *grads = self._truth(variant)
+        errors = [abs(float(self.losses[name]) / (scale * float(loss)) - 1)]
+        assert errors[0] <= self.tolerances[0], f"{name}: loss"
+        for z, grad in zip(self.views, grads, strict=False):
+            errors.append(relative_error(z.grad.double(), scale * grad))
+            assert errors[-1] <= self.tolerances[1], f"{name}: gradient"
+        self.errors[name] = errors
 
-    race(
-        step(barlow_twins),
-        {name: step(loss) for name, loss in losses.items()},
-        nbytes=4 * 4 * rows * columns,
-        flops=6 * rows * columns * min(rows, columns),
+
+def contenders(shape, smoke):
+    """({name: peer}, {name: why it does not run})."""
+    peers, excluded = eager_peers() | compiled_peers(), {}
+    for name in [name for name, peer in peers.items() if peer.compiled]:
+        if smoke or cost(shape) > COMPILE:
+            excluded[name] = "not run: compiling and warming up would take minutes"
+        elif cost(shape) > COMPILE_BOTH and name != "compiled definition":
+            excluded[name] = "not run: the compiled definition stands for it, elsewhere they are alike"
+    return {name: peer for name, peer in peers.items() if name not in excluded}, excluded
+
+
+def run_race(race, smoke, shape, dtype=torch.float32, tolerances=(LOSS, GRADIENT), yardsticks=None):
+    """``yardsticks`` {name: call}: timed with the finalists, neither peers nor checked."""
+    if smoke and cost(shape) > 1e9:
+        pytest.skip("a smoke run takes the small sizes")
+    rows, columns = shape
+    peers, excluded = contenders(shape, smoke)
+    z = embeddings(rows, columns, dtype)
+    check = Check(*z, {"mmfast": "official", **{n: peer.variant for n, peer in peers.items()}}, tolerances)
+    watched = {name: check.watch(name, step(peer.loss, *z)) for name, peer in peers.items()}
+    with memory_limit() if columns > 4096 else contextlib.nullcontext():
+        race(
+            check.watch("mmfast", step(barlow_twins, *z)),
+            {**watched, **(yardsticks or {})},
+            nbytes=4 * z[0].nbytes,
+            flops=6 * rows * columns * min(rows, columns),
+            warm=[name for name, peer in peers.items() if peer.compiled],
+            yardsticks=list(yardsticks or ()),
+            excluded=excluded,
+            done=check,
+            op="barlow_twins",
+            rows=rows,
+            columns=columns,
+            dtype=str(dtype).removeprefix("torch."),
+            errors=check.errors,
+            peers={name: {"variant": peer.variant, "source": peer.source} for name, peer in peers.items()},
+        )
+
+
+@pytest.mark.parametrize("shape", GRID, ids=shape_id)
+def test_forward_and_backward(shape, race, smoke):
+    run_race(race, smoke, shape)
+
+
+@pytest.mark.parametrize("shape", HALF, ids=shape_id)
+def test_bfloat16(shape, race, smoke):
+    """Peers compute in the type they are given; errors are those of their arithmetic, the inputs being exact."""
+    fp32 = step(barlow_twins, *embeddings(*shape))
+    run_race(race, smoke, shape, torch.bfloat16, (1, 1), {"mmfast fp32": fp32})
+
+
+CONTENDERS = ["mmfast", *eager_peers(), "compiled definition"]
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+def test_peak_memory(contender, benchmark, smoke):
+    """Above the inputs, forward and backward."""
+    if not memory.can_measure():
+        pytest.skip("peaks of resident memory cannot be reset here")
+    if smoke and contender != "mmfast":
+        pytest.skip("a smoke run takes one contender")
+    shapes = MEMORY[:1] if smoke else MEMORY
+    peaks = benchmark.pedantic(
+        memory.in_own_process, (contender, shapes, torch.get_num_threads()), rounds=1, iterations=1
+    )
+    benchmark.extra_info.update(
+        kind="memory",
+        op="barlow_twins",
+        contender=contender,
+        peaks={shape_id(shape): peak for shape, peak in zip(shapes, peaks, strict=True)},
+        inputs={shape_id(shape): 2 * 4 * shape[0] * shape[1] for shape in shapes},
     )

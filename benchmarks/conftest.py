@@ -1,33 +1,32 @@
 """Fair races: every contender in every round, beside what this machine's memory and arithmetic can do.
 
 pytest-benchmark's own table has mmfast alone. Above it stand the medians of the races and how many times
-faster mmfast is; ``--benchmark-json FILE`` keeps all of it, with the machine. ``--benchmark-disable`` runs
-each benchmark once, on small sizes, without timing.
+faster mmfast is; ``--benchmark-json FILE`` keeps all of it, with the machine, for ``benchmarks/report.py``.
+``--benchmark-disable`` runs each benchmark once, on small sizes, without timing.
 """
 
 from __future__ import annotations
 
 import functools
 import platform
-import statistics
-import time
 from pathlib import Path
 
 import pytest
+import races
 import torch
+from races import best_time
 
 import mmfast
 from mmfast import backends
 from mmfast.ops.products import product
 
-# Seconds: what a contender's calls in one round take at least, and what the rounds of a race take in all.
-SAMPLE, BUDGET = 0.02, 4.0
-ROUNDS = (5, 100)
 _TABLE = pytest.StashKey[list]()
+_RANKS = pytest.StashKey[dict]()
 
 
 def pytest_configure(config):
     config.stash[_TABLE] = []
+    config.stash[_RANKS] = {}
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -41,18 +40,6 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "mmfast": mmfast.__version__,
         "instruction set": backends._C.isas()[-1] if backends._C else "none: reference",
     }
-
-
-def time_of(function, calls: int) -> float:
-    """Seconds a call, over calls in a row."""
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
-
-
-def best_time(function, calls: int = 1) -> float:
-    return min(time_of(function, calls) for _ in range(9))
 
 
 class Machine:
@@ -85,31 +72,32 @@ def smoke(request) -> bool:
 
 @pytest.fixture
 def race(benchmark, machine, smoke, request):
-    """race(ours, baselines, nbytes, flops=0): times ``ours`` against ``baselines`` {name: call}.
+    """race(ours, others, nbytes, flops=0, ...): times ``ours`` against ``others`` {name: call}.
 
-    Each round runs all contenders once, so that a busy moment of the machine meets all of them. ``nbytes``
-    and ``flops`` are the least that the task must move (read and written) and compute; the time they take at
-    this machine's rates is the floor.
+    Others qualify by a call each; the three fastest run against ``ours`` in turns, beside ``yardsticks``, names
+    of others that are not rivals. ``nbytes`` and ``flops`` are the least that the task must move (read and
+    written) and compute; the time they take at this machine's rates is the floor. ``warm``: names of others that
+    must be called once before they are timed. ``excluded`` {name: why} is kept beside those that could not run.
+    ``done(name)`` is called after a first call. What else is given by name goes into the JSON as it is.
     """
 
-    def run(ours, baselines, nbytes, flops=0):
-        contenders = {"mmfast": ours, **baselines}
+    def run(
+        ours, others, nbytes, flops=0, warm=(), yardsticks=(), excluded=(), done=lambda name: None, **facts
+    ):
         if smoke:
-            for call in baselines.values():
+            for name, call in {"mmfast": ours, **others}.items():
                 call()
+                done(name)
             return benchmark(ours)
 
-        calls = {}
-        for name, call in contenders.items():
-            call()
-            calls[name] = max(1, round(SAMPLE / time_of(call, 2)))
-        times = {name: [] for name in contenders}
-        round_time = sum(time_of(call, calls[name]) for name, call in contenders.items())
-        for _ in range(min(max(int(BUDGET / round_time), ROUNDS[0]), ROUNDS[1])):
-            for name, call in contenders.items():
-                times[name].append(time_of(call, calls[name]))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        median = medians["mmfast"]
+        # Where time does not suffice for all, those go first that were fast in the race before.
+        ranks = request.config.stash[_RANKS]
+        others = {name: others[name] for name in sorted(others, key=lambda n: ranks.get(n, 0))}
+        result = races.race(ours, others, warm, yardsticks, done)
+        ranks |= result.qualifying
+        medians = result.medians()
+        median = medians.pop("mmfast")
+        rivals = [name for name in medians if name not in yardsticks]
 
         bandwidth = machine.copy_bandwidth(nbytes)
         floor = nbytes / bandwidth
@@ -118,17 +106,27 @@ def race(benchmark, machine, smoke, request):
             floor += flops / rate
             benchmark.extra_info.update(matmul_rate=rate, share_of_matmul_rate=flops / median / rate)
         benchmark.extra_info.update(
+            kind="race",
             bytes=nbytes,
             flops=flops,
             copy_bandwidth=bandwidth,
             share_of_copy_bandwidth=nbytes / median / bandwidth,
             floor=floor,
             share_of_floor=floor / median,
-            quartiles={name: statistics.quantiles(values) for name, values in times.items()},
-            speedup={name: medians[name] / median for name in baselines},
+            medians={"mmfast": median, **medians},
+            quartiles=result.quartiles(),
+            rounds=len(result.times["mmfast"]),
+            qualifying=result.qualifying,
+            skipped={**dict(excluded), **result.skipped},
+            yardsticks=list(yardsticks),
+            best=min(rivals, key=medians.get) if rivals else None,
+            speedup={name: value / median for name, value in medians.items()},
+            **facts,
         )
         request.config.stash[_TABLE].append((request.node.name, median, floor / median, medians))
-        return benchmark.pedantic(ours, iterations=calls["mmfast"], rounds=ROUNDS[0])
+        return benchmark.pedantic(
+            ours, iterations=result.calls["mmfast"], rounds=5 if median < races.CHEAP else 1
+        )
 
     return run
 
@@ -139,7 +137,5 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.section("races: medians in ms (and how many times faster mmfast is)")
     for name, median, share, medians in config.stash[_TABLE]:
         cells = [f"mmfast {median * 1e3:.3f} ({share:.0%} of the floor's speed)"]
-        for other, value in medians.items():
-            if other != "mmfast":
-                cells.append(f"{other} {value * 1e3:.3f} ({value / median:.1f}x)")
+        cells += [f"{other} {value * 1e3:.3f} ({value / median:.1f}x)" for other, value in medians.items()]
         terminalreporter.write_line(f"{name:40} {'  '.join(cells)}")
