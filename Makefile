@@ -1,12 +1,13 @@
 # make demo   set up .venv, run the main job on synthetic data, print the result table, write runs/demo/report.html
 # make test   set up .venv, run the whole test suite
-# make bench  set up .venv, run the kernel benchmarks
+# make bench  set up .venv, run the benchmarks beside other projects' losses, write build/bench/report.md
 # make lint   check style; make format mends it
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PEERS := build/peers
 CXX_FILES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: demo test bench lint format clean
@@ -17,8 +18,15 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest python_tests
 
-bench: $(READY)
-	$(BIN)/python -m pytest benchmarks
+bench: $(READY) $(PEERS)/ready
+	PYTHONPATH=$(PEERS) $(BIN)/python -m pytest benchmarks --benchmark-json build/bench.json
+	$(BIN)/python benchmarks/report.py build/bench.json build/bench
+
+# Without what these packages need: benchmarks/peers.py loads one file of each, and has a transcription.
+$(PEERS)/ready: $(READY)
+	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(PEERS) \
+	    lightly==1.6.0 solo-learn==1.0.2 monai==1.6.1 catalyst==22.4
+	@mkdir -p $(PEERS) && touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -34,11 +34,12 @@ def cost(shape) -> int:
 GRID = sorted([*((rows, columns) for rows in ROWS for columns in COLUMNS), *NAMED], key=cost)
 # Compiling and warming up takes minutes beyond these.
 COMPILE_BOTH, COMPILE = 1e10, 1e12
-# fp64 takes seconds beyond these: then loss and gradient are checked for the official definition only, or for
-# none, and the others' losses against what mmfast says in their variant.
-EVERY_TRUTH, ONE_TRUTH = 2e9, 3e10
-# fp32 against fp64, relative. VISSL's variance, E[x^2] - E[x]^2, loses a digit.
-LOSS, GRADIENT = 1e-5, 2e-5
+# fp64 takes seconds beyond these: then the formula is evaluated for the official definition only, or for none. Losses
+# are compared with mmfast's in fp64 instead, in the same variant, up to B^2 D of the last.
+EVERY_FORMULA, ONE_FORMULA, NO_FORMULA = 2e9, 3e10, 5e10
+# fp32 against fp64, relative: loss, gradient; and the loss where sums of D^2 squares go on for long.
+TOLERANCES = (1e-5, 2e-5)
+LONG_SUMS = 1e-3
 
 
 def shape_id(shape):
@@ -46,20 +47,23 @@ def shape_id(shape):
 
 
 class Check:
-    """Each contender's loss and gradients against the formula that it computes; keeps their errors."""
+    """Each contender's loss and gradients against the definition that it computes; keeps their errors."""
 
-    def __init__(self, z_a, z_b, variants: dict[str, str], tolerances=(LOSS, GRADIENT)):
+    def __init__(self, z_a, z_b, variants: dict[str, str], tolerances):
         self.views, self.variants, self.tolerances = (z_a, z_b), variants, tolerances
         self.losses, self.errors, self._truths = {}, {}, {}
 
     def _truth(self, variant):
+        """(loss, gradients), (loss,) or None."""
         if variant not in self._truths:
             exact = [z.detach().double() for z in self.views]
-            limit = ONE_TRUTH if variant == "official" else EVERY_TRUTH
-            if cost(exact[0].shape) < limit:
-                self._truths[variant] = gradients(FORMULAS[variant], *exact)
-            else:
-                self._truths[variant] = (barlow_twins(*exact, variant=variant),)
+            rows, columns = exact[0].shape
+            truth = None
+            if cost((rows, columns)) < (ONE_FORMULA if variant == "official" else EVERY_FORMULA):
+                truth = gradients(FORMULAS[variant], *exact)
+            elif rows**2 * columns < NO_FORMULA:
+                truth = (barlow_twins(*exact, variant=variant),)
+            self._truths[variant] = truth
         return self._truths[variant]
 
     def watch(self, name, call):
@@ -74,17 +78,20 @@ class Check:
         if name not in self.variants:
             return
         variant = self.variants[name]
-        scale = 1.0
-        if variant in ("lightly", "solo"):
-            # The official one, scaled.
-            variant, scale = "official", 0.025 if variant == "solo" else 1.0
-        loss, *grads = self._truth(variant)
+        # lightly's is the official one, solo-learn's a multiple.
+        scale = 0.025 if variant == "solo" else 1.0
+        truth = self._truth("official" if variant in ("lightly", "solo") else variant)
+        if truth is None:
+            return
+        loss, *grads = truth
+        limits = self.tolerances if grads else (max(LONG_SUMS, self.tolerances[0]),)
         errors = [abs(float(self.losses[name]) / (scale * float(loss)) - 1)]
-        assert errors[0] <= self.tolerances[0], f"{name}: loss"
-        for z, grad in zip(self.views, grads, strict=False):
-            errors.append(relative_error(z.grad.double(), scale * grad))
-            assert errors[-1] <= self.tolerances[1], f"{name}: gradient"
+        errors += [
+            relative_error(z.grad.double(), scale * grad) for z, grad in zip(self.views, grads, strict=False)
+        ]
         self.errors[name] = errors
+        assert errors[0] <= limits[0], f"{name}: loss"
+        assert all(error <= limits[1] for error in errors[1:]), f"{name}: gradient"
 
 
 def contenders(shape, smoke):
@@ -98,7 +105,7 @@ def contenders(shape, smoke):
     return {name: peer for name, peer in peers.items() if name not in excluded}, excluded
 
 
-def run_race(race, smoke, shape, dtype=torch.float32, tolerances=(LOSS, GRADIENT), yardsticks=None):
+def run_race(race, smoke, shape, dtype=torch.float32, tolerances=TOLERANCES, yardsticks=None):
     """``yardsticks`` {name: call}: timed with the finalists, neither peers nor checked."""
     if smoke and cost(shape) > 1e9:
         pytest.skip("a smoke run takes the small sizes")

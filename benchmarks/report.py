@@ -307,8 +307,9 @@ def markdown(results: Mapping, plots: Sequence[str]) -> str:
         sections += [("Memory", [text, image("memory.png"), memory_table(peaks)])]
     if steps:
         text = (
-            "Forward of two views, backward, Adam. The ratio is that of the step with lightly's loss to the step "
-            "with mmfast's: where it is near 1, the choice of the loss does not matter for time."
+            "Forward of two views, backward, Adam; medians. The ratio is that of the step with lightly's loss to the "
+            "step with mmfast's, the median over rounds, each on a batch of its own: where it is near 1, the choice "
+            "of the loss does not matter for time."
         )
         sections += [("Share of a pre-training step", [text, step_table(steps)])]
     if others := other_table(results):
