@@ -86,7 +86,8 @@ class Pretraining(pl.LightningModule):
 def effective_rank(x: Tensor) -> Tensor:
     """exp of the entropy of the normalised singular values of the centred ``x`` (N, D): 1 to min(N - 1, D).
 
-    Roy & Vetterli 2007; as a label-free measure of representations, RankMe (Garrido et al. 2023).
+    Roy & Vetterli 2007; as a label-free measure of representations, RankMe (Garrido et al. 2023). Once an epoch it
+    may decompose: :func:`mmfast.functional.effective_rank`, of another order and never above it, is for every step.
     """
     singular = torch.linalg.svdvals((x - x.mean(0)).double())
     p = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
