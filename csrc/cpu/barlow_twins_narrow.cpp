@@ -10,7 +10,7 @@
 // As in barlow_twins.cpp, results depend neither on the number of threads nor on chance.
 #include <omp.h>
 
-#include "blocks.h"
+#include "barlow_twins_loss.h"
 #include "kernels.h"
 #include "pairs.h"
 
@@ -18,9 +18,10 @@ namespace MMFAST_NS {
 namespace {
 
 constexpr int kColumns = kWidth<float>;   // of a block
-constexpr int kSteps = 1024 / (2 * kPairs);  // vectors of pairs that a panel has of a row
+constexpr int kSteps = 1536 / (2 * kPairs);  // vectors of pairs that a panel has of a row
 constexpr int kBlockSteps = kColumns / (2 * kPairs);
 constexpr int kPanelBlocks = kSteps / kBlockSteps;
+constexpr int kSquare = 8;  // rows whose cache lines survive a walk down their columns
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 int64_t ratio_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
@@ -67,14 +68,16 @@ MMFAST_HD float sum_of(const Row<float>& x) {
   return sum_in_place<kPairs>((float*)&sum);
 }
 
-MMFAST_HD Row<float> rounded(const Row<float>& x, bfloat16* to) {
-  float values[kColumns];
-  x.to(values);
-  for (int j = 0; j < kColumns; ++j) {
-    to[j] = Scalar<bfloat16>::store(values[j]);
-    values[j] = Scalar<bfloat16>::load(to[j]);
-  }
-  return Row<float>::of(values);
+// x in bf16; to the nearest, ties away from zero, as it matters to nobody here. NaN may become anything.
+MMFAST_HD Row<float> rounded(const Row<float>& x) {
+  Row<float> row;
+  for (int i = 0; i < kVectors; ++i) row.v[i] = (Vector<float>)(((Pairs)x.v[i] + 0x8000u) & 0xFFFF0000u);
+  return row;
+}
+
+// Numbers of bf16 as pairs: those of the first vector with those of the second, and so on.
+MMFAST_HD void pack(const Row<float>& x, Pairs (&to)[kBlockSteps]) {
+  for (int i = 0; i < kBlockSteps; ++i) to[i] = (Pairs)x.v[2 * i] >> 16 | (Pairs)x.v[2 * i + 1];
 }
 
 template <bool native>
@@ -86,39 +89,69 @@ struct Forward {
   float *r[2], *mean[2], *deficit, *gram[2];  // gram: (B, B), null if not wanted
   int threads;
 
-  float *centred_rows, *offsets[2], *offset[2];
-  uint32_t *x[2], *y[2];
+  float *offsets[2], *offset[2];
+  uint32_t *x[2], *y_panel[2];
   double* energies;
 
-  int64_t x_tiles() const { return ratio_up(rows, kDotRows); }
-  int64_t y_tiles() const { return ratio_up(rows, kDotColumns); }
+  int64_t x_tiles() const { return ratio_up(rows, kDotColumns); }
+  int64_t y_tiles() const { return ratio_up(rows, kDotRows); }
 
   void lay_out(Arena& arena, const bool (&wanted)[2]) {
-    centred_rows = arena.take<float>(threads * 2 * rows * kColumns);
     energies = arena.take<double>(rows);
     for (int v = 0; v < 2; ++v) {
       offsets[v] = arena.take<float>(kPanelBlocks * rows);
       offset[v] = arena.take<float>(rows);
-      x[v] = arena.take<uint32_t>(x_tiles() * kSteps * kDotRows * kPairs);
-      y[v] = arena.take<uint32_t>(y_tiles() * kSteps * kDotColumns * 2 * kPairs);
+      x[v] = arena.take<uint32_t>(x_tiles() * kSteps * kDotColumns * kPairs);
+      y_panel[v] = arena.take<uint32_t>(y_tiles() * kSteps * kDotRows * 2 * kPairs);
       if (!wanted[v]) gram[v] = arena.take<float>(rows * rows);
     }
   }
 
   // Statistics of columns j, j + 1, ..., which are block b of a panel of `steps`, and their part of it.
   template <class Extent>
-  MMFAST_HD void standardise(int64_t j, int64_t b, int64_t steps, Extent extent, float* block) const {
-    float* d[2] = {block, block + rows * kColumns};
-    Row<float> scale[2];
+  MMFAST_HD void standardise(int64_t j, int64_t b, int64_t steps, Extent extent) const {
+    const auto row = [&](int v, int64_t i) { return load<float>(z[v] + j + i * stride[v], extent); };
+    // Sums are relative to the first row: an offset costs no precision.
+    Row<float> shift[2], rest[2], scale[2];
     for (int v = 0; v < 2; ++v) {
-      scale[v] =
-          centred<float>(z[v] + j, stride[v], rows, extent, center, scaling, d[v], mean[v] + j);
+      shift[v] = center ? row(v, 0) : Row<float>::all(0);
+      rest[v] = Row<float>::all(0);
+      if (center)
+        rest[v] = sum_rows<float>(rows, [&](int64_t i) { return row(v, i) - shift[v]; }) *
+                  Row<float>::all(1 / (float)rows);
+      const Row<float> square = sum_rows<float>(rows, [&](int64_t i) {
+        const Row<float> d = row(v, i) - shift[v] - rest[v];
+        return d * d;
+      });
+      float s[kColumns];
+      square.to(s);
+      for (int k = 0; k < kColumns; ++k) s[k] = scaling.inverse_deviation(s[k] / (float)rows);
+      scale[v] = Row<float>::of(s);
       store(scale[v], r[v] + j, extent);
+      store(shift[v] + rest[v], mean[v] + j, extent);
     }
     const Row<float> known = Row<float>::all(scaling.known);
     const Row<float> terms = sum_rows<float>(rows, [&](int64_t i) {
-      return scaling.term(Row<float>::of(d[0] + i * kColumns) * scale[0],
-                          Row<float>::of(d[1] + i * kColumns) * scale[1], known);
+      Row<float> hat[2];
+      for (int v = 0; v < 2; ++v) {
+        const Row<float> value = row(v, i);
+        hat[v] = (value - shift[v] - rest[v]) * scale[v];
+        const Row<float> y = hat[v] * scale[v], high = rounded(y), low = rounded(y - high);
+        offsets[v][b * rows + i] = sum_of((shift[v] + rest[v]) * (high + low));
+        Pairs whole[kBlockSteps], parts[2][kBlockSteps];
+        pack(value, whole);
+        pack(high, parts[0]);
+        pack(low, parts[1]);
+        for (int s = 0; s < kBlockSteps; ++s) {
+          const int64_t step = b * kBlockSteps + s;
+          uint32_t* to_x = x[v] + ((i / kDotColumns * steps + step) * kDotColumns + i % kDotColumns) * kPairs;
+          uint32_t* to_y = y_panel[v] + ((i / kDotRows * steps + step) * kDotRows + i % kDotRows) * 2 * kPairs;
+          *(Pairs*)to_x = whole[s];
+          *(Pairs*)to_y = parts[0][s];
+          *(Pairs*)(to_y + kPairs) = parts[1][s];
+        }
+      }
+      return scaling.term(hat[0], hat[1], known);
     });
     float w[kColumns], p[kColumns], q[kColumns];
     terms.to(w);
@@ -126,38 +159,18 @@ struct Forward {
     scale[1].to(q);
     for (int k = 0; k < kColumns; ++k) w[k] = scaling.one_minus_c(w[k] / (float)rows, p[k], q[k]);
     store(Row<float>::of(w), deficit + j, extent);
-    for (int v = 0; v < 2; ++v) {
-      const Row<float> mu = load<float>(mean[v] + j, extent);
-      for (int64_t i = 0; i < rows; ++i) {
-        const Row<float> value = Row<float>::of(d[v] + i * kColumns) * scale[v] * scale[v];
-        bfloat16 parts[3][kColumns];
-        rounded(load<float>(z[v] + j + i * stride[v], extent), parts[0]);
-        const Row<float> high = rounded(value, parts[1]);
-        const Row<float> low = rounded(value - high, parts[2]);
-        offsets[v][b * rows + i] = sum_of(mu * (high + low));
-        for (int s = 0; s < kBlockSteps; ++s) {
-          const int64_t step = b * kBlockSteps + s;
-          uint32_t* to_x = x[v] + ((i / kDotRows * steps + step) * kDotRows + i % kDotRows) * kPairs;
-          uint32_t* to_y =
-              y[v] + ((i / kDotColumns * steps + step) * kDotColumns + i % kDotColumns) * 2 * kPairs;
-          *(Pairs*)to_x = ((const Pairs*)parts[0])[s];
-          *(Pairs*)to_y = ((const Pairs*)parts[1])[s];
-          *(Pairs*)(to_y + kPairs) = ((const Pairs*)parts[2])[s];
-        }
-      }
-    }
   }
 
   // Adds the panel's products of all rows with those of y's tile u that do not come after them.
   void add_panel(int v, int64_t u, int64_t steps, bool first) const {
-    const int64_t k = u * kDotColumns;
-    for (int64_t t = k / kDotRows; t < x_tiles(); ++t) {
-      float products[kDotRows][kDotColumns];
-      split_dots<native>(x[v] + t * steps * kDotRows * kPairs, y[v] + u * steps * kDotColumns * 2 * kPairs,
-                         steps, products[0]);
-      for (int64_t i = t * kDotRows, a = 0; a < kDotRows && i < rows; ++a, ++i) {
+    const int64_t k = u * kDotRows;
+    for (int64_t t = k / kDotColumns; t < x_tiles(); ++t) {
+      float products[kDotColumns][kDotRows];
+      split_dots<native>(x[v] + t * steps * kDotColumns * kPairs,
+                         y_panel[v] + u * steps * kDotRows * 2 * kPairs, steps, products[0]);
+      for (int64_t i = t * kDotColumns, a = 0; a < kDotColumns && i < rows; ++a, ++i) {
         float* to = gram[v] + i * rows + k;
-        for (int c = 0; c < kDotColumns && k + c < rows; ++c)
+        for (int c = 0; c < kDotRows && k + c < rows; ++c)
           to[c] = first ? products[a][c] : to[c] + products[a][c];
       }
     }
@@ -174,11 +187,10 @@ struct Forward {
     return sum;
   }
 
-  // What lies above the diagonal, for rows i, i + 1, ... of a square of them.
+  // What lies above the diagonal, for the kSquare rows from i.
   void mirror(float* g, int64_t i) const {
-    const int64_t stop = i + kColumns < rows ? i + kColumns : rows;
     for (int64_t k = i; k < rows; ++k)
-      for (int64_t t = i; t < stop && t < k; ++t) g[t * rows + k] = g[k * rows + t];
+      for (int64_t t = i; t < i + kSquare && t < k; ++t) g[t * rows + k] = g[k * rows + t];
   }
 
   // The energy.
@@ -192,8 +204,7 @@ struct Forward {
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b)
           with_extent(columns, start + b * kColumns, [&](auto extent) {
-            standardise(start + b * kColumns, b, steps, extent,
-                        centred_rows + omp_get_thread_num() * 2 * rows * kColumns);
+            standardise(start + b * kColumns, b, steps, extent);
           });
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < 2 * y_tiles(); ++t) add_panel(t % 2, t / 2, steps, start == 0);
@@ -208,7 +219,7 @@ struct Forward {
 #pragma omp for schedule(dynamic, 16)
       for (int64_t i = 0; i < rows; ++i) energies[i] = energy(i);
 #pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < rows; i += kColumns)
+      for (int64_t i = 0; i < rows; i += kSquare)
         for (int v = 0; v < 2; ++v)
           if (wanted[v]) mirror(gram[v], i);
     }
@@ -270,20 +281,24 @@ struct Gradient {
 
   // Row i of an operand.
   void split(const float* gram, int64_t i, const Operand& to) const {
-    double sums[2] = {0, 0};
-    uint16_t *high = (uint16_t*)(to.parts[0] + i * depth()), *low = (uint16_t*)(to.parts[1] + i * depth());
-    for (int64_t k = 0; k < 2 * depth(); ++k) {
-      const float g = k < rows && k != i ? gram[i * rows + k] : 0;
-      const bfloat16 h = Scalar<bfloat16>::store(g);
-      const float rest = g - Scalar<bfloat16>::load(h);
-      const bfloat16 l = Scalar<bfloat16>::store(rest);
-      high[k] = h.bits;
-      low[k] = l.bits;
-      sums[0] += Scalar<bfloat16>::load(h);
-      sums[1] += Scalar<bfloat16>::load(l);
+    Row<float> sums[2] = {Row<float>::all(0), Row<float>::all(0)};
+    const int64_t even = 2 * depth();
+    for (int64_t k = 0; k < even; k += kColumns) {
+      const int64_t left = even - k < kColumns ? even - k : kColumns;
+      float g[kColumns];
+      for (int c = 0; c < kColumns; ++c) g[c] = k + c < rows ? gram[i * rows + k + c] : 0;
+      if (k <= i && i < k + kColumns) g[i - k] = 0;
+      Row<float> rest = Row<float>::of(g);
+      for (int part = 0; part < 2; ++part) {
+        const Row<float> value = rounded(rest);
+        bfloat16 stored[kColumns];
+        store(value, stored, Whole{});
+        __builtin_memcpy((bfloat16*)(to.parts[part] + i * depth()) + k, stored, left * sizeof(bfloat16));
+        sums[part] = sums[part] + value;
+        rest = rest - value;
+      }
     }
-    to.sums[0][i] = (float)sums[0];
-    to.sums[1][i] = (float)sums[1];
+    for (int part = 0; part < 2; ++part) to.sums[part][i] = sum_of(sums[part]);
   }
 
   // The gradient of columns j, j + 1, ... of view v, with one part of the Gram matrix or both.
@@ -294,37 +309,38 @@ struct Gradient {
     const Operand& g = operand[v];
     for (int64_t i = 0; i < depth(); ++i) {
       const bfloat16* row = own.z + 2 * i * own.stride + j;
-      for (int c = 0; c < kColumns; ++c)
-        right[i * kColumns + c] = exists(extent, c) ? row[c].bits : 0;
-      if (2 * i + 1 < rows)
-        for (int c = 0; c < kColumns; ++c)
-          right[i * kColumns + c] |= exists(extent, c) ? (uint32_t)row[own.stride + c].bits << 16 : 0;
+      const Row<float> first = load<float>(row, extent);
+      const Row<float> second = 2 * i + 1 < rows ? load<float>(row + own.stride, extent) : Row<float>::all(0);
+      for (int k = 0; k < kVectors; ++k)
+        *(Pairs*)(right + i * kColumns + k * kPairs) = (Pairs)first.v[k] >> 16 | (Pairs)second.v[k];
     }
-    const Row<float> r = load<float>(own.r + j, extent), mean = load<float>(own.mean + j, extent);
-    if (both) {
-      multiply_pairs<native>(g.parts[1], right, rows, depth(), false, m);
-      if (trial) {
-        const Row<float> squares = sum_rows<float>(rows, [&](int64_t i) {
-          const Row<float> x = Row<float>::of(m + i * kColumns) - Row<float>::all(g.sums[1][i]) * mean;
-          return x * x;
-        });
-        const Row<float> factor = r * r * Row<float>::all(pull.alpha);
-        trial->doubt = sum_of(squares * factor * factor);
-      }
-    }
-    multiply_pairs<native>(g.parts[0], right, rows, depth(), both, m);
-
-    const auto hat = [&](const View& view, int64_t i, const Row<float>& mu, const Row<float>& scale) {
-      return (load<float>(view.z + i * view.stride + j, extent) - mu) * scale;
+    const auto z_of = [&](int64_t i, int k) {
+      const Pairs both = *(const Pairs*)(right + i / 2 * kColumns + k * kPairs);
+      return (Vector<float>)(i % 2 ? both & 0xFFFF0000u : both << 16);
     };
-    const Row<float> sums = sum_rows<float>(rows, [&](int64_t i) {
-      const float sum = g.sums[0][i] + (both ? g.sums[1][i] : 0);
-      const Row<float> a = hat(own, i, mean, r);
-      const Row<float> x = (Row<float>::of(m + i * kColumns) - Row<float>::all(sum) * mean) * r +
-                           Row<float>::all(own.gram[i * rows + i]) * a;
-      x.to(m + i * kColumns);
-      return x * a;
-    });
+    const Row<float> r = load<float>(own.r + j, extent), mean = load<float>(own.mean + j, extent);
+    const Row<float> none = Row<float>::all(0);
+    if (both) {
+      Row<float> squares = none;
+      multiply_pairs<native>(g.parts[1], right, rows, depth(), false, m,
+                             [&](int64_t i, int k, const Vector<float>& sum) {
+                               const Vector<float> x = sum - g.sums[1][i] * mean.v[k];
+                               squares.v[k] += x * x;
+                               *(Vector<float>*)(m + i * kColumns + k * kPairs) = sum;
+                             });
+      const Row<float> factor = r * r * Row<float>::all(pull.alpha);
+      if (trial) trial->doubt = sum_of(squares * factor * factor);
+    }
+    Row<float> sums = none;
+    multiply_pairs<native>(g.parts[0], right, rows, depth(), both, m,
+                           [&](int64_t i, int k, const Vector<float>& product) {
+                             const float sum = g.sums[0][i] + (both ? g.sums[1][i] : 0);
+                             const Vector<float> hat = (z_of(i, k) - mean.v[k]) * r.v[k];
+                             const Vector<float> x =
+                                 (product - sum * mean.v[k]) * r.v[k] + own.gram[i * rows + i] * hat;
+                             *(Vector<float>*)(m + i * kColumns + k * kPairs) = x;
+                             sums.v[k] += x * hat;
+                           });
     float p[kColumns], w[kColumns], q[kColumns];
     sums.to(p);
     load<float>(deficit + j, extent).to(w);
@@ -334,14 +350,19 @@ struct Gradient {
       p[k] = c.own;
       w[k] = c.weight;
     }
-    const Row<float> x = r * Row<float>::all(pull.alpha), y = r * Row<float>::of(w), s = r * Row<float>::of(p);
-    const Row<float> other = load<float>(partner.r + j, extent), mu = load<float>(partner.mean + j, extent);
-    const Row<float> squares = sum_rows<float>(rows, [&](int64_t i) {
-      const Row<float> gradient = x * Row<float>::of(m + i * kColumns) - y * hat(partner, i, mu, other) -
-                                  s * hat(own, i, mean, r);
+    const Row<float> x = r * Row<float>::all(pull.alpha);
+    const Row<float> y = r * Row<float>::of(w) * load<float>(partner.r + j, extent);
+    const Row<float> s = r * Row<float>::of(p) * r, mu = load<float>(partner.mean + j, extent);
+    Row<float> squares = none;
+    for (int64_t i = 0; i < rows; ++i) {
+      Row<float> z;
+      for (int k = 0; k < kVectors; ++k) z.v[k] = z_of(i, k);
+      const Row<float> gradient = x * Row<float>::of(m + i * kColumns) -
+                                  y * (load<float>(partner.z + i * partner.stride + j, extent) - mu) -
+                                  s * (z - mean);
       store(gradient, own.grad + i * columns + j, extent);
-      return gradient * gradient;
-    });
+      if (trial) squares = squares + gradient * gradient;
+    }
     if (trial) trial->size = sum_of(squares);
   }
 

@@ -26,33 +26,32 @@ MMFAST_HD Vector<float> add_products(Vector<float> sum, Pairs x, Pairs y) {
   return sum + (Vector<float>)(x & 0xFFFF0000u) * (Vector<float>)(y & 0xFFFF0000u);
 }
 
-// Inner products of kDotRows rows x with kDotColumns rows y, each the sum of two, over `steps` vectors.
-// x (steps, kDotRows), y (steps, kDotColumns, 2) vectors; out (kDotRows, kDotColumns).
+// Inner products of kDotColumns rows x with kDotRows rows y, each the sum of two, over `steps` vectors.
+// x (steps, kDotColumns), y (steps, kDotRows, 2) vectors; out (kDotColumns, kDotRows).
 template <bool native>
 void split_dots(const uint32_t* x, const uint32_t* y, int64_t steps, float* out) {
-  Vector<float> sum[kDotRows][kDotColumns];
-  for (int i = 0; i < kDotRows; ++i)
-    for (int k = 0; k < kDotColumns; ++k) sum[i][k] = Vector<float>{};
-  for (int64_t s = 0; s < steps; ++s, x += kDotRows * kPairs, y += 2 * kDotColumns * kPairs) {
-    Pairs a[kDotRows];
-    for (int i = 0; i < kDotRows; ++i) a[i] = *(const Pairs*)(x + i * kPairs);
-    for (int k = 0; k < kDotColumns; ++k) {
-      const Pairs b = *(const Pairs*)(y + 2 * k * kPairs), c = *(const Pairs*)(y + (2 * k + 1) * kPairs);
-      for (int i = 0; i < kDotRows; ++i) sum[i][k] = add_products<native>(sum[i][k], a[i], b);
-      for (int i = 0; i < kDotRows; ++i) sum[i][k] = add_products<native>(sum[i][k], a[i], c);
+  Vector<float> sum[kDotColumns][kDotRows];
+  for (int i = 0; i < kDotColumns; ++i)
+    for (int k = 0; k < kDotRows; ++k) sum[i][k] = Vector<float>{};
+  for (int64_t s = 0; s < steps; ++s, x += kDotColumns * kPairs, y += 2 * kDotRows * kPairs) {
+    for (int part = 0; part < 2; ++part) {
+      Pairs b[kDotRows];
+      for (int k = 0; k < kDotRows; ++k) b[k] = *(const Pairs*)(y + (2 * k + part) * kPairs);
+      for (int i = 0; i < kDotColumns; ++i) {
+        const Pairs a = *(const Pairs*)(x + i * kPairs);
+        for (int k = 0; k < kDotRows; ++k) sum[i][k] = add_products<native>(sum[i][k], a, b[k]);
+      }
     }
   }
-  DotTile<float> tile;
-  for (int i = 0; i < kDotRows; ++i)
-    for (int k = 0; k < kDotColumns; ++k) tile.lanes[i][k] = sum[i][k];
-  dots(tile, out, kDotColumns);
+  for (int i = 0; i < kDotColumns; ++i)
+    for (int k = 0; k < kDotRows; ++k) out[i * kDotRows + k] = sum_in_place<kPairs>((float*)&sum[i][k]);
 }
 
-// out (rows, kWidth) = left (rows, depth) right (depth, kWidth), or adds it; depth in pairs, which are rows of
-// left and of columns of right; rows of `left` are `depth` apart.
-template <bool native>
-void multiply_pairs(const uint32_t* left, const uint32_t* right, int64_t rows, int64_t depth, bool add,
-                    float* out) {
+// done(row, v, sum) for every row and vector v of left (rows, depth) right (depth, kWidth), plus out if `add`;
+// depth is of pairs, in rows of left and in columns of right. out (rows, kWidth) is overwritten.
+template <bool native, class Done>
+MMFAST_HD void multiply_pairs(const uint32_t* left, const uint32_t* right, int64_t rows, int64_t depth,
+                              bool add, float* out, Done done) {
   constexpr int64_t kDepth = 256, kRow = kWidth<float>;
   for (int64_t first = 0; first < depth; first += kDepth) {
     const int64_t last = first + kDepth < depth ? first + kDepth : depth;
@@ -75,7 +74,11 @@ void multiply_pairs(const uint32_t* left, const uint32_t* right, int64_t rows, i
         for (int t = 0; t < kTileRows && i + t < rows; ++t)
           for (int u = 0; u < kTileVectors; ++u) {
             Vector<float>* to = (Vector<float>*)(out + (i + t) * kRow + (v + u) * kPairs);
-            *to = first || add ? *to + sum[t][u] : sum[t][u];
+            const Vector<float> total = first || add ? *to + sum[t][u] : sum[t][u];
+            if (last < depth)
+              *to = total;
+            else
+              done(i + t, v + u, total);
           }
       }
     }
