@@ -18,7 +18,7 @@ namespace MMFAST_NS {
 namespace {
 
 constexpr int kColumns = kWidth<float>;   // of a block
-constexpr int kSteps = 1536 / (2 * kPairs);  // vectors of pairs that a panel has of a row
+constexpr int kSteps = 1024 / (2 * kPairs);  // vectors of pairs that a panel has of a row
 constexpr int kBlockSteps = kColumns / (2 * kPairs);
 constexpr int kPanelBlocks = kSteps / kBlockSteps;
 constexpr int kSquare = 8;  // rows whose cache lines survive a walk down their columns
@@ -61,6 +61,11 @@ MMFAST_HD void with_extent(int64_t columns, int64_t j, Body body) {
     body(Whole{});
   else
     body(Part{(int)(columns - j)});
+}
+
+// Asks for the next block's part of a row: rows are far apart, and no hardware foresees them.
+MMFAST_HD void prefetch(const bfloat16* row) {
+  for (int j = 0; j < kColumns; j += 32) __builtin_prefetch(row + kColumns + j);
 }
 
 MMFAST_HD float sum_of(const Row<float>& x) {
@@ -135,6 +140,7 @@ struct Forward {
       Row<float> hat[2];
       for (int v = 0; v < 2; ++v) {
         const Row<float> value = row(v, i);
+        prefetch(z[v] + j + i * stride[v]);
         hat[v] = (value - shift[v] - rest[v]) * scale[v];
         const Row<float> y = hat[v] * scale[v], high = rounded(y), low = rounded(y - high);
         offsets[v][b * rows + i] = sum_of((shift[v] + rest[v]) * (high + low));
@@ -207,7 +213,8 @@ struct Forward {
             standardise(start + b * kColumns, b, steps, extent);
           });
 #pragma omp for schedule(dynamic)
-        for (int64_t t = 0; t < 2 * y_tiles(); ++t) add_panel(t % 2, t / 2, steps, start == 0);
+        for (int64_t t = 0; t < 2 * y_tiles(); ++t)
+          add_panel((int)(t / y_tiles()), t % y_tiles(), steps, start == 0);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < rows; ++i)
           for (int v = 0; v < 2; ++v) {
@@ -282,22 +289,21 @@ struct Gradient {
   // Row i of an operand.
   void split(const float* gram, int64_t i, const Operand& to) const {
     Row<float> sums[2] = {Row<float>::all(0), Row<float>::all(0)};
-    const int64_t even = 2 * depth();
-    for (int64_t k = 0; k < even; k += kColumns) {
-      const int64_t left = even - k < kColumns ? even - k : kColumns;
-      float g[kColumns];
-      for (int c = 0; c < kColumns; ++c) g[c] = k + c < rows ? gram[i * rows + k + c] : 0;
-      if (k <= i && i < k + kColumns) g[i - k] = 0;
-      Row<float> rest = Row<float>::of(g);
-      for (int part = 0; part < 2; ++part) {
-        const Row<float> value = rounded(rest);
-        bfloat16 stored[kColumns];
-        store(value, stored, Whole{});
-        __builtin_memcpy((bfloat16*)(to.parts[part] + i * depth()) + k, stored, left * sizeof(bfloat16));
-        sums[part] = sums[part] + value;
-        rest = rest - value;
-      }
-    }
+    for (int64_t k = 0; k < rows; k += kColumns)
+      with_extent(rows, k, [&](auto extent) {
+        float g[kColumns];
+        load<float>(gram + i * rows + k, extent).to(g);
+        if (k <= i && i < k + kColumns) g[i - k] = 0;
+        Row<float> rest = Row<float>::of(g);
+        for (int part = 0; part < 2; ++part) {
+          const Row<float> value = rounded(rest);
+          store(value, (bfloat16*)(to.parts[part] + i * depth()) + k, extent);
+          sums[part] = sums[part] + value;
+          rest = rest - value;
+        }
+      });
+    if (rows % 2)
+      for (int part = 0; part < 2; ++part) ((bfloat16*)(to.parts[part] + i * depth()))[rows] = {0};
     for (int part = 0; part < 2; ++part) to.sums[part][i] = sum_of(sums[part]);
   }
 
@@ -361,6 +367,10 @@ struct Gradient {
                                   y * (load<float>(partner.z + i * partner.stride + j, extent) - mu) -
                                   s * (z - mean);
       store(gradient, own.grad + i * columns + j, extent);
+      if (v) {
+        prefetch(own.z + i * own.stride + j);
+        prefetch(partner.z + i * partner.stride + j);
+      }
       if (trial) squares = squares + gradient * gradient;
     }
     if (trial) trial->size = sum_of(squares);

@@ -35,6 +35,7 @@ void split_dots(const uint32_t* x, const uint32_t* y, int64_t steps, float* out)
     for (int k = 0; k < kDotRows; ++k) sum[i][k] = Vector<float>{};
   for (int64_t s = 0; s < steps; ++s, x += kDotColumns * kPairs, y += 2 * kDotRows * kPairs) {
     for (int part = 0; part < 2; ++part) {
+      asm("" : "+r"(x));  // else x is loaded once for both parts, and kept in registers that are not there
       Pairs b[kDotRows];
       for (int k = 0; k < kDotRows; ++k) b[k] = *(const Pairs*)(y + (2 * k + part) * kPairs);
       for (int i = 0; i < kDotColumns; ++i) {
