@@ -214,10 +214,9 @@ int barlow_twins_narrow_forward(Address z_a, int64_t stride_a, Address z_b, int6
                                 int64_t columns, const Definition& definition, bool grad_a, bool grad_b,
                                 Address kept, Address statistics, Address loss, Address components,
                                 int threads) {
-  return KERNEL(barlow_twins_narrow_forward)(fast_bf16(), ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b,
-                                             rows, columns, definition, grad_a, grad_b, ptr<void>(kept),
-                                             ptr<void>(statistics), ptr<void>(loss), ptr<void>(components),
-                                             threads);
+  return KERNEL(barlow_twins_narrow_forward)(
+      fast_bf16(), ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows, columns, definition, grad_a,
+      grad_b, ptr<void>(kept), ptr<void>(statistics), ptr<void>(loss), ptr<void>(components), threads);
 }
 
 bool barlow_twins_narrow_backward(Address z_a, int64_t stride_a, Address z_b, int64_t stride_b,

@@ -7,7 +7,7 @@ namespace MMFAST_NS {
 // The loss and its components; `energy` is the sum of the squares of B C, with_diagonal or not.
 template <class C>
 inline void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool with_diagonal,
-            const BarlowTwinsDefinition& definition, C* loss, C* components) {
+                   const BarlowTwinsDefinition& definition, C* loss, C* components) {
   const Objective<double> objective(definition, rows);
   double on = 0, trace = 0, diagonal = 0;
   for (int64_t j = 0; j < columns; ++j) {

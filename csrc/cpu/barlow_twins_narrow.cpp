@@ -17,7 +17,7 @@
 namespace MMFAST_NS {
 namespace {
 
-constexpr int kColumns = kWidth<float>;   // of a block
+constexpr int kColumns = kWidth<float>;      // of a block
 constexpr int kSteps = 1024 / (2 * kPairs);  // vectors of pairs that a panel has of a row
 constexpr int kBlockSteps = kColumns / (2 * kPairs);
 constexpr int kPanelBlocks = kSteps / kBlockSteps;
@@ -151,7 +151,8 @@ struct Forward {
         for (int s = 0; s < kBlockSteps; ++s) {
           const int64_t step = b * kBlockSteps + s;
           uint32_t* to_x = x[v] + ((i / kDotColumns * steps + step) * kDotColumns + i % kDotColumns) * kPairs;
-          uint32_t* to_y = y_panel[v] + ((i / kDotRows * steps + step) * kDotRows + i % kDotRows) * 2 * kPairs;
+          uint32_t* to_y =
+              y_panel[v] + ((i / kDotRows * steps + step) * kDotRows + i % kDotRows) * 2 * kPairs;
           *(Pairs*)to_x = whole[s];
           *(Pairs*)to_y = parts[0][s];
           *(Pairs*)(to_y + kPairs) = parts[1][s];
@@ -209,9 +210,8 @@ struct Forward {
         const int64_t blocks = ratio_up(stop - start, kColumns), steps = blocks * kBlockSteps;
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < blocks; ++b)
-          with_extent(columns, start + b * kColumns, [&](auto extent) {
-            standardise(start + b * kColumns, b, steps, extent);
-          });
+          with_extent(columns, start + b * kColumns,
+                      [&](auto extent) { standardise(start + b * kColumns, b, steps, extent); });
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < 2 * y_tiles(); ++t)
           add_panel((int)(t / y_tiles()), t % y_tiles(), steps, start == 0);
@@ -338,15 +338,14 @@ struct Gradient {
       if (trial) trial->doubt = sum_of(squares * factor * factor);
     }
     Row<float> sums = none;
-    multiply_pairs<native>(g.parts[0], right, rows, depth(), both, m,
-                           [&](int64_t i, int k, const Vector<float>& product) {
-                             const float sum = g.sums[0][i] + (both ? g.sums[1][i] : 0);
-                             const Vector<float> hat = (z_of(i, k) - mean.v[k]) * r.v[k];
-                             const Vector<float> x =
-                                 (product - sum * mean.v[k]) * r.v[k] + own.gram[i * rows + i] * hat;
-                             *(Vector<float>*)(m + i * kColumns + k * kPairs) = x;
-                             sums.v[k] += x * hat;
-                           });
+    multiply_pairs<native>(
+        g.parts[0], right, rows, depth(), both, m, [&](int64_t i, int k, const Vector<float>& product) {
+          const float sum = g.sums[0][i] + (both ? g.sums[1][i] : 0);
+          const Vector<float> hat = (z_of(i, k) - mean.v[k]) * r.v[k];
+          const Vector<float> x = (product - sum * mean.v[k]) * r.v[k] + own.gram[i * rows + i] * hat;
+          *(Vector<float>*)(m + i * kColumns + k * kPairs) = x;
+          sums.v[k] += x * hat;
+        });
     float p[kColumns], w[kColumns], q[kColumns];
     sums.to(p);
     load<float>(deficit + j, extent).to(w);
@@ -466,15 +465,16 @@ bool barlow_twins_narrow_backward(bool native, const void* z_a, int64_t stride_a
   const float* s = (const float*)statistics;
   const auto with = [&](auto hardware) {
     using Pass = Gradient<decltype(hardware)::value>;
-    Pass pass{{{(const bfloat16*)z_a, stride_a, s, s + 3 * columns, (const float*)matrix_a, (bfloat16*)grad_a},
-               {(const bfloat16*)z_b, stride_b, s + columns, s + 4 * columns, (const float*)matrix_b,
-                (bfloat16*)grad_b}},
-              s + 2 * columns,
-              rows,
-              columns,
-              Scaling<float>(definition, rows),
-              Pull<float>(definition, rows, true, *(const float*)upstream),
-              threads};
+    Pass pass{
+        {{(const bfloat16*)z_a, stride_a, s, s + 3 * columns, (const float*)matrix_a, (bfloat16*)grad_a},
+         {(const bfloat16*)z_b, stride_b, s + columns, s + 4 * columns, (const float*)matrix_b,
+          (bfloat16*)grad_b}},
+        s + 2 * columns,
+        rows,
+        columns,
+        Scaling<float>(definition, rows),
+        Pull<float>(definition, rows, true, *(const float*)upstream),
+        threads};
     return with_memory([&](Arena& arena) { pass.lay_out(arena); }, [&] { pass.run(); });
   };
 #ifdef MMFAST_NATIVE_PAIRS

@@ -48,8 +48,8 @@ void split_dots(const uint32_t* x, const uint32_t* y, int64_t steps, float* out)
     for (int k = 0; k < kDotRows; ++k) out[i * kDotRows + k] = sum_in_place<kPairs>((float*)&sum[i][k]);
 }
 
-// done(row, v, sum) for every row and vector v of left (rows, depth) right (depth, kWidth), plus out if `add`;
-// depth is of pairs, in rows of left and in columns of right. out (rows, kWidth) is overwritten.
+// done(row, v, sum) for every row and vector v of left (rows, depth) right (depth, kWidth), plus out if
+// `add`; depth is of pairs, in rows of left and in columns of right. out (rows, kWidth) is overwritten.
 template <bool native, class Done>
 MMFAST_HD void multiply_pairs(const uint32_t* left, const uint32_t* right, int64_t rows, int64_t depth,
                               bool add, float* out, Done done) {
@@ -65,8 +65,7 @@ MMFAST_HD void multiply_pairs(const uint32_t* left, const uint32_t* right, int64
           for (int u = 0; u < kTileVectors; ++u) sum[t][u] = Vector<float>{};
         for (int64_t k = first; k < last; ++k) {
           Pairs r[kTileVectors];
-          for (int u = 0; u < kTileVectors; ++u)
-            r[u] = *(const Pairs*)(right + k * kRow + (v + u) * kPairs);
+          for (int u = 0; u < kTileVectors; ++u) r[u] = *(const Pairs*)(right + k * kRow + (v + u) * kPairs);
           for (int t = 0; t < kTileRows; ++t) {
             const Pairs both = Pairs{} + l[t][k];
             for (int u = 0; u < kTileVectors; ++u) sum[t][u] = add_products<native>(sum[t][u], both, r[u]);

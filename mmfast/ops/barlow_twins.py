@@ -246,7 +246,10 @@ def _backward(upstream, views, statistics, matrices, gram, narrow, grad_a, grad_
     dtype, compute = views[-1].dtype, statistics.dtype
     z = [_unit_stride(z) for z in views[-2:]] if len(views) > 1 else None
     if passes is NarrowCpu:
-        grads = [torch.empty(x.shape, dtype=dtype) if wanted else None for x, wanted in zip(z, (grad_a, grad_b), strict=True)]
+        grads = [
+            torch.empty(x.shape, dtype=dtype) if wanted else None
+            for x, wanted in zip(z, (grad_a, grad_b), strict=True)
+        ]
         passes.gram_backward(matrices, z, statistics, upstream, definition, grads)
         return tuple(z[0].new_empty(0) if grad is None else grad for grad in grads)
     hat = passes.standardise(*z, definition, narrow)[0] if len(views) == 2 else views[0]
