@@ -246,10 +246,8 @@ def _backward(upstream, views, statistics, matrices, gram, narrow, grad_a, grad_
     dtype, compute = views[-1].dtype, statistics.dtype
     z = [_unit_stride(z) for z in views[-2:]] if len(views) > 1 else None
     if passes is NarrowCpu:
-        grads = [
-            torch.empty(x.shape, dtype=dtype) if wanted else None
-            for x, wanted in zip(z, (grad_a, grad_b), strict=True)
-        ]
+        wanted = zip(z, (grad_a, grad_b), strict=True)
+        grads = [torch.empty(x.shape, dtype=dtype) if needed else None for x, needed in wanted]
         passes.gram_backward(matrices, z, statistics, upstream, definition, grads)
         return tuple(z[0].new_empty(0) if grad is None else grad for grad in grads)
     hat = passes.standardise(*z, definition, narrow)[0] if len(views) == 2 else views[0]
@@ -286,9 +284,9 @@ def _backward_fake(upstream, views, statistics, matrices, gram, narrow, grad_a, 
 
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
-# hat (2, B, D), or (0, B, D) where nobody needs it, and statistics (5, D): see Plain.standardise; views: hat, or z_a and z_b to standardise again,
-# or, narrow, all three; matrices: in Gram form (n, B, B), ÂÂ' if grad_b and B̂B̂' if grad_a, else Â'B̂ less its
-# diagonal.
+# hat (2, B, D), or (0, B, D) where the backward pass does without, and statistics (5, D): see Plain.standardise;
+# views: hat, or z_a and z_b to standardise again, or, narrow, all three; matrices: in Gram form (n, B, B), ÂÂ' if
+# grad_b and B̂B̂' if grad_a, else Â'B̂ less its diagonal.
 _options = (
     "bool gram, bool narrow, bool grad_a, bool grad_b, float lambd, bool center, float eps, bool eps_outside, "
     "bool unbiased, bool divide, float scale, bool normalise"
