@@ -201,6 +201,34 @@ bool barlow_twins_backward(int dtype, bool gram, Address matrix_a, Address matri
                                        ptr<void>(grad_a), ptr<void>(grad_b), threads);
 }
 
+// Whether products of bf16 numbers are faster than those of fp32 numbers.
+bool fast_bf16() {
+#if defined(MMFAST_HAS_AVX512) && (defined(__clang__) || __GNUC__ >= 10)
+  return current_isa == kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+int barlow_twins_narrow_forward(Address z_a, int64_t stride_a, Address z_b, int64_t stride_b, int64_t rows,
+                                int64_t columns, const Definition& definition, bool grad_a, bool grad_b,
+                                Address kept, Address statistics, Address loss, Address components,
+                                int threads) {
+  return KERNEL(barlow_twins_narrow_forward)(
+      fast_bf16(), ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows, columns, definition, grad_a,
+      grad_b, ptr<void>(kept), ptr<void>(statistics), ptr<void>(loss), ptr<void>(components), threads);
+}
+
+bool barlow_twins_narrow_backward(Address z_a, int64_t stride_a, Address z_b, int64_t stride_b,
+                                  Address matrix_a, Address matrix_b, Address statistics, Address upstream,
+                                  int64_t rows, int64_t columns, const Definition& definition, Address grad_a,
+                                  Address grad_b, int threads) {
+  return KERNEL(barlow_twins_narrow_backward)(fast_bf16(), ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b,
+                                              ptr<void>(matrix_a), ptr<void>(matrix_b), ptr<void>(statistics),
+                                              ptr<void>(upstream), rows, columns, definition,
+                                              ptr<void>(grad_a), ptr<void>(grad_b), threads);
+}
+
 #ifdef MMFAST_WITH_CUDA
 int cuda_barlow_twins_standardise(int dtype, bool narrow, Address z_a, int64_t stride_a, Address z_b,
                                   int64_t stride_b, int64_t rows, int64_t columns,
@@ -261,6 +289,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("barlow_twins_gram_energy", &barlow_twins_gram_energy, no_gil);
   m.def("barlow_twins_correlation_energy", &barlow_twins_correlation_energy, no_gil);
   m.def("barlow_twins_backward", &barlow_twins_backward, no_gil);
+  m.def("fast_bf16", &fast_bf16, "Whether the instruction set multiplies bf16 faster than fp32.");
+  m.def("barlow_twins_narrow_forward", &barlow_twins_narrow_forward, no_gil);
+  m.def("barlow_twins_narrow_backward", &barlow_twins_narrow_backward, no_gil);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_augment_draw", &cuda_augment_draw, no_gil);
   m.def("cuda_augment_apply", &cuda_augment_apply, no_gil);

@@ -4,18 +4,19 @@
 // so results depend neither on the number of threads nor on chance.
 #include "../barlow_twins.h"
 
+#include "barlow_twins_loss.h"
 #include "kernels.h"
 #include "tiles.h"
 
 namespace MMFAST_NS {
 namespace {
 
-// body(j, extent, scratch) for every block of columns j, j + 1, ...; `scratch` has `rows` rows of a block and
-// belongs to the thread. False if there is no memory.
+// body(view, j, extent, scratch) for every block of columns j, j + 1, ... of so many views; `scratch` has
+// `rows` rows of a block and belongs to the thread. False if there is no memory.
 template <class C, class Body>
-bool for_blocks(int64_t columns, int64_t rows, int threads, Body body) {
+bool for_blocks(int views, int64_t columns, int64_t rows, int threads, Body body) {
   bool memory = true;
-  const int64_t blocks = (columns + kWidth<C> - 1) / kWidth<C>;
+  const int64_t blocks_of_view = (columns + kWidth<C> - 1) / kWidth<C>, blocks = views * blocks_of_view;
 #pragma omp parallel num_threads(blocks < threads ? (int)blocks : threads)
   {
     C* scratch = rows ? (C*)__builtin_malloc(rows * kWidth<C> * sizeof(C)) : 0;
@@ -25,12 +26,14 @@ bool for_blocks(int64_t columns, int64_t rows, int threads, Body body) {
       memory = false;
     }
 #pragma omp for schedule(static)
-    for (int64_t j = 0; j < columns; j += kWidth<C>) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int view = b >= blocks_of_view;
+      const int64_t j = (b - view * blocks_of_view) * kWidth<C>;
       if (!mine) continue;
       if (columns - j >= kWidth<C>)
-        body(j, Whole{}, scratch);
+        body(view, j, Whole{}, scratch);
       else
-        body(j, Part{(int)(columns - j)}, scratch);
+        body(view, j, Part{(int)(columns - j)}, scratch);
     }
     __builtin_free(scratch);
   }
@@ -93,7 +96,7 @@ struct Standardise {
   }
 
   bool run(int threads) const {
-    return for_blocks<C>(columns, 2 * rows, threads, [&](int64_t j, auto extent, C* scratch) {
+    return for_blocks<C>(1, columns, 2 * rows, threads, [&](int, int64_t j, auto extent, C* scratch) {
       block(j, extent, scratch, scratch + rows * kWidth<C>);
     });
   }
@@ -240,9 +243,9 @@ struct Backward {
   }
 
   template <class Extent>
-  MMFAST_HD void direct(int64_t j, Extent extent) const {
-    if (a.grad) gradient(a.matrix + j, a.hat + j, b.hat + j, columns, extent, a.r, j, extent, a.grad);
-    if (b.grad) gradient(b.matrix + j, b.hat + j, a.hat + j, columns, extent, b.r, j, extent, b.grad);
+  MMFAST_HD void direct(const View<C, T>& own, const View<C, T>& partner, int64_t j, Extent extent) const {
+    if (own.grad)
+      gradient(own.matrix + j, own.hat + j, partner.hat + j, columns, extent, own.r, j, extent, own.grad);
   }
 
   template <class Extent>
@@ -265,8 +268,11 @@ struct Backward {
 
   // False if there is no memory.
   bool run(bool gram_form, int threads) const {
-    return for_blocks<C>(columns, gram_form ? 3 * rows : 0, threads, [&](int64_t j, auto extent, C* scratch) {
-      gram_form ? gram(j, extent, scratch) : direct(j, extent);
+    if (gram_form)
+      return for_blocks<C>(1, columns, 3 * rows, threads,
+                           [&](int, int64_t j, auto extent, C* scratch) { gram(j, extent, scratch); });
+    return for_blocks<C>(2, columns, 0, threads, [&](int view, int64_t j, auto extent, C*) {
+      view ? direct(b, a, j, extent) : direct(a, b, j, extent);
     });
   }
 };
@@ -301,21 +307,6 @@ double correlation_energy(C* p, int64_t columns, int threads) {
   double total = 0;
   for (int s = 0; s < kShares; ++s) total += shares[s];
   return total;
-}
-
-// The loss and its components; `energy` is the sum of the squares of B C, with_diagonal or not.
-template <class C>
-void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool with_diagonal,
-            const BarlowTwinsDefinition& definition, C* loss, C* components) {
-  const Objective<double> objective(definition, rows);
-  double on = 0, trace = 0, diagonal = 0;
-  for (int64_t j = 0; j < columns; ++j) {
-    double d = deficit[j], c = 1 - d;
-    on += (d - objective.lack) * (d - objective.lack);
-    trace += c;
-    diagonal += c * c;
-  }
-  write_loss(on, trace, diagonal, energy, with_diagonal, rows, columns, objective, loss, components);
 }
 
 // run(T(), C()) for the element type `dtype` and its compute type.

@@ -48,4 +48,19 @@ bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const voi
                            const mmfast::BarlowTwinsDefinition& definition, void* grad_a, void* grad_b,
                            int threads);
 
+// barlow_twins_narrow.cpp: the Gram form for bf16 embeddings, with bf16 operands of all products; arguments
+// as above. native: by AVX512-BF16, which the caller knows to be there, else by arithmetic in its place.
+
+// Statistics, loss and components; returns what barlow_twins_standardise does.
+int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, const void* z_b,
+                                int64_t stride_b, int64_t rows, int64_t columns,
+                                const mmfast::BarlowTwinsDefinition& definition, bool grad_a, bool grad_b,
+                                void* kept, void* statistics, void* loss, void* components, int threads);
+// False if memory ran out.
+bool barlow_twins_narrow_backward(bool native, const void* z_a, int64_t stride_a, const void* z_b,
+                                  int64_t stride_b, const void* matrix_a, const void* matrix_b,
+                                  const void* statistics, const void* upstream, int64_t rows, int64_t columns,
+                                  const mmfast::BarlowTwinsDefinition& definition, void* grad_a, void* grad_b,
+                                  int threads);
+
 }  // namespace MMFAST_NS

@@ -13,7 +13,8 @@ diagonal cannot make up nearly all of it.
 What lies between the matrix products is in ``mmfast/ops/barlow_twins_passes.py``.
 
 Half embeddings on CUDA devices are ``narrow``: tensor cores multiply the half types, so the products' operands
-are rounded to that type; their results, the statistics and everything elementwise stay in fp32.
+are rounded to that type; their results, the statistics and everything elementwise stay in fp32. So are bf16
+embeddings on CPUs with AVX512-BF16, in the Gram form.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from mmfast import backends
 from mmfast.ops.barlow_twins_checks import check_embeddings, check_options, compute_dtype, refuse
-from mmfast.ops.barlow_twins_passes import Cpu, Definition, passes_for
+from mmfast.ops.barlow_twins_passes import Cpu, Definition, NarrowCpu, passes_for
 from mmfast.ops.products import gram_matrices, matmul, product
 
 
@@ -89,7 +90,10 @@ def barlow_twins(
     if gram is None:
         gram = gram_is_cheaper(*z_a.shape)
     # Without standardisation, half types may not hold the products.
-    narrow = definition.normalise and _narrow(z_a.dtype, z_a.device)
+    narrow = definition.normalise and (
+        _narrow(z_a.dtype, z_a.device)
+        or (gram and len(z_a) >= _NARROW_ROWS and _narrow_gram(z_a.dtype, z_a.device))
+    )
     loss, components, _ = _BarlowTwins.apply(z_a, z_b, gram, narrow, *definition)
     return loss, components
 
@@ -99,8 +103,22 @@ def _narrow(dtype: torch.dtype, device: torch.device) -> bool:
     return half and backends.choose("barlow_twins", device) in ("cuda", "triton")
 
 
+# Below, the products of the Gram form are too small a part of bf16 embeddings on the CPU.
+_NARROW_ROWS = 48
+
+
+def _narrow_gram(dtype: torch.dtype, device: torch.device) -> bool:
+    cpu = dtype == torch.bfloat16 and backends.choose("barlow_twins", device) == "cpu"
+    return cpu and backends._C.fast_bf16()
+
+
 # What torch.compiler.assume_constant_result sets; that itself would import the compiler along with mmfast.
 _narrow._dynamo_marked_constant = True
+_narrow_gram._dynamo_marked_constant = True
+
+
+def _passes(z: Tensor, gram: bool, narrow: bool):
+    return passes_for(z.device, narrow, gram and z.dtype == torch.bfloat16)
 
 
 def gram_is_cheaper(rows: int, columns: int) -> bool:
@@ -123,7 +141,11 @@ def _forward(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
     check_embeddings(z_a, z_b)
     definition.check()
     _check_narrow(narrow, z_a)
-    passes = passes_for(z_a.device, narrow)
+    passes = _passes(z_a, gram, narrow)
+    if passes is NarrowCpu:
+        views = _unit_stride(z_a), _unit_stride(z_b)
+        loss, components, statistics, matrices = passes.gram_forward(*views, definition, grad_a, grad_b)
+        return loss, components, z_a.new_empty(0, *z_a.shape), statistics, matrices
     hat, statistics = passes.standardise(_unit_stride(z_a), _unit_stride(z_b), definition, narrow)
     # Asking any other device would wait for it: there the loss becomes NaN.
     if passes is not Cpu and not z_a.is_cuda and not statistics.isfinite().all():
@@ -150,10 +172,11 @@ def _forward_fake(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
     rows, columns = z_a.shape
     compute = compute_dtype(z_a)
     matrices = (grad_a + grad_b, rows, rows) if gram else (columns, columns)
+    hats = 0 if _passes(z_a, gram, narrow) is NarrowCpu else 2
     return (
         z_a.new_empty((), dtype=compute),
         z_a.new_empty(5, dtype=compute),
-        z_a.new_empty((2, rows, columns), dtype=z_a.dtype if narrow else compute),
+        z_a.new_empty((hats, rows, columns), dtype=z_a.dtype if narrow else compute),
         z_a.new_empty((5, columns), dtype=compute),
         z_a.new_empty(matrices, dtype=compute),
     )
@@ -161,9 +184,14 @@ def _forward_fake(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
 
 def _backward(upstream, views, statistics, matrices, gram, narrow, grad_a, grad_b, *definition):
     definition = Definition(*definition)
-    passes = passes_for(statistics.device, narrow)
+    passes = _passes(views[-1], gram, narrow)
     dtype, compute = views[-1].dtype, statistics.dtype
     z = [_unit_stride(z) for z in views[-2:]] if len(views) > 1 else None
+    if passes is NarrowCpu:
+        wanted = zip(z, (grad_a, grad_b), strict=True)
+        grads = [torch.empty(x.shape, dtype=dtype) if needed else None for x, needed in wanted]
+        passes.gram_backward(matrices, z, statistics, upstream, definition, grads)
+        return tuple(z[0].new_empty(0) if grad is None else grad for grad in grads)
     hat = passes.standardise(*z, definition, narrow)[0] if len(views) == 2 else views[0]
     hats = hat_a, hat_b = hat.unbind()
     if gram and passes is Cpu:
@@ -198,9 +226,9 @@ def _backward_fake(upstream, views, statistics, matrices, gram, narrow, grad_a, 
 
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
-# hat (2, B, D) and statistics (5, D): see Plain.standardise; views: hat, or z_a and z_b to standardise again,
-# or, narrow, all three; matrices: in Gram form (n, B, B), ÂÂ' if grad_b and B̂B̂' if grad_a, else Â'B̂ less its
-# diagonal.
+# hat (2, B, D), or (0, B, D) where the backward pass does without, and statistics (5, D): see Plain.standardise;
+# views: hat, or z_a and z_b to standardise again, or, narrow, all three; matrices: in Gram form (n, B, B), ÂÂ' if
+# grad_b and B̂B̂' if grad_a, else Â'B̂ less its diagonal.
 _options = (
     "bool gram, bool narrow, bool grad_a, bool grad_b, float lambd, bool center, float eps, bool eps_outside, "
     "bool unbiased, bool divide, float scale, bool normalise"
@@ -260,8 +288,8 @@ class _BarlowTwins(torch.autograd.Function):
         )
         ctx.options = gram, narrow, grad_a, grad_b, *definition
         # Half embeddings are smaller than their fp32 hats: keep those, and standardise again.
-        views = (hat,) if hat.dtype == z_a.dtype else (z_a, z_b)
-        if narrow:
+        views = (hat,) if hat.dtype == z_a.dtype and len(hat) else (z_a, z_b)
+        if narrow and len(hat):
             views += z_a, z_b
         ctx.save_for_backward(statistics, matrices, *views)
         ctx.mark_non_differentiable(components)

@@ -158,7 +158,7 @@ class Plain:
 
 
 class Cpu:
-    """The passes in C++, for CPU tensors: csrc/cpu/kernels.h. Never narrow: views are the hats."""
+    """The passes in C++, for CPU tensors: csrc/cpu/kernels.h. Not narrow: views are the hats."""
 
     @staticmethod
     def standardise(z_a, z_b, definition, narrow):
@@ -248,6 +248,58 @@ class Cpu:
             torch.get_num_threads(),
         )
         _check_memory(done, rows)
+
+
+class NarrowCpu:
+    """The Gram form in C++ for bf16 CPU tensors, narrow, from z alone: csrc/cpu/barlow_twins_narrow.cpp."""
+
+    @staticmethod
+    def gram_forward(z_a, z_b, definition, grad_a, grad_b):
+        """Loss, components, statistics, and what the backward pass needs: ÂÂ' if ``grad_b``, B̂B̂' if ``grad_a``."""
+        rows, columns = z_a.shape
+        kept = z_a.new_empty((grad_a + grad_b, rows, rows), dtype=torch.float32)
+        statistics = kept.new_empty(5, columns)
+        loss, components = kept.new_empty(()), kept.new_empty(5)
+        status = backends._C.barlow_twins_narrow_forward(
+            z_a.data_ptr(),
+            z_a.stride(0),
+            z_b.data_ptr(),
+            z_b.stride(0),
+            rows,
+            columns,
+            _native(definition),
+            grad_a,
+            grad_b,
+            kept.data_ptr(),
+            statistics.data_ptr(),
+            loss.data_ptr(),
+            components.data_ptr(),
+            torch.get_num_threads(),
+        )
+        _check_memory(status < 2, rows)
+        if status == 1:
+            refuse(z_a=z_a, z_b=z_b)
+        return loss, components, statistics, kept
+
+    @staticmethod
+    def gram_backward(grams, views, statistics, upstream, definition, grads):
+        """Fills ``grads``, unless None, from the matrices that :meth:`gram_forward` kept, and z_a and z_b."""
+        z_a, z_b = views
+        done = backends._C.barlow_twins_narrow_backward(
+            z_a.data_ptr(),
+            z_a.stride(0),
+            z_b.data_ptr(),
+            z_b.stride(0),
+            grams[-1].data_ptr(),
+            grams[0].data_ptr(),
+            statistics.data_ptr(),
+            upstream.data_ptr(),
+            *z_a.shape,
+            _native(definition),
+            *map(_address, grads),
+            torch.get_num_threads(),
+        )
+        _check_memory(done, len(z_a))
 
 
 class Cuda:
@@ -358,7 +410,8 @@ class Cuda:
         )
 
 
-def passes_for(device: torch.device, narrow: bool):
+def passes_for(device: torch.device, narrow: bool, bf16_gram: bool = False):
+    """The passes for tensors on ``device``; ``bf16_gram``: for the Gram form of bf16 embeddings."""
     name = backends.choose("barlow_twins", device)
     if name == "cuda":
         return Cuda
@@ -366,4 +419,6 @@ def passes_for(device: torch.device, narrow: bool):
         from mmfast.triton import barlow_twins
 
         return barlow_twins
-    return Cpu if name == "cpu" and not narrow else Plain
+    if name == "cpu" and narrow:
+        return NarrowCpu if bf16_gram else Plain
+    return Cpu if name == "cpu" else Plain
