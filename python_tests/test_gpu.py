@@ -290,7 +290,7 @@ def test_many_views_are_those_of_the_cpu(shape, dtype):
     for mask, debias in ((None, False), (present, False), (None, True)):
         results = []
         for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
-            z = [x.to(device, kind).requires_grad_() for x in views]
+            z = [x.to(device, kind, copy=True).requires_grad_() for x in views]
             arguments = {
                 "present": None if mask is None else mask.to(device),
                 "debias": debias,
