@@ -6,6 +6,7 @@
 
 #include "barlow_twins_loss.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "tiles.h"
 
 namespace MMFAST_NS {
@@ -95,7 +96,8 @@ struct Standardise {
     store(Row<C>::of(d), deficit + j, extent);
   }
 
-  bool run(int threads) const {
+  bool run(int most_threads) const {
+    const int threads = threads_for(0.4 * rows * columns, most_threads);
     return for_blocks<C>(1, columns, 2 * rows, threads, [&](int, int64_t j, auto extent, C* scratch) {
       block(j, extent, scratch, scratch + rows * kWidth<C>);
     });
@@ -183,7 +185,8 @@ struct GramEnergy {
   }
 
   // False if there is no memory.
-  bool run(int threads, double& total) const {
+  bool run(int most_threads, double& total) const {
+    const int threads = threads_for(0.033 * rows * rows * columns, most_threads);
     const int side = rows <= 64 ? kMax / 2 : kMax;  // smaller blocks balance better, larger ones read less
     const int64_t n = (rows + side - 1) / side, blocks = n * (n + 1) / 2;
     double* energies = (double*)__builtin_malloc(blocks * sizeof(double));
@@ -267,7 +270,8 @@ struct Backward {
   }
 
   // False if there is no memory.
-  bool run(bool gram_form, int threads) const {
+  bool run(bool gram_form, int most_threads) const {
+    const int threads = threads_for((0.6 + (gram_form ? 0.05 * rows : 0)) * rows * columns, most_threads);
     if (gram_form)
       return for_blocks<C>(1, columns, 3 * rows, threads,
                            [&](int, int64_t j, auto extent, C* scratch) { gram(j, extent, scratch); });
@@ -293,7 +297,8 @@ MMFAST_HD double squares(const C* x, int64_t n) {
 
 // Takes the diagonal out of p = Â'B̂ and returns the sum of the squares of the rest.
 template <class C>
-double correlation_energy(C* p, int64_t columns, int threads) {
+double correlation_energy(C* p, int64_t columns, int most_threads) {
+  const int threads = threads_for(0.05 * columns * columns, most_threads);
   constexpr int kShares = 128;  // more than there are threads
   double shares[kShares];
 #pragma omp parallel for num_threads(threads) schedule(static)
