@@ -92,7 +92,7 @@ def barlow_twins(
     # Without standardisation, half types may not hold the products.
     narrow = definition.normalise and (
         _narrow(z_a.dtype, z_a.device)
-        or (gram and len(z_a) >= _NARROW_ROWS and _narrow_gram(z_a.dtype, z_a.device))
+        or (gram and _narrow_gram(z_a.dtype, z_a.device) and z_a.shape[0] >= _NARROW_ROWS)
     )
     loss, components, _ = _BarlowTwins.apply(z_a, z_b, gram, narrow, *definition)
     return loss, components

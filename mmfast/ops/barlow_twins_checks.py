@@ -41,16 +41,16 @@ def check_views(views: Mapping[str, Tensor], rows: int, corresponding: bool = Fa
             raise ValueError(
                 f"barlow_twins: {name} must have the shape of {first} {tuple(z.shape)}, got {tuple(other.shape)}"
             )
-        if len(other) != len(z):
+        if other.shape[0] != z.shape[0]:
             raise ValueError(
-                f"barlow_twins: {name} must have the {len(z)} rows of {first}, got {tuple(other.shape)}"
+                f"barlow_twins: {name} must have the {z.shape[0]} rows of {first}, got {tuple(other.shape)}"
             )
     check_rows(first, z, rows)
     _check_kind(views)
 
 
 def check_rows(name: str, z: Tensor, rows: int = 2) -> None:
-    if len(z) < rows:
+    if z.shape[0] < rows:
         raise ValueError(
             f"barlow_twins: {name} must have at least 2 rows (a correlation over one sample is undefined), "
             f"got {tuple(z.shape)}"
