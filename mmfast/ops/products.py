@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mmfast.backends import _C
 
-# Below this many multiplications oneDNN's call costs more than its faster kernels bring.
-_SMALL = 2**21
+# Up to this many multiplications, or elements of the result, oneDNN's call costs more than its faster kernels bring.
+_SMALL, _SMALL_RESULT = 2**21, 2**12
 
 
 @functools.cache
@@ -61,6 +61,7 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     if (
         x.dtype == torch.float32
         and x.device.type == "cpu"
+        and m * n > _SMALL_RESULT
         and m * n * k >= _SMALL
         and (linear := _onednn_linear())
     ):
