@@ -56,8 +56,8 @@ def backward_in_micro_batches(
         scale: factor of the gradients, not of the result; with a GradScaler ``scaler.scale(torch.ones((),
             device=...))``, which waits for nothing.
         model: the DistributedDataParallel that ``embed`` calls: gradients are then exchanged once, in the last
-            micro-batch, instead of in each. All ranks must have as many micro-batches as each other. The loss is
-            that of the rank's own rows unless it gathers by itself.
+            micro-batch, instead of in each. All ranks must have as many micro-batches as each other. A loss of all
+            processes, as BarlowTwinsLoss is by default, sees the rows of all micro-batches of all of them.
 
     Returns:
         The loss, a detached scalar, without ``scale``.
