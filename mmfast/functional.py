@@ -147,7 +147,9 @@ def barlow_twins(
     Args:
         z_a, z_b: (B, D), B >= 2, on one device and of one dtype: float32, float64, bfloat16 or float16. Half
             types are computed in float32, whatever autocast says; on GPUs the operands of the matrix products are
-            rounded to the half type, as tensor cores multiply those, and their results are float32.
+            rounded to the half type, as tensor cores multiply those, and their results are float32. On CPUs with
+            AVX512-BF16 bfloat16 operands are split into two where one would cost more than the rounding of the
+            gradient itself.
         lambd: weight of the off-diagonal term, finite and >= 0; the variant's if None.
         center: False leaves the mean in: c_ij = a_i . b_j / (|a_i| |b_j|) where eps is added to |a_i|^2 / B.
         eps: added to the variance or deviation, finite and >= 0; the variant's if None. A column without variance

@@ -19,8 +19,11 @@ from mmfast.functional import (
 )
 from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss
 from mmfast.ops import barlow_twins as ops
-from mmfast.ops.barlow_twins_many import barlow_twins_many
+from mmfast.ops.barlow_twins_many import Setting, _loss, barlow_twins_many
+from mmfast.ops.barlow_twins_passes import Definition
+from mmfast.ops.collectives import Ranks
 
+HALF = (torch.bfloat16, torch.float16)
 FORMS = pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 VARIANTS = pytest.mark.parametrize("variant", [name for name in BARLOW_TWINS_VARIANTS if name != "vissl"])
 
@@ -333,7 +336,7 @@ def test_debiased_without_centring_counts_pairs_of_different_rows(gram):
     products = torch.einsum("bi,bj->bij", *hats)
     products.diagonal(dim1=1, dim2=2).zero_()
     total = products.sum(0).square().sum() - products.square().sum()
-    options = mmfast.ops.barlow_twins_passes.Definition(center=False)
+    options = Definition(center=False)
     _, components = barlow_twins_many(dict(enumerate(views)), definition=options, debias=True, gram=gram)
     assert float(components[0, 2]) == pytest.approx(float(total / 42), rel=1e-9)
 
@@ -396,3 +399,30 @@ def test_fewer_products_than_pairs():
         if event.key in ("aten::mm", "mkldnn::_linear_pointwise")
     )
     assert products == 8
+
+
+def narrow_loss(z, gram):
+    """As on a GPU: operands of products in the embeddings' half type."""
+    setting = Setting(((0, 1, 1.0), (1, 2, 0.5)), Definition(), gram=gram, narrow=z[0].dtype in HALF)
+    return _loss(z, None, setting, Ranks((len(z[0]),)))[0]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("shape", [(24, 300), (300, 24)], ids=["gram", "direct"])
+def test_half_operands(shape, dtype):
+    views = modalities(shape[0], [shape[1]] * 3, dtype)
+    gram = shape[0] < shape[1]
+    truth = gradients(lambda z: narrow_loss(z, gram), [z.double() for z in views])
+    loss, grads = gradients(lambda z: narrow_loss(z, gram), views)
+    eps = torch.finfo(dtype).eps
+    assert float(loss) == pytest.approx(float(truth[0]), rel=eps / 8)
+    assert all(relative_error(x, y) < eps for x, y in zip(grads, truth[1], strict=True))
+
+
+def test_half_operands_of_many_rows_do_not_overflow():
+    """Sums of 70000 products are beyond fp16."""
+    views = modalities(70_000, [6] * 3, torch.float16)
+    truth = gradients(lambda z: narrow_loss(z, False), [z.double() for z in views], 1000.0)
+    loss, grads = gradients(lambda z: narrow_loss(z, False), views, 1000.0)
+    assert float(loss) == pytest.approx(float(truth[0]), rel=1e-3)
+    assert all(relative_error(x, y) < 1e-2 for x, y in zip(grads, truth[1], strict=True))

@@ -6,6 +6,7 @@ from targets import KERNELS, on
 
 import mmfast
 from mmfast import BarlowTwinsLoss, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
+from mmfast.functional import multi_view_barlow_twins
 from mmfast.ops.barlow_twins import reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -276,3 +277,34 @@ def test_the_seed_is_drawn_by_the_generator_of_the_device():
         torch.cuda.manual_seed(seed)
         draws.append(SeqAug(0.5, p=1)(x))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+@pytest.mark.parametrize("shape", [(48, 512), (512, 48)], ids=["gram", "direct"])
+def test_many_views_are_those_of_the_cpu(shape, dtype):
+    """With missing ones, and debiased; nothing waits for the GPU."""
+    torch.manual_seed(0)
+    base = torch.randn(shape, dtype=torch.float64)
+    views = [(base + 0.7 * torch.randn_like(base)).to(dtype) for _ in range(3)]
+    present = torch.rand(shape[0], 3) < 0.8
+    for mask, debias in ((None, False), (present, False), (None, True)):
+        results = []
+        for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
+            z = [x.to(device, kind, copy=True).requires_grad_() for x in views]
+            arguments = {
+                "present": None if mask is None else mask.to(device),
+                "debias": debias,
+                "stats": None,
+            }
+            torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+            try:
+                loss = multi_view_barlow_twins(z, **arguments)
+                loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            results.append((loss.detach(), [x.grad for x in z]))
+        (truth, expected), (found, grads) = results
+        tolerance = 10 * torch.finfo(dtype).eps
+        assert float(found) == pytest.approx(float(truth), rel=max(tolerance, 1e-5))
+        for x, y in zip(grads, expected, strict=True):
+            assert float((x.cpu().double() - y).norm() / y.norm()) < tolerance

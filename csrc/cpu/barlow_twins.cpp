@@ -6,6 +6,7 @@
 
 #include "barlow_twins_loss.h"
 #include "kernels.h"
+#include "parallel.h"
 #include "tiles.h"
 
 namespace MMFAST_NS {
@@ -74,30 +75,74 @@ struct Standardise {
   C *hat_a, *hat_b, *r_a, *r_b, *deficit, *mean_a, *mean_b;
 
   template <class Extent>
-  MMFAST_HD void block(int64_t j, Extent extent, C* a, C* b) const {
-    const Row<C> ra = centred<C>(z_a + j, stride_a, rows, extent, center, scaling, a, mean_a + j);
-    const Row<C> rb = centred<C>(z_b + j, stride_b, rows, extent, center, scaling, b, mean_b + j);
+  MMFAST_HD Row<C> centre(int view, int64_t j, Extent extent, C* block) const {
+    return view ? centred<C>(z_b + j, stride_b, rows, extent, center, scaling, block, mean_b + j)
+                : centred<C>(z_a + j, stride_a, rows, extent, center, scaling, block, mean_a + j);
+  }
+
+  // Writes rows [first, last) of both views and returns the sum of their terms.
+  template <class Extent>
+  MMFAST_HD Row<C> scale(int64_t j, Extent extent, const C* a, const C* b, const Row<C> (&r)[2],
+                         int64_t first, int64_t last) const {
     const Row<C> known = Row<C>::all(scaling.known);
-    const Row<C> terms = sum_rows<C>(rows, [&](int64_t i) {
-      Row<C> x = Row<C>::of(a + i * kWidth<C>) * ra;
-      Row<C> y = Row<C>::of(b + i * kWidth<C>) * rb;
+    return sum_rows<C>(last - first, [&](int64_t row) {
+      const int64_t i = first + row;
+      Row<C> x = Row<C>::of(a + i * kWidth<C>) * r[0];
+      Row<C> y = Row<C>::of(b + i * kWidth<C>) * r[1];
       store(x, hat_a + i * columns + j, extent);
       store(y, hat_b + i * columns + j, extent);
       return scaling.term(x, y, known);
     });
-    C d[kWidth<C>], r[kWidth<C>], q[kWidth<C>];
+  }
+
+  template <class Extent>
+  MMFAST_HD void write(int64_t j, Extent extent, const Row<C> (&r)[2], const Row<C>& terms) const {
+    C d[kWidth<C>], p[kWidth<C>], q[kWidth<C>];
     terms.to(d);
-    ra.to(r);
-    rb.to(q);
-    for (int k = 0; k < kWidth<C>; ++k) d[k] = scaling.one_minus_c(d[k] / (C)rows, r[k], q[k]);
-    store(ra, r_a + j, extent);
-    store(rb, r_b + j, extent);
+    r[0].to(p);
+    r[1].to(q);
+    for (int k = 0; k < kWidth<C>; ++k) d[k] = scaling.one_minus_c(d[k] / (C)rows, p[k], q[k]);
+    store(r[0], r_a + j, extent);
+    store(r[1], r_b + j, extent);
     store(Row<C>::of(d), deficit + j, extent);
   }
 
-  bool run(int threads) const {
+  // Where all columns are one block, threads share views and rows; the parts are the same for any number of
+  // threads.
+  template <class Extent>
+  MMFAST_HD void only_block(Extent extent, C* scratch, int threads) const {
+    constexpr int kParts = 16;
+    C* blocks[2] = {scratch, scratch + rows * kWidth<C>};
+    Row<C> r[2], terms[kParts];
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+      for (int v = 0; v < 2; ++v) r[v] = centre(v, 0, extent, blocks[v]);
+#pragma omp for schedule(static)
+      for (int p = 0; p < kParts; ++p)
+        terms[p] = scale(0, extent, blocks[0], blocks[1], r, rows * p / kParts, rows * (p + 1) / kParts);
+    }
+    Row<C> total = terms[0];
+    for (int p = 1; p < kParts; ++p) total = total + terms[p];
+    write(0, extent, r, total);
+  }
+
+  bool run(int most_threads) const {
+    const int threads = threads_for(0.4 * rows * columns, most_threads);
+    if (columns <= kWidth<C>) {
+      C* scratch = (C*)__builtin_malloc(2 * rows * kWidth<C> * sizeof(C));
+      if (!scratch) return false;
+      if (columns == kWidth<C>)
+        only_block(Whole{}, scratch, threads);
+      else
+        only_block(Part{(int)columns}, scratch, threads);
+      __builtin_free(scratch);
+      return true;
+    }
     return for_blocks<C>(1, columns, 2 * rows, threads, [&](int, int64_t j, auto extent, C* scratch) {
-      block(j, extent, scratch, scratch + rows * kWidth<C>);
+      C *a = scratch, *b = scratch + rows * kWidth<C>;
+      const Row<C> r[2] = {centre(0, j, extent, a), centre(1, j, extent, b)};
+      write(j, extent, r, scale(j, extent, a, b, r, 0, rows));
     });
   }
 };
@@ -183,7 +228,8 @@ struct GramEnergy {
   }
 
   // False if there is no memory.
-  bool run(int threads, double& total) const {
+  bool run(int most_threads, double& total) const {
+    const int threads = threads_for(0.033 * rows * rows * columns, most_threads);
     const int side = rows <= 64 ? kMax / 2 : kMax;  // smaller blocks balance better, larger ones read less
     const int64_t n = (rows + side - 1) / side, blocks = n * (n + 1) / 2;
     double* energies = (double*)__builtin_malloc(blocks * sizeof(double));
@@ -267,7 +313,8 @@ struct Backward {
   }
 
   // False if there is no memory.
-  bool run(bool gram_form, int threads) const {
+  bool run(bool gram_form, int most_threads) const {
+    const int threads = threads_for((0.6 + (gram_form ? 0.05 * rows : 0)) * rows * columns, most_threads);
     if (gram_form)
       return for_blocks<C>(1, columns, 3 * rows, threads,
                            [&](int, int64_t j, auto extent, C* scratch) { gram(j, extent, scratch); });
@@ -293,7 +340,8 @@ MMFAST_HD double squares(const C* x, int64_t n) {
 
 // Takes the diagonal out of p = Â'B̂ and returns the sum of the squares of the rest.
 template <class C>
-double correlation_energy(C* p, int64_t columns, int threads) {
+double correlation_energy(C* p, int64_t columns, int most_threads) {
+  const int threads = threads_for(0.05 * columns * columns, most_threads);
   constexpr int kShares = 128;  // more than there are threads
   double shares[kShares];
 #pragma omp parallel for num_threads(threads) schedule(static)

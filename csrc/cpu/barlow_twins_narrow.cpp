@@ -13,6 +13,7 @@
 #include "barlow_twins_loss.h"
 #include "kernels.h"
 #include "pairs.h"
+#include "parallel.h"
 
 namespace MMFAST_NS {
 namespace {
@@ -440,7 +441,7 @@ int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, 
     pass.deficit = deficit;
     pass.gram[0] = matrix;
     pass.gram[1] = matrix + grad_b * rows * rows;
-    pass.threads = threads;
+    pass.threads = threads_for((1.0 + 0.015 * rows) * rows * columns, threads);
     const bool wanted[2] = {grad_b, grad_a};
     double energy;
     if (!with_memory([&](Arena& arena) { pass.lay_out(arena, wanted); }, [&] { energy = pass.run(wanted); }))

@@ -6,6 +6,10 @@
 
 namespace MMFAST_NS {
 
+// Threads for a loop of that many nanoseconds: a second one halves the time where its core is idle, but makes
+// a short loop wait for it where it is not.
+inline int threads_for(double nanoseconds, int threads) { return nanoseconds < 20000.0 ? 1 : threads; }
+
 // body(i, worker) for i in [0, n) on at most `threads` workers, if the work is worth waking them:
 // `cost` is the rough number of nanoseconds of one call.
 template <class Body>
