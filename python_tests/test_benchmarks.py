@@ -56,7 +56,8 @@ def test_peak_of_known_allocations():
 def test_peak_of_the_loss():
     """At 128 x 8192 standardised views and gradients take 16 MiB; lightly keeps matrices of 256 MiB."""
     peak = {name: memory.in_own_process(name, [(128, 8192)], threads=2)[0] for name in ("mmfast", "lightly")}
-    assert 16 * 2**20 <= peak["mmfast"] < 24 * 2**20
+    # The system counts resident pages in batches: a little may be missing.
+    assert 15 * 2**20 <= peak["mmfast"] < 24 * 2**20
     assert peak["lightly"] > 20 * peak["mmfast"]
 
 
