@@ -178,12 +178,14 @@ int barlow_twins_standardise(int dtype, Address z_a, int64_t stride_a, Address z
                                           threads);
 }
 
-bool barlow_twins_gram_energy(bool wide, Address hat, Address statistics, int64_t rows, int64_t columns,
-                              const Definition& definition, bool grad_a, bool grad_b, Address kept,
-                              Address loss, Address components, int threads) {
-  return KERNEL(barlow_twins_gram_energy)(wide, ptr<void>(hat), ptr<void>(statistics), rows, columns,
-                                          definition, grad_a, grad_b, ptr<void>(kept), ptr<void>(loss),
-                                          ptr<void>(components), threads);
+int barlow_twins_gram_forward(int dtype, Address z_a, int64_t stride_a, Address z_b, int64_t stride_b,
+                              int64_t rows, int64_t columns, const Definition& definition, bool grad_a,
+                              bool grad_b, Address hat, Address kept, Address statistics, Address loss,
+                              Address components, int threads) {
+  return KERNEL(barlow_twins_gram_forward)(dtype, ptr<void>(z_a), stride_a, ptr<void>(z_b), stride_b, rows,
+                                           columns, definition, grad_a, grad_b, ptr<void>(hat),
+                                           ptr<void>(kept), ptr<void>(statistics), ptr<void>(loss),
+                                           ptr<void>(components), threads);
 }
 
 void barlow_twins_correlation_energy(bool wide, Address p, Address statistics, int64_t rows, int64_t columns,
@@ -286,7 +288,7 @@ PYBIND11_MODULE(_C, m) {
         return Definition{lambd, center, eps, eps_outside, unbiased, divide, scale, normalise};
       }));
   m.def("barlow_twins_standardise", &barlow_twins_standardise, no_gil);
-  m.def("barlow_twins_gram_energy", &barlow_twins_gram_energy, no_gil);
+  m.def("barlow_twins_gram_forward", &barlow_twins_gram_forward, no_gil);
   m.def("barlow_twins_correlation_energy", &barlow_twins_correlation_energy, no_gil);
   m.def("barlow_twins_backward", &barlow_twins_backward, no_gil);
   m.def("fast_bf16", &fast_bf16, "Whether the instruction set multiplies bf16 faster than fp32.");

@@ -145,7 +145,10 @@ def backend(name: str):
 
 
 def _automatic(device: torch.device) -> str:
-    return next((name for name in _AUTOMATIC.get(device.type, ()) if not why_not(name, device)), "reference")
+    for name in _AUTOMATIC.get(device.type, ()):
+        if not _WHY_NOT[name](device):
+            return name
+    return "reference"
 
 
 def choose(op: str, device: torch.device) -> str:

@@ -363,12 +363,16 @@ def test_kernels_write_only_their_outputs(dtype, gram):
     code = dtype_code("test", "z_a", z_a)
     hat, statistics = guarded(2, rows, columns), guarded(5, columns)
     sizes = (rows, columns)
-    call("barlow_twins_standardise", code, z_a, columns, z_b, columns, *sizes, definition, hat, statistics)
+    embeddings = (code, z_a, columns, z_b, columns, *sizes, definition)
+    assert call("barlow_twins_standardise", *embeddings, hat, statistics) == 0
     loss, components = guarded(), guarded(5)
     if gram:
         kept = guarded(2, rows, rows)
-        options = (*sizes, definition, True, True)
-        call("barlow_twins_gram_energy", False, hat, statistics, *options, kept, loss, components)
+        again = [x.clone() for x in (hat, statistics)]
+        hat.zero_(), statistics.zero_()
+        results = (hat, kept, statistics, loss, components)
+        assert call("barlow_twins_gram_forward", *embeddings, True, True, *results) == 0
+        assert all(map(torch.equal, (hat, statistics), again))
         torch.testing.assert_close(kept, hat @ hat.mT)
         assert torch.equal(kept, kept.mT)
         matrices = kept[1], kept[0]
@@ -413,8 +417,7 @@ def test_bits_depend_neither_on_threads_nor_on_chance(shape):
     definition = Definition(lambd=0.01)
 
     def passes():
-        hat, statistics = Cpu.standardise(z_a, z_b, definition, False)
-        loss, components, kept = Cpu.gram_energy(hat, statistics, definition, True, True)
+        loss, components, hat, statistics, kept = Cpu.gram_forward(z_a, z_b, definition, True, True)
         direct = Cpu.correlation_loss(fixed.clone(), shape[0], statistics, definition)
         grads = torch.empty(2, *hat.shape)
         Cpu.gram_backward(kept, hat, statistics, loss, definition, grads[0])
@@ -442,7 +445,7 @@ NARROW = pytest.mark.parametrize("backend", NARROW, ids="-".join, indirect=True)
 
 
 def narrow_loss(z_a, z_b, lambd=5e-3, center=True, gram=True):
-    return ops._BarlowTwins.apply(z_a, z_b, gram, True, *Definition(lambd, center))[0]
+    return ops._BarlowTwins.apply(z_a, z_b, gram, True, Definition(lambd, center))[0]
 
 
 def gradient_bound(z_a, z_b, truth, lambd, center=True):

@@ -62,7 +62,7 @@ KINDS = ["independent", "correlated", "nearly equal", "low rank", "rectified", "
 
 
 def narrow_loss(z_a, z_b, gram=True, narrow=True, **options):
-    return ops._BarlowTwins.apply(z_a, z_b, gram, narrow, *Definition(**options))[0]
+    return ops._BarlowTwins.apply(z_a, z_b, gram, narrow, Definition(**options))[0]
 
 
 def gradients(loss, z_a, z_b, upstream=1.0, dtype=None, needs=(True, True), **options):

@@ -74,6 +74,24 @@ struct Standardise {
   Scaling<C> scaling;
   C *hat_a, *hat_b, *r_a, *r_b, *deficit, *mean_a, *mean_b;
 
+  Standardise(const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b, int64_t rows,
+              int64_t columns, const BarlowTwinsDefinition& definition, void* hat, void* statistics)
+      : z_a((const T*)z_a),
+        z_b((const T*)z_b),
+        stride_a(stride_a),
+        stride_b(stride_b),
+        rows(rows),
+        columns(columns),
+        center(definition.center),
+        scaling(definition, rows),
+        hat_a((C*)hat),
+        hat_b(hat_a + rows * columns),
+        r_a((C*)statistics),
+        r_b(r_a + columns),
+        deficit(r_b + columns),
+        mean_a(deficit + columns),
+        mean_b(mean_a + columns) {}
+
   template <class Extent>
   MMFAST_HD Row<C> centre(int view, int64_t j, Extent extent, C* block) const {
     return view ? centred<C>(z_b + j, stride_b, rows, extent, center, scaling, block, mean_b + j)
@@ -127,8 +145,11 @@ struct Standardise {
     write(0, extent, r, total);
   }
 
-  bool run(int most_threads) const {
-    const int threads = threads_for(0.4 * rows * columns, most_threads);
+  // Nanoseconds, roughly, as everywhere below.
+  double cost() const { return 0.3 * rows * columns; }
+
+  // False if there is no memory.
+  bool run(int threads) const {
     if (columns <= kWidth<C>) {
       C* scratch = (C*)__builtin_malloc(2 * rows * kWidth<C> * sizeof(C));
       if (!scratch) return false;
@@ -178,7 +199,8 @@ struct GramEnergy {
       x[t] = hat + (block.i + t < rows ? block.i + t : rows - 1) * columns;
       y[t] = hat + (block.k + t < rows ? block.k + t : rows - 1) * columns;
     }
-    Tiles tiles = {};
+    Tiles tiles;
+    block.for_tiles(rows, [&](int t, int u) { tiles[t][u] = {}; });
     const auto add = [&](int64_t start, int64_t stop) {
       block.for_tiles(rows, [&](int t, int u) {
         add_dots(tiles[t][u], x + t * kDotRows, y + u * kDotColumns, start, stop);
@@ -227,9 +249,10 @@ struct GramEnergy {
         to[(block.k + u) * rows + block.i + t] = g[t][u];
   }
 
+  double cost() const { return 0.02 * rows * rows * columns; }
+
   // False if there is no memory.
-  bool run(int most_threads, double& total) const {
-    const int threads = threads_for(0.033 * rows * rows * columns, most_threads);
+  bool run(int threads, double& total) const {
     const int side = rows <= 64 ? kMax / 2 : kMax;  // smaller blocks balance better, larger ones read less
     const int64_t n = (rows + side - 1) / side, blocks = n * (n + 1) / 2;
     double* energies = (double*)__builtin_malloc(blocks * sizeof(double));
@@ -274,8 +297,10 @@ struct Backward {
     products.to(p);
     load<C>(deficit + j, extent).to(w);
     scale.to(q);
+    const Scaling<C> scaling = this->scaling;
+    const Pull<C> pull = this->pull;
     for (int k = 0; k < kWidth<C>; ++k) {
-      ColumnGradient<C> g = pull.column(p[k] / (C)rows, w[k], scaling.projection(q[k]));
+      const ColumnGradient<C> g = pull.column(p[k] / (C)rows, w[k], scaling.projection(q[k]));
       p[k] = g.own;
       w[k] = g.weight;
     }
@@ -314,7 +339,7 @@ struct Backward {
 
   // False if there is no memory.
   bool run(bool gram_form, int most_threads) const {
-    const int threads = threads_for((0.6 + (gram_form ? 0.05 * rows : 0)) * rows * columns, most_threads);
+    const int threads = threads_for((0.3 + (gram_form ? 0.025 * rows : 0)) * rows * columns, most_threads);
     if (gram_form)
       return for_blocks<C>(1, columns, 3 * rows, threads,
                            [&](int, int64_t j, auto extent, C* scratch) { gram(j, extent, scratch); });
@@ -359,7 +384,7 @@ double correlation_energy(C* p, int64_t columns, int most_threads) {
 
 // run(T(), C()) for the element type `dtype` and its compute type.
 template <class Run>
-bool with_types(int dtype, Run run) {
+auto with_types(int dtype, Run run) {
   switch (dtype) {
     case kFloat64:
       return run(double(), double());
@@ -377,48 +402,31 @@ bool with_types(int dtype, Run run) {
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
                              int64_t rows, int64_t columns, const BarlowTwinsDefinition& definition,
                              void* hat, void* statistics, int threads) {
-  bool finite = true;
-  const bool memory = with_types(dtype, [&](auto element, auto compute) {
-    using T = decltype(element);
-    using C = decltype(compute);
-    C *hats = (C*)hat, *r = (C*)statistics, *deficit = r + 2 * columns;
-    const Standardise<C, T> pass{(const T*)z_a,
-                                 (const T*)z_b,
-                                 stride_a,
-                                 stride_b,
-                                 rows,
-                                 columns,
-                                 definition.center,
-                                 Scaling<C>(definition, rows),
-                                 hats,
-                                 hats + rows * columns,
-                                 r,
-                                 r + columns,
-                                 deficit,
-                                 deficit + columns,
-                                 deficit + 2 * columns};
-    if (!pass.run(threads)) return false;
-    C total = 0;
-    for (int64_t j = 0; j < columns; ++j) total += deficit[j];
-    finite = total - total == 0;
-    return true;
+  return with_types(dtype, [&](auto element, auto compute) {
+    const Standardise<decltype(compute), decltype(element)> pass(z_a, stride_a, z_b, stride_b, rows, columns,
+                                                                 definition, hat, statistics);
+    if (!pass.run(threads_for(pass.cost(), threads))) return kNoMemory;
+    return finite(pass.deficit, columns) ? 0 : kNotFinite;
   });
-  return !memory ? 2 : finite ? 0 : 1;
 }
 
-bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics, int64_t rows,
-                              int64_t columns, const BarlowTwinsDefinition& definition, bool grad_a,
-                              bool grad_b, void* kept, void* loss, void* components, int threads) {
-  return with_types(wide ? kFloat64 : kFloat32, [&](auto, auto compute) {
+int barlow_twins_gram_forward(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
+                              int64_t rows, int64_t columns, const BarlowTwinsDefinition& definition,
+                              bool grad_a, bool grad_b, void* hat, void* kept, void* statistics, void* loss,
+                              void* components, int threads) {
+  return with_types(dtype, [&](auto element, auto compute) {
     using C = decltype(compute);
-    const C* hats = (const C*)hat;
+    const Standardise<C, decltype(element)> pass(z_a, stride_a, z_b, stride_b, rows, columns, definition, hat,
+                                                 statistics);
     C *keep_a = grad_b ? (C*)kept : 0, *keep_b = grad_a ? (C*)kept + grad_b * rows * rows : 0;
+    const GramEnergy<C> grams{pass.hat_a, pass.hat_b, rows, columns, keep_a, keep_b};
+    threads = threads_for(pass.cost() + grams.cost(), threads);
     double energy;
-    if (!GramEnergy<C>{hats, hats + rows * columns, rows, columns, keep_a, keep_b}.run(threads, energy))
-      return false;
-    finish((const C*)statistics + 2 * columns, rows, columns, energy, true, definition, (C*)loss,
-           (C*)components);
-    return true;
+    if (!pass.run(threads)) return kNoMemory;
+    if (!finite(pass.deficit, columns)) return kNotFinite;
+    if (!grams.run(threads, energy)) return kNoMemory;
+    finish(pass.deficit, rows, columns, energy, true, definition, (C*)loss, (C*)components);
+    return 0;
   });
 }
 

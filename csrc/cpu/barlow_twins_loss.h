@@ -4,6 +4,13 @@
 
 namespace MMFAST_NS {
 
+template <class C>
+inline bool finite(const C* x, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (x[i] - x[i] != 0) return false;
+  return true;
+}
+
 // The loss and its components; `energy` is the sum of the squares of B C, with_diagonal or not.
 template <class C>
 inline void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool with_diagonal,

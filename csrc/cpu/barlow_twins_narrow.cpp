@@ -445,11 +445,10 @@ int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, 
     const bool wanted[2] = {grad_b, grad_a};
     double energy;
     if (!with_memory([&](Arena& arena) { pass.lay_out(arena, wanted); }, [&] { energy = pass.run(wanted); }))
-      return 2;
-    float total = 0;
-    for (int64_t j = 0; j < columns; ++j) total += deficit[j];
+      return kNoMemory;
+    if (!finite(deficit, columns)) return kNotFinite;
     finish(deficit, rows, columns, energy, true, definition, (float*)loss, (float*)components);
-    return total - total == 0 ? 0 : 1;
+    return 0;
   };
   const Scaling<float> scaling(definition, rows);
 #ifdef MMFAST_NATIVE_PAIRS

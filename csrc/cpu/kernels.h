@@ -28,14 +28,15 @@ int augment_adjoint(const mmfast::AugmentCall& call, const int32_t* plan, int dt
 // and B̂. statistics (5, D): r of view a, r of view b, 1 - c, means of view a, means of view b (0 if not
 // `center`). components (5): loss, on-diagonal, off-diagonal, mean c, off-diagonal RMS.
 
-// Returns 0; 1 if some column has a mean or variance that is not finite; 2 if memory ran out.
+// Returns 0, kNotFinite if some column has a mean or variance that is not, or kNoMemory; so does what follows.
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
                              int64_t rows, int64_t columns, const mmfast::BarlowTwinsDefinition& definition,
                              void* hat, void* statistics, int threads);
-// Gram form. kept (grad_a + grad_b, B, B): ÂÂ' if grad_b, then B̂B̂' if grad_a. False if memory ran out.
-bool barlow_twins_gram_energy(bool wide, const void* hat, const void* statistics, int64_t rows,
-                              int64_t columns, const mmfast::BarlowTwinsDefinition& definition, bool grad_a,
-                              bool grad_b, void* kept, void* loss, void* components, int threads);
+// The forward pass of the Gram form. kept (grad_a + grad_b, B, B): ÂÂ' if grad_b, then B̂B̂' if grad_a.
+int barlow_twins_gram_forward(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
+                              int64_t rows, int64_t columns, const mmfast::BarlowTwinsDefinition& definition,
+                              bool grad_a, bool grad_b, void* hat, void* kept, void* statistics, void* loss,
+                              void* components, int threads);
 // Direct form, from p = Â'B̂ (D, D), whose diagonal is set to zero.
 void barlow_twins_correlation_energy(bool wide, void* p, const void* statistics, int64_t rows,
                                      int64_t columns, const mmfast::BarlowTwinsDefinition& definition,
@@ -50,8 +51,6 @@ bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const voi
 
 // barlow_twins_narrow.cpp: the Gram form for bf16 embeddings, with bf16 operands of all products; arguments
 // as above. native: by AVX512-BF16, which the caller knows to be there, else by arithmetic in its place.
-
-// Statistics, loss and components; returns what barlow_twins_standardise does.
 int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, const void* z_b,
                                 int64_t stride_b, int64_t rows, int64_t columns,
                                 const mmfast::BarlowTwinsDefinition& definition, bool grad_a, bool grad_b,

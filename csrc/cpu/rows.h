@@ -91,6 +91,28 @@ MMFAST_HD Row<C> load(const T* p, Extent extent) {
   return Row<C>::of(values);
 }
 
+// Through `values` even whole blocks would take a detour over the stack.
+template <class C>
+MMFAST_HD Row<C> load(const C* p, Whole) {
+  return Row<C>::of(p);
+}
+
+template <class C>
+MMFAST_HD Row<C> load(const bfloat16* p, Whole) {
+  typedef uint16_t Halves
+      __attribute__((vector_size(MMFAST_VECTOR_BYTES / 2), aligned(sizeof(bfloat16)), may_alias));
+  typedef uint32_t Words __attribute__((vector_size(MMFAST_VECTOR_BYTES)));
+  Row<C> row;
+  for (int i = 0; i < kVectors; ++i)
+    row.v[i] = (Vector<C>)(__builtin_convertvector(*(const Halves*)(p + i * kLanes<C>), Words) << 16);
+  return row;
+}
+
+template <class C>
+MMFAST_HD void store(const Row<C>& row, C* p, Whole) {
+  row.to(p);
+}
+
 template <class C, class T, class Extent>
 MMFAST_HD void store(const Row<C>& row, T* p, Extent extent) {
   C values[kWidth<C>];

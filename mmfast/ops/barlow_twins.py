@@ -94,7 +94,7 @@ def barlow_twins(
         _narrow(z_a.dtype, z_a.device)
         or (gram and _narrow_gram(z_a.dtype, z_a.device) and z_a.shape[0] >= _NARROW_ROWS)
     )
-    loss, components, _ = _BarlowTwins.apply(z_a, z_b, gram, narrow, *definition)
+    loss, components, _ = _BarlowTwins.apply(z_a, z_b, gram, narrow, definition)
     return loss, components
 
 
@@ -142,11 +142,10 @@ def _forward(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
     definition.check()
     _check_narrow(narrow, z_a)
     passes = _passes(z_a, gram, narrow)
-    if passes is NarrowCpu:
-        views = _unit_stride(z_a), _unit_stride(z_b)
-        loss, components, statistics, matrices = passes.gram_forward(*views, definition, grad_a, grad_b)
-        return loss, components, z_a.new_empty(0, *z_a.shape), statistics, matrices
-    hat, statistics = passes.standardise(_unit_stride(z_a), _unit_stride(z_b), definition, narrow)
+    views = _unit_stride(z_a), _unit_stride(z_b)
+    if gram and passes in (Cpu, NarrowCpu):
+        return passes.gram_forward(*views, definition, grad_a, grad_b)
+    hat, statistics = passes.standardise(*views, definition, narrow)
     # Asking any other device would wait for it: there the loss becomes NaN.
     if passes is not Cpu and not z_a.is_cuda and not statistics.isfinite().all():
         refuse(z_a=z_a, z_b=z_b)
@@ -154,8 +153,6 @@ def _forward(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
         hat_a, hat_b = hat.unbind()
         matrices = product(hat_a.t(), hat_b.t())
         loss, components = passes.correlation_loss(matrices, len(z_a), statistics, definition)
-    elif passes is Cpu:
-        loss, components, matrices = Cpu.gram_energy(hat, statistics, definition, grad_a, grad_b)
     else:
         matrices = gram_matrices(hat)
         loss, components = passes.gram_loss(matrices, statistics, definition)
@@ -281,7 +278,7 @@ class _BarlowTwins(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, z_a, z_b, gram, narrow, *definition):
+    def forward(ctx, z_a, z_b, gram, narrow, definition):
         grad_a, grad_b = ctx.needs_input_grad[:2]
         loss, components, hat, statistics, matrices = _forward_op(
             z_a, z_b, gram, narrow, grad_a, grad_b, *definition
@@ -298,10 +295,9 @@ class _BarlowTwins(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _components, _hat):
-        unneeded = (None,) * (len(ctx.options) - 2)
         if upstream is None:
-            return None, None, *unneeded
+            return (None,) * 5
         gradient = _FinalGradient.apply if torch.is_grad_enabled() else _gradient
         grad_a, grad_b = gradient(ctx.options, upstream, *ctx.saved_tensors)
         _, _, needs_a, needs_b, *_ = ctx.options
-        return grad_a if needs_a else None, grad_b if needs_b else None, *unneeded
+        return grad_a if needs_a else None, grad_b if needs_b else None, None, None, None

@@ -47,6 +47,13 @@ class Definition(NamedTuple):
         return self.scale if self.divide else self.scale * rows**2
 
 
+def _check_status(status: int, z_a: Tensor, z_b: Tensor) -> None:
+    """Of kernels: see csrc/cpu/kernels.h."""
+    if status == 1:
+        refuse(z_a=z_a, z_b=z_b)
+    _check_memory(status != 2, len(z_a))
+
+
 def _check_memory(enough: bool, rows: int) -> None:
     if not enough:
         raise MemoryError(f"barlow_twins: no memory for copies of blocks of {rows} rows")
@@ -178,33 +185,36 @@ class Cpu:
             statistics.data_ptr(),
             torch.get_num_threads(),
         )
-        _check_memory(status < 2, rows)
-        if status == 1:
-            refuse(z_a=z_a, z_b=z_b)
+        _check_status(status, z_a, z_b)
         return hat, statistics
 
     @staticmethod
-    def gram_energy(hat, statistics, definition, grad_a, grad_b):
-        """Loss, components, and what the backward pass needs: ÂÂ' if ``grad_b``, B̂B̂' if ``grad_a``."""
-        _, rows, columns = hat.shape
+    def gram_forward(z_a, z_b, definition, grad_a, grad_b):
+        """Loss, components, hat, statistics, and for the backward pass ÂÂ' if ``grad_b``, B̂B̂' if ``grad_a``."""
+        rows, columns = z_a.shape
+        hat = torch.empty(2, rows, columns, dtype=compute_dtype(z_a))
         kept = hat.new_empty(grad_a + grad_b, rows, rows)
-        loss, components = hat.new_empty(()), hat.new_empty(5)
-        done = backends._C.barlow_twins_gram_energy(
-            hat.dtype == torch.float64,
-            hat.data_ptr(),
-            statistics.data_ptr(),
+        statistics, loss, components = hat.new_empty(5, columns), hat.new_empty(()), hat.new_empty(5)
+        status = backends._C.barlow_twins_gram_forward(
+            DTYPE_CODES[z_a.dtype],
+            z_a.data_ptr(),
+            z_a.stride(0),
+            z_b.data_ptr(),
+            z_b.stride(0),
             rows,
             columns,
             _native(definition),
             grad_a,
             grad_b,
+            hat.data_ptr(),
             kept.data_ptr(),
+            statistics.data_ptr(),
             loss.data_ptr(),
             components.data_ptr(),
             torch.get_num_threads(),
         )
-        _check_memory(done, rows)
-        return loss, components, kept
+        _check_status(status, z_a, z_b)
+        return loss, components, hat, statistics, kept
 
     @staticmethod
     def correlation_loss(p, rows, statistics, definition):
@@ -224,7 +234,7 @@ class Cpu:
 
     @staticmethod
     def gram_backward(grams, hats, statistics, upstream, definition, grads):
-        """Fills ``grads``, unless None, from the matrices that :meth:`gram_energy` kept."""
+        """Fills ``grads``, unless None, from the matrices that :meth:`gram_forward` kept."""
         Cpu._backward(True, (grams[-1], grams[0]), hats, statistics, upstream, definition, grads)
 
     @staticmethod
@@ -255,7 +265,7 @@ class NarrowCpu:
 
     @staticmethod
     def gram_forward(z_a, z_b, definition, grad_a, grad_b):
-        """Loss, components, statistics, and what the backward pass needs: ÂÂ' if ``grad_b``, B̂B̂' if ``grad_a``."""
+        """What :meth:`Cpu.gram_forward` returns, without hats."""
         rows, columns = z_a.shape
         kept = z_a.new_empty((grad_a + grad_b, rows, rows), dtype=torch.float32)
         statistics = kept.new_empty(5, columns)
@@ -276,10 +286,8 @@ class NarrowCpu:
             components.data_ptr(),
             torch.get_num_threads(),
         )
-        _check_memory(status < 2, rows)
-        if status == 1:
-            refuse(z_a=z_a, z_b=z_b)
-        return loss, components, statistics, kept
+        _check_status(status, z_a, z_b)
+        return loss, components, z_a.new_empty(0, rows, columns), statistics, kept
 
     @staticmethod
     def gram_backward(grams, views, statistics, upstream, definition, grads):
