@@ -22,6 +22,7 @@ constexpr int kColumns = kWidth<float>;      // of a block
 constexpr int kSteps = 1024 / (2 * kPairs);  // vectors of pairs that a panel has of a row
 constexpr int kBlockSteps = kColumns / (2 * kPairs);
 constexpr int kPanelBlocks = kSteps / kBlockSteps;
+constexpr int kAhead = 16;  // rows
 constexpr int kSquare = 8;  // rows whose cache lines survive a walk down their columns
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
@@ -64,9 +65,16 @@ MMFAST_HD void with_extent(int64_t columns, int64_t j, Body body) {
     body(Part{(int)(columns - j)});
 }
 
-// Asks for the next block's part of a row: rows are far apart, and no hardware foresees them.
+// Asks for a block's part of a row: rows are far apart, and no hardware foresees them.
 MMFAST_HD void prefetch(const bfloat16* row) {
-  for (int j = 0; j < kColumns; j += 32) __builtin_prefetch(row + kColumns + j);
+  for (int j = 0; j < kColumns; j += 32) __builtin_prefetch(row + j);
+}
+
+MMFAST_HD void copy(const bfloat16* from, Whole, bfloat16* to) {
+  __builtin_memcpy(to, from, kColumns * sizeof(bfloat16));
+}
+MMFAST_HD void copy(const bfloat16* from, Part part, bfloat16* to) {
+  for (int k = 0; k < kColumns; ++k) to[k] = k < part.width ? from[k] : bfloat16{0};
 }
 
 MMFAST_HD float sum_of(const Row<float>& x) {
@@ -97,6 +105,7 @@ struct Forward {
 
   float *offsets[2], *offset[2];
   uint32_t *x[2], *y_panel[2];
+  bfloat16* copies;
   double* energies;
 
   int64_t x_tiles() const { return ratio_up(rows, kDotColumns); }
@@ -104,6 +113,7 @@ struct Forward {
 
   void lay_out(Arena& arena, const bool (&wanted)[2]) {
     energies = arena.take<double>(rows);
+    copies = arena.take<bfloat16>(threads * 2 * rows * kColumns);
     for (int v = 0; v < 2; ++v) {
       offsets[v] = arena.take<float>(kPanelBlocks * rows);
       offset[v] = arena.take<float>(rows);
@@ -113,20 +123,24 @@ struct Forward {
     }
   }
 
-  // Statistics of columns j, j + 1, ..., which are block b of a panel of `steps`, and their part of it.
+  // Statistics of columns j, j + 1, ..., which are block b of a panel of `steps`, and their part of it. block
+  // (2, rows, kColumns): for copies, as rows may be so far apart that they push each other out of the cache.
   template <class Extent>
-  MMFAST_HD void standardise(int64_t j, int64_t b, int64_t steps, Extent extent) const {
-    const auto row = [&](int v, int64_t i) { return load<float>(z[v] + j + i * stride[v], extent); };
+  MMFAST_HD void standardise(int64_t j, int64_t b, int64_t steps, Extent extent, bfloat16* block) const {
+    const auto row = [&](int v, int64_t i) { return block + (v * rows + i) * kColumns; };
     // Sums are relative to the first row: an offset costs no precision.
     Row<float> shift[2], rest[2], scale[2];
     for (int v = 0; v < 2; ++v) {
-      shift[v] = center ? row(v, 0) : Row<float>::all(0);
-      rest[v] = Row<float>::all(0);
-      if (center)
-        rest[v] = sum_rows<float>(rows, [&](int64_t i) { return row(v, i) - shift[v]; }) *
-                  Row<float>::all(1 / (float)rows);
+      shift[v] = center ? load<float>(z[v] + j, extent) : Row<float>::all(0);
+      rest[v] = sum_rows<float>(rows, [&](int64_t i) {
+        const Row<float> value = load<float>(z[v] + j + i * stride[v], extent);
+        prefetch(z[v] + j + (i + kAhead < rows ? i + kAhead : i) * stride[v]);
+        copy(z[v] + j + i * stride[v], extent, row(v, i));
+        return value - shift[v];
+      });
+      rest[v] = center ? rest[v] * Row<float>::all(1 / (float)rows) : Row<float>::all(0);
       const Row<float> square = sum_rows<float>(rows, [&](int64_t i) {
-        const Row<float> d = row(v, i) - shift[v] - rest[v];
+        const Row<float> d = load<float>(row(v, i), Whole{}) - shift[v] - rest[v];
         return d * d;
       });
       float s[kColumns];
@@ -140,8 +154,7 @@ struct Forward {
     const Row<float> terms = sum_rows<float>(rows, [&](int64_t i) {
       Row<float> hat[2];
       for (int v = 0; v < 2; ++v) {
-        const Row<float> value = row(v, i);
-        prefetch(z[v] + j + i * stride[v]);
+        const Row<float> value = load<float>(row(v, i), Whole{});
         hat[v] = (value - shift[v] - rest[v]) * scale[v];
         const Row<float> y = hat[v] * scale[v], high = rounded(y), low = rounded(y - high);
         offsets[v][b * rows + i] = sum_of((shift[v] + rest[v]) * (high + low));
@@ -210,9 +223,11 @@ struct Forward {
         const int64_t stop = start + panel < columns ? start + panel : columns;
         const int64_t blocks = ratio_up(stop - start, kColumns), steps = blocks * kBlockSteps;
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < blocks; ++b)
-          with_extent(columns, start + b * kColumns,
-                      [&](auto extent) { standardise(start + b * kColumns, b, steps, extent); });
+        for (int64_t b = 0; b < blocks; ++b) {
+          const int64_t j = start + b * kColumns;
+          bfloat16* block = copies + omp_get_thread_num() * 2 * rows * kColumns;
+          with_extent(columns, j, [&](auto extent) { standardise(j, b, steps, extent, block); });
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t t = 0; t < 2 * y_tiles(); ++t)
           add_panel((int)(t / y_tiles()), t % y_tiles(), steps, start == 0);
@@ -368,8 +383,8 @@ struct Gradient {
                                   s * (z - mean);
       store(gradient, own.grad + i * columns + j, extent);
       if (v) {
-        prefetch(own.z + i * own.stride + j);
-        prefetch(partner.z + i * partner.stride + j);
+        prefetch(own.z + i * own.stride + j + kColumns);
+        prefetch(partner.z + i * partner.stride + j + kColumns);
       }
       if (trial) squares = squares + gradient * gradient;
     }
