@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins import barlow_twins as _two_views
-from mmfast.ops.barlow_twins_checks import compute_dtype
+from mmfast.ops.barlow_twins import gram_is_cheaper
+from mmfast.ops.barlow_twins_checks import check_views, compute_dtype, not_finite, too_large
 from mmfast.ops.barlow_twins_many import Sharing, barlow_twins_many
 from mmfast.ops.barlow_twins_passes import Definition
 from mmfast.ops.native import dtype_code
@@ -273,11 +274,36 @@ def evaluate_multi_view(
         present = _present(present, names)
     definition = Definition(**options)
     named = {f"views[{name!r}]": z for name, z in views.items()}
+    if present is None and not debias and sharing.across() is None and _pair_by_pair(views, len(pairs)):
+        sharing.check()
+        check_views(named, 2)
+        try:
+            terms = {(m, n): _two_views(views[m], views[n], **options) for m, n in pairs}
+        except UserError:
+            raise (not_finite(named) or too_large(named)) from None
+        loss = sum(weight * terms[pair][0] for pair, weight in pairs.items())
+        return loss, {pair: components for pair, (_, components) in terms.items()}
     positions = [(names.index(m), names.index(n), weight) for (m, n), weight in pairs.items()]
     loss, components = barlow_twins_many(
         named, positions, present, definition, debias=debias, sharing=sharing
     )
     return loss, dict(zip(pairs, components.unbind(), strict=True))
+
+
+# Up to so many rows in Gram form, or columns in direct form, times the pairs that a view is in, kernels of two
+# views are faster than what computes once what pairs share (measured on 2 CPU cores: docs/loss.md).
+_PAIR_BY_PAIR = {"gram": 512, "direct": 2048}
+
+
+def _pair_by_pair(views: Mapping[Any, Tensor], pairs: int) -> bool:
+    tensors = list(views.values())
+    z = tensors[0]
+    alike = all(isinstance(x, Tensor) and x.is_cpu and x.dim() == 2 and x.shape == z.shape for x in tensors)
+    if not alike:
+        return False
+    shared = 2 * pairs / len(tensors)
+    form = "gram" if gram_is_cheaper(*z.shape) else "direct"
+    return shared <= 1 or shared * min(z.shape) <= _PAIR_BY_PAIR[form]
 
 
 def _pairs(names: list, weights: Mapping[Pair, float] | None) -> dict[Pair, float]:
