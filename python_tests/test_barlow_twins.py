@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from targets import KERNELS, on, usable
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmfast
 from mmfast import backends
@@ -517,7 +519,7 @@ def test_narrowed(n, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_only_half_types_are_narrow(dtype):
     with pytest.raises(ValueError, match=r"barlow_twins: narrow must be False for torch.float"):
-        narrow_loss(*views(4, 6, dtype))
+        torch.ops.mmfast.barlow_twins_forward(*views(4, 6, dtype), *[True] * 4, *Definition())
 
 
 # GPU kernels.
@@ -712,6 +714,53 @@ def test_opcheck(dtype, gram, backend):
                 torch.ops.mmfast.barlow_twins_backward,
                 (torch.ones_like(loss), kept, *saved, *options),
             )
+
+
+OPS = ["mmfast::barlow_twins_forward", "mmfast::barlow_twins_backward"]
+
+
+class Listener(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.heard.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+def test_whoever_observes_operations_sees_the_ops():
+    """Nobody else pays for the dispatcher, and gets the same bits."""
+    z_a, z_b = views(6, 40, torch.float32)
+    expected = gradients(F.barlow_twins, z_a, z_b)
+    with Listener() as listener:
+        heard = gradients(F.barlow_twins, z_a, z_b)
+    with torch.profiler.profile() as profile:
+        seen = gradients(F.barlow_twins, z_a, z_b)
+    names = [event.key for event in profile.key_averages()]
+    assert all(name in listener.heard and name in names for name in OPS)
+    for results in (heard, seen):
+        assert all(map(torch.equal, results, expected))
+
+
+def test_fake_tensors_are_not_computed_with():
+    with FakeTensorMode() as mode:
+        inside = torch.empty(6, 40, requires_grad=True)
+        assert isinstance(F.barlow_twins(inside, inside), FakeTensor)
+    fake = mode.from_tensor(torch.randn(6, 40).requires_grad_())
+    loss = F.barlow_twins(fake, fake)
+    loss.backward()
+    assert isinstance(loss, FakeTensor) and isinstance(fake.grad, FakeTensor)
+    meta = torch.empty(6, 40, device="meta", requires_grad=True)
+    F.barlow_twins(meta, meta).backward()
+    assert meta.grad.shape == meta.shape
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_computes():
+    first, second = (views(6, 40, torch.float32, seed) for seed in range(2))
+    traced = torch.jit.trace(lambda x, y: F.barlow_twins(x, y), first, check_trace=False)
+    assert all(map(torch.equal, gradients(traced, *second), gradients(F.barlow_twins, *second)))
 
 
 @ALL_BACKENDS

@@ -28,7 +28,7 @@ int augment_adjoint(const mmfast::AugmentCall& call, const int32_t* plan, int dt
 // and B̂. statistics (5, D): r of view a, r of view b, 1 - c, means of view a, means of view b (0 if not
 // `center`). components (5): loss, on-diagonal, off-diagonal, mean c, off-diagonal RMS.
 
-// Returns 0, kNotFinite if some column has a mean or variance that is not, or kNoMemory; so does what follows.
+// Returns 0, kNoMemory, or kNotFinite if some column has a mean or variance that is not; so do the next.
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
                              int64_t rows, int64_t columns, const mmfast::BarlowTwinsDefinition& definition,
                              void* hat, void* statistics, int threads);

@@ -141,6 +141,10 @@ def _forward(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
     check_embeddings(z_a, z_b)
     definition.check()
     _check_narrow(narrow, z_a)
+    return _evaluate(z_a, z_b, gram, narrow, grad_a, grad_b, definition)
+
+
+def _evaluate(z_a, z_b, gram, narrow, grad_a, grad_b, definition):
     passes = _passes(z_a, gram, narrow)
     views = _unit_stride(z_a), _unit_stride(z_b)
     if gram and passes in (Cpu, NarrowCpu):
@@ -180,19 +184,23 @@ def _forward_fake(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
 
 
 def _backward(upstream, views, statistics, matrices, gram, narrow, grad_a, grad_b, *definition):
-    definition = Definition(*definition)
+    return _pull(upstream, views, statistics, matrices, gram, narrow, grad_a, grad_b, Definition(*definition))
+
+
+def _pull(upstream, views, statistics, matrices, gram, narrow, grad_a, grad_b, definition):
     passes = _passes(views[-1], gram, narrow)
     dtype, compute = views[-1].dtype, statistics.dtype
     z = [_unit_stride(z) for z in views[-2:]] if len(views) > 1 else None
     if passes is NarrowCpu:
         wanted = zip(z, (grad_a, grad_b), strict=True)
-        grads = [torch.empty(x.shape, dtype=dtype) if needed else None for x, needed in wanted]
+        grads = [x.new_empty(x.shape) if needed else None for x, needed in wanted]
         passes.gram_backward(matrices, z, statistics, upstream, definition, grads)
         return tuple(z[0].new_empty(0) if grad is None else grad for grad in grads)
     hat = passes.standardise(*z, definition, narrow)[0] if len(views) == 2 else views[0]
     hats = hat_a, hat_b = hat.unbind()
     if gram and passes is Cpu:
-        grads = [torch.empty_like(hat_a, dtype=dtype) if wanted else None for wanted in (grad_a, grad_b)]
+        shape = hat_a.shape
+        grads = [hat.new_empty(shape, dtype=dtype) if wanted else None for wanted in (grad_a, grad_b)]
         Cpu.gram_backward(matrices, hats, statistics, upstream, definition, grads)
     else:
         exponent, operands = 0, matrices
@@ -251,8 +259,32 @@ _forward_op = torch.ops.mmfast.barlow_twins_forward.default
 _backward_op = torch.ops.mmfast.barlow_twins_backward.default
 
 
+def _observed(*tensors: Tensor) -> bool:
+    """Whether anything but autograd looks at operations on these, so that the dispatcher must know of them.
+
+    It takes a tenth of the time of 32 x 1000 embeddings on the CPU, forward and backward.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd._profiler_enabled()
+        or torch.jit.is_tracing()
+        or not all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu for x in tensors)
+    )
+
+
+def _results(z_a, z_b, *options):
+    *flags, definition = options
+    if _observed(z_a, z_b):
+        return _forward_op(z_a, z_b, *flags, *definition)
+    return _evaluate(z_a, z_b, *options)
+
+
 def _gradient(options, upstream, statistics, matrices, *views):
-    return _backward_op(upstream, views, statistics, matrices, *options)
+    *flags, definition = options
+    if _observed(upstream, statistics, *views):
+        return _backward_op(upstream, views, statistics, matrices, *flags, *definition)
+    return _pull(upstream, views, statistics, matrices, *options)
 
 
 class _FinalGradient(torch.autograd.Function):
@@ -280,10 +312,10 @@ class _BarlowTwins(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_a, z_b, gram, narrow, definition):
         grad_a, grad_b = ctx.needs_input_grad[:2]
-        loss, components, hat, statistics, matrices = _forward_op(
-            z_a, z_b, gram, narrow, grad_a, grad_b, *definition
+        loss, components, hat, statistics, matrices = _results(
+            z_a, z_b, gram, narrow, grad_a, grad_b, definition
         )
-        ctx.options = gram, narrow, grad_a, grad_b, *definition
+        ctx.options = gram, narrow, grad_a, grad_b, definition
         # Half embeddings are smaller than their fp32 hats: keep those, and standardise again.
         views = (hat,) if hat.dtype == z_a.dtype and len(hat) else (z_a, z_b)
         if narrow and len(hat):
@@ -299,5 +331,5 @@ class _BarlowTwins(torch.autograd.Function):
             return (None,) * 5
         gradient = _FinalGradient.apply if torch.is_grad_enabled() else _gradient
         grad_a, grad_b = gradient(ctx.options, upstream, *ctx.saved_tensors)
-        _, _, needs_a, needs_b, *_ = ctx.options
+        _, _, needs_a, needs_b, _ = ctx.options
         return grad_a if needs_a else None, grad_b if needs_b else None, None, None, None

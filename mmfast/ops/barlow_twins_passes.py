@@ -170,8 +170,8 @@ class Cpu:
     @staticmethod
     def standardise(z_a, z_b, definition, narrow):
         rows, columns = z_a.shape
-        hat = torch.empty(2, rows, columns, dtype=compute_dtype(z_a))
-        statistics = torch.empty(5, columns, dtype=hat.dtype)
+        hat = z_a.new_empty((2, rows, columns), dtype=compute_dtype(z_a))
+        statistics = hat.new_empty(5, columns)
         status = backends._C.barlow_twins_standardise(
             DTYPE_CODES[z_a.dtype],
             z_a.data_ptr(),
@@ -192,7 +192,7 @@ class Cpu:
     def gram_forward(z_a, z_b, definition, grad_a, grad_b):
         """Loss, components, hat, statistics, and for the backward pass ÂÂ' if ``grad_b``, B̂B̂' if ``grad_a``."""
         rows, columns = z_a.shape
-        hat = torch.empty(2, rows, columns, dtype=compute_dtype(z_a))
+        hat = z_a.new_empty((2, rows, columns), dtype=compute_dtype(z_a))
         kept = hat.new_empty(grad_a + grad_b, rows, rows)
         statistics, loss, components = hat.new_empty(5, columns), hat.new_empty(()), hat.new_empty(5)
         status = backends._C.barlow_twins_gram_forward(
