@@ -41,8 +41,8 @@ struct Scaling {
   // r; 0 for a column without any variance where eps is 0, NaN where v is not finite.
   MMFAST_HD C inverse_deviation(C v) const {
     const C deviation = square_root(kappa * v + inner) + outer;
-    const C inverse = deviation > 0 ? 1 / deviation : 0;
-    return (known == 0 ? 1 : inverse) + (deviation - deviation);
+    const C inverse = known == 0 ? 1 : deviation > 0 ? 1 / deviation : 0;
+    return deviation - deviation == 0 ? inverse : deviation - deviation;
   }
   // Of elements of both views, for one_minus_c: (â - b̂)^2 if lengths are known, else -â b̂.
   template <class X>
