@@ -94,4 +94,4 @@ def gradients(function, z_a, z_b, upstream=1.0, dtype=torch.float64):
 
 
 def relative_error(x, truth):
-    return float((x - truth).norm() / truth.norm())
+    return float((x.double() - truth.double()).norm() / truth.double().norm())

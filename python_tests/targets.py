@@ -1,7 +1,9 @@
 """The kernels that can be tested here, as pairs of a backend and the device of the tensors it takes."""
 
 import contextlib
+from importlib.util import find_spec
 
+import pytest
 import torch
 
 from mmfast import backends
@@ -14,6 +16,12 @@ def usable(backend: str, device: str) -> bool:
 
 
 KERNELS = [pair for pair in PAIRS if usable(*pair)]
+TARGETS = [*KERNELS, ("reference", "cpu")]
+INTERPRETED = [("triton", "cpu")] if usable("triton", "cpu") and find_spec("mmfast.triton") else []
+# For the fixture `backend`: everything in the test is made on the device of, and served by, each target. Triton's
+# interpreter is slow, and has tests of its own: it takes part where backends meet the op.
+BACKENDS = pytest.mark.parametrize("backend", TARGETS, ids="-".join, indirect=True)
+ALL_BACKENDS = pytest.mark.parametrize("backend", [*TARGETS, *INTERPRETED], ids="-".join, indirect=True)
 
 
 @contextlib.contextmanager

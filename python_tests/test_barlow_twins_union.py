@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
-from targets import KERNELS, on
+from targets import BACKENDS
 from torch import nn
 
 import mmfast
@@ -22,19 +22,12 @@ from mmfast.models import M3Encoder, Projector
 from mmfast.ops import barlow_twins as ops
 
 VARIANTS = pytest.mark.parametrize("variant", list(FORMULAS))
-BACKENDS = pytest.mark.parametrize("backend", [*KERNELS, ("reference", "cpu")], ids="-".join, indirect=True)
 # On both sides of the choice of form.
 SHAPES = pytest.mark.parametrize("shape", [(12, 50), (40, 17)], ids=str)
 FORMS = pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 # The root over the variance plus eps, or the deviation plus eps: the power of a scale that eps goes with.
 POWER = {name: 1 if name in ("monai", "stable-pretraining") else 2 for name in FORMULAS}
 UNBIASED = [name for name in FORMULAS if F.barlow_twins_options(name).get("unbiased")]
-
-
-@pytest.fixture
-def backend(request):
-    with on(request.param):
-        yield request.param
 
 
 def loss_of(variant, **options):

@@ -1,33 +1,20 @@
 """The published variants of the Barlow Twins loss against transcriptions of their formulas in fp64."""
 
 import math
-from importlib.util import find_spec
 
 import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
-from targets import KERNELS, on, usable
+from targets import ALL_BACKENDS, BACKENDS
 
 import mmfast
 from mmfast import functional as F
 from mmfast.losses import BarlowTwinsLoss
 from mmfast.ops import barlow_twins as ops
 
-TRITON = [("triton", "cpu")] if usable("triton", "cpu") and find_spec("mmfast.triton") else []
-COMPILED = [*KERNELS, ("reference", "cpu")]
-TARGETS = [*COMPILED, *TRITON]
-# Triton's interpreter is slow: it takes part where one call tells.
-COMPILED = pytest.mark.parametrize("backend", COMPILED, ids="-".join, indirect=True)
-BACKENDS = pytest.mark.parametrize("backend", TARGETS, ids="-".join, indirect=True)
 VARIANTS = pytest.mark.parametrize("variant", list(FORMULAS))
 FORMS = pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
-
-
-@pytest.fixture
-def backend(request):
-    with on(request.param):
-        yield request.param
 
 
 def op(variant, gram=None, **given):
@@ -39,7 +26,7 @@ def test_every_formula_has_a_name():
     assert list(FORMULAS) == list(F.BARLOW_TWINS_VARIANTS)
 
 
-@BACKENDS
+@ALL_BACKENDS
 @FORMS
 @VARIANTS
 def test_values_and_gradients(variant, gram, backend):
@@ -69,7 +56,7 @@ def test_the_reference(variant):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
-@COMPILED
+@BACKENDS
 @FORMS
 @VARIANTS
 def test_gradcheck(variant, gram, backend):
@@ -77,7 +64,7 @@ def test_gradcheck(variant, gram, backend):
     assert torch.autograd.gradcheck(op(variant, gram, lambd=0.3), (z_a, z_b))
 
 
-@BACKENDS
+@ALL_BACKENDS
 @VARIANTS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_embeddings(dtype, variant, backend):
@@ -90,7 +77,7 @@ def test_half_embeddings(dtype, variant, backend):
     assert all(relative_error(x, y) < eps for x, y in zip(ours, truth, strict=True))
 
 
-@COMPILED
+@BACKENDS
 @VARIANTS
 def test_more_rows_than_one_block(variant, backend):
     z_a, z_b = views(600, 20)
@@ -99,7 +86,7 @@ def test_more_rows_than_one_block(variant, backend):
     assert all(relative_error(x, y) < 4e-6 for x, y in zip(ours, truth, strict=True))
 
 
-@BACKENDS
+@ALL_BACKENDS
 @FORMS
 @VARIANTS
 def test_constant_columns_correlate_with_nothing(variant, gram, backend):
@@ -246,7 +233,7 @@ def test_compile_fullgraph_gives_the_same_bits(dtype, variant):
         compiled(z_a * math.nan, z_b)
 
 
-@BACKENDS
+@ALL_BACKENDS
 @FORMS
 @pytest.mark.parametrize("center", [True, False], ids=["centred", "raw"])
 def test_embeddings_that_are_not_standardised(center, gram, backend):
