@@ -233,6 +233,7 @@ def multi_view_barlow_twins(
 
     Each view is standardised once and, where B is small against D, has one B x B Gram matrix for all its pairs:
     O(M B^2 D + M^2 B^2) for M views against O(M^2 B D^2) (the duality of Garrido et al., ICLR 2023).
+    On CPUs pairs go one by one where that is faster: complete samples, and few views or small batches.
 
     Args:
         views: M >= 2 matrices (B, D_m), by name or in order, of one dtype and device. Where D_m differs from D_n no
