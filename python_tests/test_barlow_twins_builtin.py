@@ -79,6 +79,18 @@ def test_fake_tensors_are_not_computed_with():
     assert meta.grad.shape == meta.shape
 
 
+def test_tensors_that_are_not_what_they_seem():
+    z_a, z_b = views(6, 40, torch.float32)
+    upstream = torch._efficientzerotensor(())
+    z = z_a.clone().requires_grad_()
+    loss = F.barlow_twins(torch._neg_view(-z_a), z_b)
+    assert loss == F.barlow_twins(z_a, z_b) != F.barlow_twins(-z_a, z_b)
+    (grad,) = torch.autograd.grad(F.barlow_twins(z, z_b), z, upstream)
+    assert not grad.any()
+    with pytest.raises(NotImplementedError, match=r"mmfast::barlow_twins_forward.*SparseCPU"):
+        F.barlow_twins(z_a.to_sparse(), z_b)
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_trace_computes():
     first, second = (views(6, 40, torch.float32, seed) for seed in range(2))

@@ -259,8 +259,13 @@ _forward_op = torch.ops.mmfast.barlow_twins_forward.default
 _backward_op = torch.ops.mmfast.barlow_twins_backward.default
 
 
+# Of dense CPU tensors that are what they seem: no wrappers, and no negation or zeros that are still to be written.
+_PLAIN = torch._C._dispatch_keys(torch.empty(0, device="cpu"))
+_TYPES = (Tensor, torch.nn.Parameter)
+
+
 def _observed(*tensors: Tensor) -> bool:
-    """Whether anything but autograd looks at operations on these, so that the dispatcher must know of them.
+    """Whether anything but autograd has a say in operations on these, so that the dispatcher must know of them.
 
     It takes a tenth of the time of 32 x 1000 embeddings on the CPU, forward and backward.
     """
@@ -269,7 +274,7 @@ def _observed(*tensors: Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd._profiler_enabled()
         or torch.jit.is_tracing()
-        or not all(type(x) in (Tensor, torch.nn.Parameter) and x.is_cpu for x in tensors)
+        or not all(type(x) in _TYPES and torch._C._dispatch_keys(x) == _PLAIN for x in tensors)
     )
 
 
