@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins import barlow_twins as _two_views
 from mmfast.ops.barlow_twins import gram_is_cheaper
@@ -278,6 +279,8 @@ def evaluate_multi_view(
     if present is None and not debias and sharing.across() is None and _pair_by_pair(views, len(pairs)):
         sharing.check()
         check_views(named, 2)
+        # A backend that cannot serve says so here: below, what is refused is a value.
+        backends.choose("barlow_twins", next(iter(views.values())).device)
         try:
             terms = {(m, n): _two_views(views[m], views[n], **options) for m, n in pairs}
         except UserError:

@@ -3,17 +3,14 @@
 import pytest
 import torch
 from barlow_twins_formulas import relative_error
+from barlow_twins_help import native
 
 from mmfast import backends
 from mmfast import functional as F
 from mmfast.ops import barlow_twins as ops
 from mmfast.ops.barlow_twins_passes import Definition, NarrowCpu, Plain, _native
 
-WHY_NOT = backends.why_not("cpu", "cpu")
-pytestmark = [
-    pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT),
-    pytest.mark.usefixtures("poisoned_memory"),
-]
+pytestmark = [native, pytest.mark.usefixtures("poisoned_memory")]
 ISAS = pytest.mark.parametrize("isa", backends._C.isas() if backends._C else [])
 BF16 = torch.bfloat16
 

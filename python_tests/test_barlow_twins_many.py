@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 from barlow_twins_formulas import relative_error
+from barlow_twins_help import FORMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmfast
-from mmfast import functional
+from mmfast import backends, functional
 from mmfast.functional import (
     BARLOW_TWINS_VARIANTS,
     barlow_twins,
@@ -25,10 +26,7 @@ from mmfast.ops.barlow_twins_passes import Definition
 from mmfast.ops.collectives import Ranks
 
 HALF = (torch.bfloat16, torch.float16)
-FORMS = pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 VARIANTS = pytest.mark.parametrize("variant", [name for name in BARLOW_TWINS_VARIANTS if name != "vissl"])
-
-
 ROADS = pytest.mark.parametrize("road", ["pair by pair", "together"], indirect=True)
 
 
@@ -318,6 +316,12 @@ def test_values_without_a_variance(value, rule, road):
     views["v"][2, 1] = value
     with pytest.raises(mmfast.UserError, match=rf"^barlow_twins: views\['v'\] must {rule}"):
         multi_view_barlow_twins(views)
+
+
+def test_a_backend_that_cannot_serve_says_so(monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda *_: "it is not here")
+    with mmfast.backend("cuda"), pytest.raises(mmfast.UserError, match=r"cuda backend .* it is not here"):
+        multi_view_barlow_twins(modalities(6, [5] * 3))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
+from barlow_twins_help import FORMS
 from targets import BACKENDS
 from torch import nn
 
@@ -24,7 +25,6 @@ from mmfast.ops import barlow_twins as ops
 VARIANTS = pytest.mark.parametrize("variant", list(FORMULAS))
 # On both sides of the choice of form.
 SHAPES = pytest.mark.parametrize("shape", [(12, 50), (40, 17)], ids=str)
-FORMS = pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 # The root over the variance plus eps, or the deviation plus eps: the power of a scale that eps goes with.
 POWER = {name: 1 if name in ("monai", "stable-pretraining") else 2 for name in FORMULAS}
 UNBIASED = [name for name in FORMULAS if F.barlow_twins_options(name).get("unbiased")]

@@ -50,7 +50,8 @@ bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const voi
                            int threads);
 
 // barlow_twins_narrow.cpp: the Gram form for bf16 embeddings, with bf16 operands of all products; arguments
-// as above. native: by AVX512-BF16, which the caller knows to be there, else by arithmetic in its place.
+// and results as above. native: by AVX512-BF16, which the caller knows to be there, else by arithmetic in its
+// place.
 int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, const void* z_b,
                                 int64_t stride_b, int64_t rows, int64_t columns,
                                 const mmfast::BarlowTwinsDefinition& definition, bool grad_a, bool grad_b,
