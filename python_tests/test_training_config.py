@@ -119,6 +119,12 @@ def test_presets_are_valid(preset):
     check(config_of(settings))
 
 
+def test_the_small_preset_pretrains_long_enough_on_hundreds_of_samples():
+    settings = config_of({"pretraining": PRESETS["small"].get("pretraining", {})}).pretraining
+    # Inputs of pre-training in each of five folds of ICT-MMMO; the incomplete batch is dropped.
+    assert 297 // settings.batch_size * settings.epochs >= 150
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_chains_of_table_8_3_2(chain):
     views = make_views(AugmentationConfig(preset=chain), MODALITIES)

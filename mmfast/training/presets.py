@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-# For hundreds of samples instead of ten thousands: with few steps per epoch a linear head at the thesis' learning
-# rate would still be on its way when the epochs end.
-SMALL: dict[str, Any] = {"supervised": {"linear_lr": 1e-2}}
+# For hundreds of samples instead of ten thousands: at the thesis' sizes an epoch is one or two steps, so that both
+# pre-training and a linear head would still be on their way when the epochs end. 300 inputs make 160 steps here.
+SMALL: dict[str, Any] = {
+    "pretraining": {"batch_size": 64, "epochs": 40},
+    "supervised": {"linear_lr": 1e-2},
+}
 
 # Small enough for a minute or two on two cores: every part at work, none at full size.
 DEMO: dict[str, Any] = {
