@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -102,18 +103,22 @@ class MultimodalDataset(Dataset):
                     f"MultimodalDataset.concatenate: features must be {first.features} as in the first, "
                     f"got {other.features}"
                 )
-        return cls.from_flat(
+        out = cls.from_flat(
             {m: torch.cat([d.flat(m) for d in datasets]) for m in first.modalities},
             {m: torch.cat([d.lengths(m) for d in datasets]) for m in first.modalities},
             torch.cat([d.labels for d in datasets]),
             torch.cat([d.ids for d in datasets]),
             [name for d in datasets for name in d.names],
         )
+        if any(d._fingerprints is not None for d in datasets):
+            out._fingerprints = torch.cat([d.fingerprints() for d in datasets])
+        return out
 
     def _set(self, values, lengths, labels, ids, names) -> None:
         if not values:
             raise UserError("MultimodalDataset: values must hold at least one modality, got none")
         self._values, self._starts, self._lengths = {}, {}, {}
+        self._fingerprints = None
         size = None
         for modality in canonical(values):
             value = values[modality]
@@ -200,6 +205,8 @@ class MultimodalDataset(Dataset):
         out._labels = self._labels[indices]
         out._ids = _ids(self._ids[indices], None)
         out._names = self._names[indices.numpy()]
+        if self._fingerprints is not None:
+            out._fingerprints = self._fingerprints[indices]
         return out
 
     def with_labels(self, labels) -> MultimodalDataset:
@@ -209,9 +216,55 @@ class MultimodalDataset(Dataset):
         return out
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> MultimodalDataset:
-        """A new data set with `function(modality, steps (T, F))` in place of each modality's steps."""
+        """A new data set with `function(modality, steps (T, F))` in place of each modality's steps.
+
+        Its samples keep the fingerprints of those they were made from.
+        """
         values = {m: function(m, self.flat(m)) for m in self.modalities}
-        return self.from_flat(values, self._lengths, self._labels, self._ids, self._names)
+        out = self.from_flat(values, self._lengths, self._labels, self._ids, self._names)
+        out._fingerprints = self.fingerprints()
+        return out
+
+    def fingerprints(self) -> Tensor:
+        """(N,) int64: a hash of each sample's values as they were read, before any `map` (standardisation).
+
+        Equal for equal float32 values, lengths and modalities, whatever the file, its format, the order of the
+        samples, their ids, names and labels. 0 for a sample without any step. 64 bits of BLAKE2b: two different
+        samples of 100,000 agree with probability 3e-10.
+        """
+        if self._fingerprints is None:
+            self._fingerprints = self._hash()
+        return self._fingerprints
+
+    def _hash(self) -> Tensor:
+        hashes = [blake2b(digest_size=8) for _ in range(len(self))]
+        empty = torch.ones(len(self), dtype=torch.bool)
+        for modality in sorted(self.modalities):
+            flat = self._values[modality].numpy()
+            starts, lengths = self._starts[modality], self._lengths[modality]
+            empty &= lengths == 0
+            for hashed, start, length in zip(hashes, starts.tolist(), lengths.tolist(), strict=True):
+                # One zero and one NaN: which of them a cell holds depends on how it was computed.
+                values = np.add(flat[start : start + length], np.float32(0), order="C")
+                values[np.isnan(values)] = np.nan
+                hashed.update(f"{modality}\0{values.shape}".encode())
+                hashed.update(values.astype("<f4", copy=False))
+        digests = np.frombuffer(b"".join(h.digest() for h in hashes), "<i8").astype(np.int64)
+        return torch.from_numpy(digests).masked_fill(empty, 0)
+
+    def among(self, fingerprints: Tensor) -> Tensor:
+        """(N,) bool: which samples have one of these `fingerprints`; those without any step never do."""
+        own = self.fingerprints()
+        return torch.isin(own, fingerprints) & (own != 0)
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits for all samples with their labels, whatever their order, ids and names."""
+        labels = torch.where(self._labels.isnan(), torch.nan, self._labels + 0.0).view(torch.int32)
+        rows = np.stack([self.fingerprints().numpy(), labels.numpy()], axis=1)
+        rows = rows[np.lexsort(rows.T)].astype("<i8", copy=False)
+        return blake2b(
+            f"{sorted(self.features.items())}".encode() + rows.tobytes(), digest_size=16
+        ).hexdigest()
 
     def _share(self) -> MultimodalDataset:
         out = self.__class__.__new__(self.__class__)
@@ -277,6 +330,16 @@ class MultimodalData:
             return train
         new = ~torch.isin(self.unlabelled.ids, train.ids)
         return MultimodalDataset.concatenate([train, self.unlabelled.subset(new)]) if new.any() else train
+
+    def fingerprint(self) -> str:
+        """32 hexadecimal digits for the content: samples with labels, split by split, and the range of labels.
+
+        Whatever the name of the corpus, the path and format of its file, ids, names and the order in a split.
+        """
+        named = {name: getattr(self, name) for name in (*SPLITS, "cross_validation")}
+        parts = [(name, d.fingerprint()) for name, d in named.items() if d is not None and len(d)]
+        label_range = [float(end) for end in self.label_range]
+        return blake2b(repr((label_range, parts)).encode(), digest_size=16).hexdigest()
 
     def splits(self) -> dict[str, MultimodalDataset]:
         """Name -> data set of the splits that hold samples."""
