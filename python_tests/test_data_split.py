@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfast.data import MultimodalDataset, folds, label_share
+from mmfast.data import MultimodalData, MultimodalDataset, folds, label_share, random_split
 from mmfast.errors import UserError
 
 
@@ -98,3 +98,104 @@ def test_folds_name_bad_sizes_at_the_call(n, arguments, message):
 def test_folds_need_labels():
     with pytest.raises(UserError, match="every sample must have a label, 1 of 3 have none"):
         folds(dataset(3, [1.0, math.nan, 2.0]), 2)
+
+
+def lone(n, unlabelled=0, **splits):
+    """Data in one split: n labelled samples, each of its own value, then some without a label."""
+    values = {"text": [np.full((1, 2), i) for i in range(n + unlabelled)]}
+    whole = MultimodalDataset(values, [i % 5 - 2 for i in range(n)] + [math.nan] * unlabelled)
+    return MultimodalData(**(splits or {"train": whole})), whole
+
+
+def ids(dataset):
+    return set(dataset.ids.tolist())
+
+
+def test_random_split_is_a_partition_by_shares_and_leaves_unlabelled_samples_to_train():
+    data, whole = lone(50, unlabelled=7)
+    parts = random_split(data, (0.7, 0.1, 0.2))
+    assert [len(parts.train), len(parts.valid), len(parts.test)] == [42, 5, 10]
+    assert ids(parts.train) | ids(parts.valid) | ids(parts.test) == ids(whole)
+    assert set(range(50, 57)) < ids(parts.train)
+    assert parts.name == data.name and parts.label_range == data.label_range
+
+
+def test_random_split_depends_on_seed_and_contents_and_not_on_order_or_ids():
+    data, whole = lone(30)
+    order = np.random.default_rng(3).permutation(30)
+    values = {"text": [whole[i].values["text"] for i in order]}
+    shuffled = MultimodalData(train=MultimodalDataset(values, whole.labels[order]))
+
+    def tests(data, seed=0):
+        return set(random_split(data, (0.6, 0.2, 0.2), seed).test.fingerprints().tolist())
+
+    assert tests(data) == tests(shuffled) != tests(data, seed=1)
+
+
+def test_random_split_keeps_equal_samples_together():
+    values = {"text": [np.full((1, 2), i // 3) for i in range(60)]}
+    parts = random_split(MultimodalData(train=MultimodalDataset(values, np.zeros(60))), (0.5, 0.25, 0.25))
+    groups = [{i // 3 for i in ids(part)} for part in (parts.train, parts.valid, parts.test)]
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 20
+    assert [len(parts.train), len(parts.valid), len(parts.test)] == [30, 15, 15]
+
+
+def test_random_split_of_a_lone_test_split_and_of_a_missing_validation_split():
+    _, whole = lone(20)
+    parts = random_split(MultimodalData(test=whole), (0.5, 0.2, 0.3))
+    assert [len(parts.train), len(parts.valid), len(parts.test)] == [10, 4, 6]
+    train, test = whole.subset(range(15)), whole.subset(range(15, 20))
+    parts = random_split(MultimodalData(train=train, test=test), (0.8, 0.2, 0))
+    assert [len(parts.train), len(parts.valid), len(parts.test)] == [12, 3, 5] and ids(parts.test) == ids(
+        test
+    )
+    assert [len(random_split(MultimodalData(test=whole), (0.5, 0.5, 0)).test)] == [0]
+
+
+@pytest.mark.parametrize("pool_is_train", [True, False])
+def test_random_split_takes_held_out_samples_out_of_the_pool(pool_is_train):
+    data, whole = lone(20, unlabelled=5)
+    more = MultimodalDataset({"text": [np.ones((2, 2))]}, ids=[100])
+    data = MultimodalData(whole, unlabelled=whole if pool_is_train else more)
+    parts = random_split(data, (0.5, 0.25, 0.25))
+    assert not ids(parts.pretraining()) & (ids(parts.valid) | ids(parts.test))
+    assert (parts.unlabelled is parts.train) == pool_is_train
+    assert ids(parts.pretraining()) == ids(parts.train) | (set() if pool_is_train else {100})
+
+
+def test_random_split_gives_every_part_a_sample():
+    parts = random_split(lone(3)[0], (0.9, 0.05, 0.05))
+    assert [len(parts.train), len(parts.valid), len(parts.test)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("data", "shares", "message"),
+    [
+        (lone(9)[0], (0.7, 0.1), "shares must be three numbers"),
+        (lone(9)[0], (0.7, 0.1, 0.1), "shares must be three numbers .* got"),
+        (lone(9)[0], (1.0, 0.0, 0.0), "shares must be three numbers"),
+        (lone(9)[0], (0.5, math.nan, 0.5), "shares must be three numbers"),
+        (lone(9)[0], (1.2, -0.4, 0.2), "shares must be three numbers"),
+        (lone(9)[0], ("0.7", "0.1", "0.2"), "shares must be three numbers"),
+        (lone(2, unlabelled=9)[0], (0.7, 0.1, 0.2), "2 labelled samples are too few"),
+        (MultimodalData(train=dataset(9)), (0.7, 0.1, 0.2), "only 1 of the 9 labelled samples differ"),
+        (
+            MultimodalData(lone(9)[1].subset([1, 2, 3]), valid=lone(9)[1].subset([4, 5])),
+            (0.7, 0.1, 0.2),
+            "have a valid split of 2 samples already; its share must be 0, got 0.1",
+        ),
+        (
+            MultimodalData(lone(9)[1], cross_validation=lone(9)[1]),
+            (0.7, 0.1, 0.2),
+            "ask for cross-validation",
+        ),
+    ],
+)
+def test_random_split_names_what_cannot_be_divided(data, shares, message):
+    with pytest.raises(UserError, match=f"random_split: .*{message}"):
+        random_split(data, shares)
+
+
+def test_label_share_keeps_at_least_as_many_as_asked_for_if_there_are():
+    assert len(kept(label_share(dataset(20), 0.01, 0, least=1))) == 1
+    assert len(kept(label_share(dataset(2, [math.nan] * 2), 0.01, 0, least=1))) == 0

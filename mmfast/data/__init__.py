@@ -6,7 +6,7 @@ from mmfast.data.ict_mmmo import read_ict_mmmo
 from mmfast.data.inspect import Inspection, inspect
 from mmfast.data.load import load
 from mmfast.data.sampler import BucketSampler, make_loader
-from mmfast.data.split import Fold, folds, label_share
+from mmfast.data.split import Fold, folds, label_share, random_split
 from mmfast.data.standardise import NonFinite, Standardiser, count_nonfinite
 from mmfast.data.storage import save
 from mmfast.data.synthetic import synthetic
@@ -29,6 +29,7 @@ __all__ = [
     "label_share",
     "load",
     "make_loader",
+    "random_split",
     "read_ict_mmmo",
     "save",
     "synthetic",

@@ -1,19 +1,21 @@
-"""Fewer labels, and folds for cross-validation."""
+"""Fewer labels, random splits, and folds for cross-validation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from mmfast.data.dataset import MultimodalDataset
+from mmfast.data.dataset import MultimodalData, MultimodalDataset
 from mmfast.errors import UserError
 
 
-def label_share(dataset: MultimodalDataset, share: float, seed: int) -> MultimodalDataset:
-    """Keep the labels of round(share * n) of the n labelled samples; the others become NaN.
+def label_share(dataset: MultimodalDataset, share: float, seed: int, least: int = 0) -> MultimodalDataset:
+    """Keep the labels of round(share * n) of the n labelled samples, of `least` if there are; others become NaN.
 
     Nested: with one seed, the samples of a smaller share are among those of a larger one.
 
@@ -23,10 +25,81 @@ def label_share(dataset: MultimodalDataset, share: float, seed: int) -> Multimod
     if not 0 <= share <= 1:
         raise UserError(f"label_share: share must lie in [0, 1], got {share}")
     labelled = torch.nonzero(~torch.isnan(dataset.labels)).flatten().numpy()
-    chosen = np.random.default_rng(seed).permutation(labelled)[: round(share * len(labelled))]
+    kept = max(round(share * len(labelled)), least)
+    chosen = np.random.default_rng(seed).permutation(labelled)[:kept]
     labels = torch.full_like(dataset.labels, float("nan"))
     labels[chosen] = dataset.labels[chosen]
     return dataset.with_labels(labels)
+
+
+def are_shares(shares) -> bool:
+    """Whether these are three shares of train, valid and test: train above 0, not all in train, 1 in all."""
+    numbers = isinstance(shares, Sequence) and len(shares) == 3 and all(isinstance(s, Real) for s in shares)
+    return numbers and min(shares) >= 0 < shares[0] < 1 and abs(sum(shares) - 1) < 1e-6
+
+
+def random_split(data: MultimodalData, shares: Sequence[float], seed: int = 0) -> MultimodalData:
+    """Divide the samples of one split into train, valid and test at random.
+
+    Divided are the labelled samples of train (of test where train is empty, as `save` writes a lone data set);
+    samples without a label belong to train. A share of 0 leaves its split as it is: (0.9, 0.1, 0)
+    takes validation samples from train and keeps the test split. Every other part gets round(share * n) of n
+    labelled samples and at least one. Which ones is a function of `seed` and the samples' contents alone, not
+    of their order, ids or file; samples of equal contents stay together.
+
+    Args:
+        shares: of train, valid and test, adding up to 1.
+
+    Raises:
+        UserError: bad shares, a split that holds samples already, too few labelled samples, or data that are
+            to be cross-validated.
+    """
+    if not are_shares(shares):
+        raise UserError(
+            "random_split: shares must be three numbers for train, valid and test that add up to 1, the first "
+            f"above 0 and below 1, got {shares}"
+        )
+    if data.cross_validation is not None:
+        raise UserError(f"random_split: data {data.name} ask for cross-validation, which splits them already")
+    source = "train" if len(data.train) else "test"
+    for name, share in zip(("train", "valid", "test"), shares, strict=True):
+        if share and name not in ("train", source) and len(getattr(data, name)):
+            raise UserError(
+                f"random_split: data {data.name} have a {name} split of {len(getattr(data, name))} samples "
+                f"already; its share must be 0, got {share:g}"
+            )
+    whole: MultimodalDataset = getattr(data, source)
+    labelled = ~whole.labels.isnan().numpy()
+    n = int(labelled.sum())
+    valid, test = (max(round(share * n), 1) if share else 0 for share in shares[1:])
+    if valid + test >= n:
+        raise UserError(
+            f"random_split: {n} labelled samples are too few for a train, valid and test split by shares {shares}"
+        )
+    # Parts are filled one after another by groups in random order: test, valid, and what is left is train.
+    groups, group = np.unique(whole.fingerprints().numpy()[labelled], return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    sizes = np.bincount(group, minlength=len(groups))[order]
+    part = np.empty(len(groups), dtype=np.int64)
+    part[order] = np.searchsorted([test, test + valid], np.cumsum(sizes) - sizes, side="right")
+    parts = np.full(len(whole), 2)
+    parts[labelled] = part[group]
+    new = {
+        name: whole.subset(parts == i)
+        for i, (name, share) in enumerate(zip(("test", "valid", "train"), shares[::-1], strict=True))
+        if share or name == source
+    }
+    for name, share in zip(("train", "valid", "test"), shares, strict=True):
+        if share and len(new[name]) == 0:
+            raise UserError(
+                f"random_split: only {len(groups)} of the {n} labelled samples differ, nothing is left for {name}"
+            )
+    if data.unlabelled is not None:
+        # As far as the pool was train, it is what is left of train.
+        held_out = torch.cat([d.ids for name, d in new.items() if name != "train"])
+        pool = data.unlabelled.subset(~torch.isin(data.unlabelled.ids, held_out))
+        new["unlabelled"] = new["train"] if data.unlabelled is data.train else pool
+    return replace(data, **new)
 
 
 class Fold(NamedTuple):

@@ -12,6 +12,7 @@ from math import inf
 from operator import attrgetter
 from typing import Any, Literal
 
+from mmfast.data.split import are_shares
 from mmfast.errors import UserError
 
 
@@ -46,6 +47,9 @@ class DataConfig:
         path: ``synthetic``, or a file or folder of features that ``mmfast inspect`` recognises.
         label_share: Share of the labelled training and validation samples whose labels are used, in (0, 1]. The
             choice is seeded by ``run.seed``; pre-training sees all inputs, and the test split is never reduced.
+        split: Shares of train, valid and test, such as ``[0.7, 0.1, 0.2]``, by which data that come in one split are
+            divided at random; 0 keeps the split that they have. Equal samples stay together.
+        split_seed: Seed of that division, apart from the seed of the run: all runs see the same splits.
         folds: Number of folds for data that ask for cross-validation instead of having a fair test split.
         fold: Which of them is tested, from 0; validation samples are a fifth of the others.
         synthetic: Options of the generator.
@@ -53,6 +57,8 @@ class DataConfig:
 
     path: str = "synthetic"
     label_share: float = 1.0
+    split: list[float] | None = None
+    split_seed: int = 0
     folds: int = 5
     fold: int = 0
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -230,6 +236,12 @@ def _distinct(values: list) -> bool:
 # (path of the field, what it must be, whether a value is so); types are the parser's business.
 RULES = (
     ("data.label_share", "in (0, 1]", lambda v: 0 < v <= 1),
+    (
+        "data.split",
+        "shares of train, valid and test that add up to 1, the first above 0 and below 1",
+        lambda v: v is None or are_shares(v),
+    ),
+    ("data.split_seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
     ("data.folds", "at least 2", lambda v: v >= 2),
     ("loss.lambd", "finite and at least 0", lambda v: 0 <= v < inf),
     ("pretraining.lr", "positive", _positive),

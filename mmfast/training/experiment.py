@@ -25,7 +25,7 @@ from mmfast.training.fitting import LAST
 from mmfast.training.folder import PREDICTIONS, claim, load_result, save_result
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import measure, read_predictions, write_predictions
-from mmfast.training.splits import Splits, load_data, make_splits
+from mmfast.training.splits import Splits, check_labels, load_data, make_splits
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
     """
     root = Path(config.run.folder)
     data = load_data(config.data)
+    check_labels(data, config.data)
     units = units_of(config, experiment, data)
     with claim(root, {**asdict(config), "experiment": asdict(experiment)}, resume=None):
         began = time.monotonic()
@@ -179,9 +180,6 @@ def _run_unit(config: dict[str, Any], experiment: dict[str, Any], unit: Unit) ->
     root = Path(config.run.folder)
     torch.set_num_threads(config.run.threads)
     splits = make_splits(load_data(config.data), config.data, unit.seed)
-    if len(splits.test) == 0:
-        raise UserError(f"experiment: data {config.data.path} hold no labelled test samples")
-
     if any(METHODS[name].pretrained for name in experiment.methods):
         result = _pretrain(_in(config, unit, root, PRETRAINED), splits)
         log.info("%s, pre-training: %d epochs (%.0f s)", unit, result["epochs"], result["seconds"])

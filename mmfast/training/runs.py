@@ -22,7 +22,7 @@ from mmfast.training.handover import load_part
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import measure, predict, write_predictions
 from mmfast.training.seeds import derive
-from mmfast.training.splits import Splits
+from mmfast.training.splits import Splits, require_labels
 from mmfast.training.supervised import Supervised
 
 log = logging.getLogger(__name__)
@@ -89,9 +89,7 @@ def finetune(
     if (done := load_result(folder)) is not None:
         return done
     began = time.monotonic()
-    for name in ("train", "valid"):
-        if len(getattr(splits, name)) == 0:
-            raise UserError(f"finetune: there are no labelled samples in the {name} split")
+    require_labels({"train": splits.train, "valid": splits.valid})
     module = make_supervised(config, splits.features, freeze, _record(SUPERVISED, config, splits, freeze))
     handover = None
     if pretrained is not None:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, folds, label_share, load, synthetic
+from mmfast.data import (
+    MultimodalData,
+    MultimodalDataset,
+    Standardiser,
+    folds,
+    label_share,
+    load,
+    random_split,
+    synthetic,
+)
 from mmfast.errors import UserError
 from mmfast.training.config import DataConfig
 from mmfast.training.seeds import derive
+
+DIVIDE = "samples that come in one split are divided by data.split, such as [0.7, 0.1, 0.2]"
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,9 @@ class Splits:
 
 
 def load_data(config: DataConfig) -> MultimodalData:
-    """The data set that ``config.path`` names."""
-    return synthetic(**asdict(config.synthetic)) if config.path == "synthetic" else load(config.path)
+    """The data set that ``config.path`` names, divided as ``config.split`` says."""
+    data = synthetic(**asdict(config.synthetic)) if config.path == "synthetic" else load(config.path)
+    return data if config.split is None else random_split(data, config.split, config.split_seed)
 
 
 def make_splits(
@@ -52,21 +65,21 @@ def make_splits(
         standardiser: of the checkpoint that the run starts from; by default one is fitted on ``inputs``.
 
     Raises:
-        UserError: no training inputs, or no such fold.
+        UserError: no training inputs, no such fold, or a share of labels that leaves none to train with.
     """
     parts = named_parts(data, config)
     train, valid, test = (parts[name] for name in ("train", "valid", "test"))
     inputs = _joined([train, parts["unlabelled"]])
     if len(inputs) == 0:
         raise UserError(
-            f"data {data.name}: there is nothing to train on, its train and unlabelled splits are empty"
+            f"data {data.name}: there is nothing to train on, its train and unlabelled splits are empty; {DIVIDE}"
         )
     standardiser = standardiser or Standardiser().fit(inputs)
     if config.label_share < 1:
-        train, valid = (
-            label_share(part, config.label_share, derive(seed, purpose))
-            for part, purpose in ((train, "labels of train"), (valid, "labels of valid"))
-        )
+        _check_share(train, config.label_share)
+        train = label_share(train, config.label_share, derive(seed, "labels of train"))
+        # A small share of a small split may round to nothing, and nothing would tell the best epoch.
+        valid = label_share(valid, config.label_share, derive(seed, "labels of valid"), least=1)
     phases = (inputs, _labelled(train), _labelled(valid), _labelled(test))
     return Splits(*(standardiser.transform(phase) for phase in phases), standardiser)
 
@@ -87,6 +100,35 @@ def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[
     pool = data.unlabelled if data.unlabelled is not None else MultimodalDataset.empty(data.features)
     known = torch.cat([dataset.ids for dataset in named.values()])
     return {**named, "unlabelled": pool.subset(~torch.isin(pool.ids, known))}
+
+
+def check_labels(data: MultimodalData, config: DataConfig) -> None:
+    """Refuse data that some fold could not be trained with, be validated with or tested on, before anything runs.
+
+    Raises:
+        UserError: names the part that would have no labelled samples, and why.
+    """
+    every = 1 if data.cross_validation is None else config.folds
+    for fold in range(every):
+        parts = named_parts(data, replace(config, fold=fold))
+        require_labels({name: parts[name] for name in ("train", "valid", "test")})
+        _check_share(parts["train"], config.label_share)
+
+
+def require_labels(parts: Mapping[str, MultimodalDataset]) -> None:
+    """Refuse a part without a labelled sample."""
+    for name, part in parts.items():
+        if part.labels.isnan().all():
+            raise UserError(f"data: there are no labelled samples in the {name} split; {DIVIDE}")
+
+
+def _check_share(train: MultimodalDataset, share: float) -> None:
+    labelled = int((~train.labels.isnan()).sum())
+    if labelled and not round(share * labelled):
+        raise UserError(
+            f"config: data.label_share must leave at least one of the {labelled} labelled training samples, "
+            f"got {share}, that is {share * labelled:.2g} of them"
+        )
 
 
 def select(data: MultimodalData, split: str, config: DataConfig | None = None) -> MultimodalDataset:
