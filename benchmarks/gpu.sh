@@ -35,7 +35,7 @@ capability=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_ca
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,temperature.gpu --format=csv,noheader
 
 part build 120 env MMFAST_CUDA=1 MMFAST_NATIVE=1 MMFAST_CUDA_ARCHS="$capability" "$python" setup.py build_ext --inplace
-part info 30 "$python" -m mmfast.cli info
+part info 30 "$python" -m mmfast info
 tests=("$python" -m pytest -p no:cacheprovider -q --tb=short)
 part gpu 120 "${tests[@]}" python_tests/test_{gpu,backends,augment}.py
 part loss 120 "${tests[@]}" python_tests/test_{barlow_twins,products}.py

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from mmfast.errors import UserError
+from mmfast.version import __version__
 
 NAMES = ("cpu", "cuda", "triton", "reference")
 OPS = ("augment_draw", "augment_apply", "barlow_twins")
@@ -166,7 +167,7 @@ def info() -> dict:
     record = build_record()
     unbuilt = {"built": False, "reason": "the package was not built"}
     facts = {
-        "mmfast": record.get("version") or _version(),
+        "mmfast": record.get("version") or __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
@@ -206,9 +207,3 @@ def info_text() -> str:
                 yield f"{' ' * indent}{key}: {item}"
 
     return "\n".join(lines(info(), 0))
-
-
-def _version() -> str:
-    from mmfast import __version__
-
-    return __version__

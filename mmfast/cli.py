@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
 
 from mmfast.errors import UserError
+from mmfast.flags import Parser
+from mmfast.version import __version__
 
-# name -> (where its function is, one line of help). Modules are imported only when their command is run.
+# name -> (where its arguments are parsed, where its work is done, one line of help), both by functions of the
+# command's name. The first needs no torch and takes the command line; the second takes what the first returns.
+_TRAINING = ("mmfast.training.arguments", "mmfast.training.commands")
+_LOOKING = ("mmfast.cli", "mmfast.looking")
 COMMANDS = {
-    "pretrain": ("mmfast.training.commands", "train encoder and projector without labels (Barlow Twins)"),
-    "finetune": (
-        "mmfast.training.commands",
-        "train encoder and head with labels, from random or pre-trained weights",
-    ),
-    "evaluate": ("mmfast.training.commands", "metrics of a fine-tuned checkpoint"),
-    "predict": ("mmfast.training.commands", "predictions of a fine-tuned checkpoint as CSV"),
-    "experiment": ("mmfast.training.commands", "compare methodologies over seeds and folds, with a report"),
-    "inspect": ("mmfast.cli", "look at a data set: sizes, lengths, gaps, broken cells, labels"),
-    "info": ("mmfast.cli", "versions, and which kernels run here"),
+    "pretrain": (*_TRAINING, "train encoder and projector without labels (Barlow Twins)"),
+    "finetune": (*_TRAINING, "train encoder and head with labels, from random or pre-trained weights"),
+    "evaluate": (*_TRAINING, "metrics of a fine-tuned checkpoint"),
+    "predict": (*_TRAINING, "predictions of a fine-tuned checkpoint as CSV"),
+    "experiment": (*_TRAINING, "compare methodologies over seeds and folds, with a report"),
+    "inspect": (*_LOOKING, "look at a data set: sizes, lengths, gaps, broken cells, labels"),
+    "info": (*_LOOKING, "versions, and which kernels run here"),
 }
 # Modules of the extra requirements, by which a missing one is told from a fault.
 EXTRAS = (
@@ -37,21 +41,14 @@ EXTRAS = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a :class:`UserError` instead of usage and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     0 is success; 2 a user's error, with one sentence on standard error; 130 an interruption (Ctrl-C, SIGTERM).
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(argv)
+        argv, loading = (sys.argv[1:], _loading) if argv is None else (list(argv), contextlib.nullcontext)
+        return _run(argv, loading)
     except UserError as error:
         return _fail(str(error), 2)
     except ModuleNotFoundError as error:
@@ -68,12 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"interrupted{f'; {error}' if str(error) else ''}", 130)
 
 
-def _run(argv: list[str]) -> int:
+def _run(argv: list[str], loading) -> int:
     parser = Parser(
         prog="mmfast",
         description="Self-supervised multimodal learning.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:<12}{text}" for name, (_, text) in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<12}{text}" for name, (*_, text) in COMMANDS.items()),
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of those below")
@@ -82,38 +79,52 @@ def _run(argv: list[str]) -> int:
     )
     given = parser.parse_args(argv)
     if given.version:
-        from mmfast import __version__
-
         print(__version__)
     elif given.command is None:
         parser.print_help()
     else:
-        module = importlib.import_module(COMMANDS[given.command][0])
-        getattr(module, given.command)(given.arguments)
+        arguments, work, _ = COMMANDS[given.command]
+        with loading():
+            known = getattr(importlib.import_module(arguments), given.command)(given.arguments)
+            run = getattr(importlib.import_module(work), given.command)
+        run(known)
     return 0
+
+
+def inspect(argv: list[str]) -> argparse.Namespace:
+    """The arguments of ``mmfast inspect``."""
+    parser = Parser(prog="mmfast inspect", description=COMMANDS["inspect"][-1])
+    parser.add_argument("path", help='file or folder of features, or "synthetic"')
+    return parser.parse_args(argv)
+
+
+def info(argv: list[str]) -> argparse.Namespace:
+    """The arguments of ``mmfast info``."""
+    return Parser(prog="mmfast info", description=COMMANDS["info"][-1]).parse_args(argv)
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Ctrl-C ends the process where it stands: nothing is open yet, and many libraries catch what interrupts them."""
+
+    def leave(*_) -> None:
+        os.write(2, b"mmfast: interrupted\n")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # ignored, as in the background of a shell
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _fail(sentence: str, status: int) -> int:
     print(f"mmfast: {' '.join(sentence.split())}", file=sys.stderr)
     return status
-
-
-def inspect(argv: list[str]) -> None:
-    """``mmfast inspect PATH``."""
-    parser = Parser(prog="mmfast inspect", description=COMMANDS["inspect"][1])
-    parser.add_argument("path", help='file or folder of features, or "synthetic"')
-    path = parser.parse_args(argv).path
-    from mmfast.data import inspect
-
-    print(inspect(path))
-
-
-def info(argv: list[str]) -> None:
-    """``mmfast info``."""
-    Parser(prog="mmfast info", description=COMMANDS["info"][1]).parse_args(argv)
-    from mmfast.backends import info_text
-
-    print(info_text())
 
 
 if __name__ == "__main__":

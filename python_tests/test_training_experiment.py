@@ -139,7 +139,7 @@ def test_an_interrupted_experiment_goes_on(whole, tmp_path, monkeypatch):
 def test_killed_with_its_workers_it_goes_on_with_the_same_results(whole, tmp_path):
     """Also: the number of workers does not change results."""
     arguments = ["experiment", *TINY, *QUICK, f"--run.folder={tmp_path}", "--experiment.workers=2"]
-    process = subprocess.Popen([sys.executable, "-m", "mmfast.cli", *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "mmfast", *arguments], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("seed*/FS/result.json")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mmfast.backends import _C
+from mmfast import backends
 
 # Up to this many multiplications, or elements of the result, oneDNN's call costs more than its faster kernels bring.
 _SMALL, _SMALL_RESULT = 2**21, 2**12
@@ -20,7 +20,11 @@ def _onednn_linear():
     MKL runs its AVX-512 kernels on Intel processors only; oneDNN goes by the instruction set, and is twice as
     fast on others that have AVX-512.
     """
-    if _C is None or _C.cpu_is_intel() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if (
+        backends._C is None
+        or backends._C.cpu_is_intel()
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+    ):
         return None
     if not torch.backends.mkldnn.is_available():
         return None

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from mmfast import __version__
 from mmfast.backends import info
+from mmfast.version import __version__
 
 PACKAGES = ("numpy", "lightning", "scikit-learn", "h5py")
 
