@@ -72,8 +72,11 @@ MMFAST_HD int64_t plan_words(const StepSpec& step, const ModalitySpec& modality)
 // round(p 2^32) for p in [0, 1], half up.
 MMFAST_HD uint64_t probability_threshold(double p) { return (uint64_t)(p * 4294967296.0 + 0.5); }
 
-// round(share n), half up.
-MMFAST_HD int64_t exact_count(double share, int64_t n) { return (int64_t)(share * (double)n + 0.5); }
+// How many of n a step selects: round(share n), half up. A mask leaves one, unless its share is 1.
+MMFAST_HD int64_t exact_count(const StepSpec& step, double share, int64_t n) {
+  const int64_t count = (int64_t)(share * (double)n + 0.5);
+  return count == n && n > 0 && share < 1 && step.kind != kResample ? n - 1 : count;
+}
 
 MMFAST_HD int64_t real_steps(const ModalitySpec& modality, int64_t sample) {
   return modality.lengths ? modality.lengths[sample] : modality.steps;

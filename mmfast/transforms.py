@@ -207,7 +207,7 @@ class SeqAug(Transform):
         spread: scale of the half-normal added to alpha (mean 0.8 spread).
         p_t: probability that a time step takes the resampled values; below 1 values can repeat or vanish.
         apply: one coin p per "modality" of the batch, per "batch", or per "sample" and modality.
-        count: "bernoulli", or "exact" for round(alpha_b F) features.
+        count: "bernoulli", or "exact" for round(alpha_b F) features, halves rounded up.
         shared_permutation: one π for all modalities of a sample, for aligned data.
     """
 
@@ -258,6 +258,8 @@ class _Mask(Transform):
 class TimeMask(_Mask):
     """Zeroes whole time steps: exactly round(q n) of the n real ones of each sample, chosen uniformly.
 
+    Halves are rounded up, but one step is left over unless q = 1: a sample of one step keeps it under q = 0.99.
+
     Args:
         q: share of the real time steps, in [0, 1].
         p: probability that the transform fires.
@@ -271,7 +273,7 @@ class TimeMask(_Mask):
 class FeatureMask(_Mask):
     """Zeroes whole features: exactly round(q F) of them per sample, the same at all real time steps.
 
-    Arguments as for :class:`TimeMask`.
+    Rounding and arguments as for :class:`TimeMask`.
     """
 
     kind = MASK_FEATURES

@@ -1,6 +1,8 @@
 """The augment ops: kernels against the reference, gradients, and good behaviour as operators."""
 
+import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,7 +15,17 @@ from mmfast.errors import UserError
 from mmfast.ops import random
 from mmfast.ops.augment import augment_apply, augment_draw
 from mmfast.ops.native import call_cuda
-from mmfast.ops.plan import APPLY_NAMES, MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains
+from mmfast.ops.plan import (
+    APPLY_NAMES,
+    MASK_FEATURES,
+    MASK_STEPS,
+    NOISE,
+    RESAMPLE,
+    Step,
+    chains,
+    layout,
+    unpack_bits,
+)
 
 SENTINEL = 12345
 
@@ -103,6 +115,27 @@ def test_plans_are_the_same_bits_everywhere(target, call):
     batch, shapes, views, lengths, ids, seed, _, _ = call
     args = (seed, ids, lengths, chains(views), batch, shapes)
     assert torch.equal(augment_draw(*args), reference(augment_draw, *args))
+
+
+def check_exact_counts(draw, kind, sizes, shares):
+    """round(q n), half up; a mask leaves one of n > 0 unless q = 1, a resample step may take all features."""
+    table = chains([[[Step(kind, 1.0, "sample", q, flags=1)] * len(sizes)] for q in shares])
+    shapes = [(n, 3) if kind == MASK_STEPS else (2, n) for n in sizes]
+    plan = draw(torch.tensor([3]), None, [None] * len(sizes), table, 2, shapes)
+    for field in layout(table.steps_per_view, table.rows, shapes):
+        q, n = shares[field.view], sizes[field.modality]
+        expected = math.floor(q * n + 0.5)
+        if kind != RESAMPLE and q < 1:
+            expected = min(expected, max(n - 1, 0))
+        selected = {RESAMPLE: "features", MASK_STEPS: "masked_steps", MASK_FEATURES: "masked_features"}[kind]
+        assert unpack_bits(plan[:, field.columns[selected]], n).sum(1).tolist() == [expected] * 2, (q, n)
+
+
+@pytest.mark.parametrize("kind", [MASK_STEPS, MASK_FEATURES, RESAMPLE])
+def test_exact_counts_follow_one_rule(kind):
+    shares = [i / 20 for i in range(21)] + [1 - 2**-53]
+    check_exact_counts(augment_draw, kind, range(12), shares)
+    check_exact_counts(functools.partial(reference, augment_draw), kind, range(12), shares)
 
 
 # Of seed 7, the first ids with two equal words among that many of their first stream of time steps.

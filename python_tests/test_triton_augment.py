@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_augment import calls
+from test_augment import calls, check_exact_counts
 from triton_help import DEVICE, INTERPRETED, assert_rounded, inside, red_zones, to_device
 
 from mmfast.ops import random
@@ -61,6 +61,13 @@ def test_plans_are_bit_equal(large_blocks, call):
     with red_zones():
         plan = kernels.draw(*to_device([seed, ids, lengths]), table, batch, shapes)
     assert torch.equal(plan.cpu(), draw_reference(seed, ids, lengths, table, batch, shapes))
+
+
+@pytest.mark.parametrize("kind", [MASK_STEPS, MASK_FEATURES, RESAMPLE])
+def test_exact_counts_follow_one_rule(kind):
+    check_exact_counts(
+        lambda *args: kernels.draw(*to_device(args)).cpu(), kind, [0, 1, 2, 5], [0.3, 0.5, 0.9, 1.0]
+    )
 
 
 @pytest.mark.parametrize("length, features", [(1, 127), (128, 129), (129, 128), (300, 1), (700, 33)])

@@ -84,14 +84,14 @@ void draw_step(const StepSpec& step, const ModalitySpec& shape, int64_t n, uint6
   if (step.kind == kMaskFeatures && fired) {
     fill_words(seed, id, tag(modality, kFeature), shape.features, words);
     if (step.flags & kExactCount)
-      smallest_bits(words, shape.features, exact_count(step.amount, shape.features), bits, scratch.order,
-                    scratch.spare);
+      smallest_bits(words, shape.features, exact_count(step, step.amount, shape.features), bits,
+                    scratch.order, scratch.spare);
     else
       threshold_bits(words, shape.features, probability_threshold(step.amount), bits);
   } else if (step.kind == kMaskSteps && fired) {
     fill_words(seed, id, tag(modality, kTime), n, words);
     if (step.flags & kExactCount)
-      smallest_bits(words, n, exact_count(step.amount, n), bits, scratch.order, scratch.spare);
+      smallest_bits(words, n, exact_count(step, step.amount, n), bits, scratch.order, scratch.spare);
     else
       threshold_bits(words, n, probability_threshold(step.amount), bits);
   } else if (step.kind == kResample) {
@@ -101,7 +101,7 @@ void draw_step(const StepSpec& step, const ModalitySpec& shape, int64_t n, uint6
       const double alpha = draw_alpha(step.amount, step.spread, seed, id, tag(modality, kShare));
       fill_words(seed, id, tag(modality, kFeature), shape.features, words);
       if (step.flags & kExactCount)
-        smallest_bits(words, shape.features, exact_count(alpha, shape.features), bits, scratch.order,
+        smallest_bits(words, shape.features, exact_count(step, alpha, shape.features), bits, scratch.order,
                       scratch.spare);
       else
         threshold_bits(words, shape.features, probability_threshold(alpha), bits);

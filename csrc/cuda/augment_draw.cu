@@ -116,10 +116,11 @@ struct Group {
 
   // A share of the indices below n become ones: an exact count, those with the smallest keys, or each by
   // chance.
-  __device__ void subset(const Stream& stream, int32_t n, double share, bool exact, int32_t* bits,
+  __device__ void subset(const Stream& stream, int32_t n, const StepSpec& step, double share, int32_t* bits,
                          int32_t total) const {
-    if (!exact) return threshold_bits(stream, n, probability_threshold(share), bits, total);
-    const uint32_t count = (uint32_t)exact_count(share, n);
+    if (!(step.flags & kExactCount))
+      return threshold_bits(stream, n, probability_threshold(share), bits, total);
+    const uint32_t count = (uint32_t)exact_count(step, share, n);
     places(stream, n, 32 * total, [&](int32_t i, uint32_t place) {
       const uint32_t word = __ballot_sync(~0u, i < n && place < count);
       if (rank % 32 == 0 && i / 32 < total) bits[i / 32] = (int32_t)word;
@@ -163,8 +164,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 128 : kThreads)
   const double share = resample
                            ? alpha_of(step.amount, step.spread, seed, id, stream(field.modality, kShare).tag)
                            : step.amount;
-  group.subset(stream(field.modality, in_time ? kTime : kFeature), in_time ? n : features, share,
-               step.flags & kExactCount, bits, subset_words);
+  group.subset(stream(field.modality, in_time ? kTime : kFeature), in_time ? n : features, step, share, bits,
+               subset_words);
   if (resample) {
     group.places(stream(step.flags & kSharedOrder ? kAllModalities : field.modality, kTime), n, n,
                  [&](int32_t i, uint32_t place) {

@@ -299,10 +299,16 @@ def _smallest(keys: Tensor, valid: Tensor, count: Tensor) -> Tensor:
     return rank < count[:, None]
 
 
-def _select(keys: Tensor, valid: Tensor, share: Tensor, exact: bool) -> Tensor:
+def _count(kind: int, share: Tensor, n: Tensor) -> Tensor:
+    """How many of n (B,) a step selects: round(share n), half up. A mask leaves one, unless its share is 1."""
+    count = torch.floor(share * n + 0.5).long()
+    return count if kind == RESAMPLE else torch.where(share < 1, count.minimum((n - 1).clamp(min=0)), count)
+
+
+def _select(kind: int, keys: Tensor, valid: Tensor, share: Tensor, exact: bool) -> Tensor:
     """Flags of a share (B,) of the valid entries: an exact count, or each one independently."""
     if exact:
-        return _smallest(keys, valid, random.exact_count(share, valid.sum(1)))
+        return _smallest(keys, valid, _count(kind, share, valid.sum(1)))
     thresholds = torch.floor(share * 2.0**32 + 0.5).long()
     return (keys < thresholds[:, None]) & valid
 
@@ -335,16 +341,16 @@ def draw_reference(seed, ids, lengths, chains, batch, shapes) -> Tensor:
         share = torch.full((batch,), amount, dtype=torch.float64, device=device)
         plan[:, columns["fired"]] = fired[:, None].int()
         if kind == MASK_STEPS:
-            masked = _select(draw(random.TIME, steps), real, share, exact)
+            masked = _select(kind, draw(random.TIME, steps), real, share, exact)
             plan[:, columns["masked_steps"]] = pack_bits(masked & fired[:, None])
         elif kind == MASK_FEATURES:
-            masked = _select(draw(random.FEATURE, features), every, share, exact)
+            masked = _select(kind, draw(random.FEATURE, features), every, share, exact)
             plan[:, columns["masked_features"]] = pack_bits(masked & fired[:, None])
         elif kind == RESAMPLE:
             if spread:
                 tag = random.stream_tag(view, modality, step, random.SHARE)
                 share = (share + spread * random.normals(seed, ids, tag, 1)[:, 0].abs()).clamp(max=1)
-            chosen = _select(draw(random.FEATURE, features), every, share, exact)
+            chosen = _select(kind, draw(random.FEATURE, features), every, share, exact)
             shared = random.ALL_MODALITIES if flags & SHARED_ORDER else modality
             keys = draw(random.TIME, steps, shared).masked_fill(~real, random.MASK + 1)
             order = torch.where(

@@ -67,8 +67,3 @@ def normals(seed: Tensor, ids: Tensor, tag: int, count: int) -> Tensor:
 def threshold(p: float) -> int:
     """A decision of probability p is ``word < threshold(p)``: round(p 2^32), half up."""
     return math.floor(p * 2.0**32 + 0.5)
-
-
-def exact_count(share: float, n: int | Tensor):
-    """round(share n), half up."""
-    return torch.floor(share * n + 0.5).long() if isinstance(n, Tensor) else math.floor(share * n + 0.5)

@@ -154,6 +154,8 @@ def draw_kernel(
                 keys = words(seed, id, key_tag, first // 4, BLOCK // 4)
                 if tl.load(row + EXACT) != 0:
                     count = tl.floor(share * of.to(tl.float64) + 0.5).to(tl.int32)
+                    if (kind != RESAMPLE) & (share < 1.0):
+                        count = tl.minimum(count, of - 1)
                     chosen = ranks(keys, place, seed, id, key_tag, of, KEYS) < count
                 else:
                     threshold = tl.floor(share * 4294967296.0 + 0.5).to(tl.int64)
