@@ -17,6 +17,7 @@ import importlib.util
 import json
 import os
 import platform
+import threading
 from pathlib import Path
 
 import torch
@@ -121,7 +122,10 @@ def cuda_error(code: int) -> str:
     return _C.cuda_error_string(code)
 
 
-_forced: str | None = None
+# (backend, a token) of every ``with backend(...)`` that is open, in the order in which they were entered. It is never
+# changed in place: who reads it, on any thread, sees one state of it.
+_forced: tuple[tuple[str, object], ...] = ()
+_forcing = threading.Lock()
 
 
 def _check(name: str, source: str) -> str:
@@ -132,17 +136,25 @@ def _check(name: str, source: str) -> str:
 
 @contextlib.contextmanager
 def backend(name: str):
-    """Run every op inside the ``with`` block on one backend, for tests and comparisons.
+    """Run every op on one backend while the ``with`` block is open, for tests and comparisons.
 
-    The environment variable ``MMFAST_BACKEND`` does the same for a whole process. A backend that cannot
-    serve a call raises there and says why.
+    It holds for the whole process, not for the thread or task that enters it: backward passes run on threads of
+    autograd's own, which have to take the backend of the forward pass. Of several blocks that are open at once,
+    nested or on several threads, the one that was entered last holds, for all threads; each takes back only itself
+    when it ends. Threads that need different backends at the same time belong in processes of their own.
+
+    The environment variable ``MMFAST_BACKEND`` does the same from the start. A backend that cannot serve a call
+    raises there and says why.
     """
     global _forced
-    previous, _forced = _forced, _check(name, "backend")
+    mine = _check(name, "backend"), object()
+    with _forcing:
+        _forced += (mine,)
     try:
         yield
     finally:
-        _forced = previous
+        with _forcing:
+            _forced = tuple(other for other in _forced if other is not mine)
 
 
 def _automatic(device: torch.device) -> str:
@@ -154,7 +166,8 @@ def _automatic(device: torch.device) -> str:
 
 def choose(op: str, device: torch.device) -> str:
     """The backend that serves ``op`` for tensors on ``device``."""
-    wanted = _forced or os.environ.get("MMFAST_BACKEND")
+    forced = _forced
+    wanted = forced[-1][0] if forced else os.environ.get("MMFAST_BACKEND")
     if wanted is None:
         return _automatic(device)
     if reason := why_not(_check(wanted, "MMFAST_BACKEND"), device):

@@ -440,7 +440,7 @@ def test_reference_is_used_without_kernels(monkeypatch):
     call = big_example()
     _, expected = run(*call)
     monkeypatch.setattr(backends, "_C", None)
-    monkeypatch.setattr(backends, "_forced", None)
+    monkeypatch.setattr(backends, "_forced", ())
     assert backends.choose("augment_apply", torch.device("cpu")) == "reference"
     _, outs = run(*call)
     for a, b in zip(outs, expected, strict=True):

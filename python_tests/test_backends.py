@@ -1,7 +1,10 @@
 """Choice of backend, the build record, and what importing the package costs."""
 
+import contextlib
+import functools
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -102,6 +105,27 @@ def test_cuda_kernels_load_without_a_gpu_and_fail_with_a_reason():
     arguments = backends._C.AugmentArguments(1, [1], [0, 0, 0, 0, 0], [0.5, 0.0], [3, 4, 0, 0], 0, 0, 6)
     with pytest.raises(RuntimeError, match=r"augment_draw: CUDA error \d+: .*(driver|device)"):
         call_cuda("augment_draw", backends._C.cuda_augment_draw, CPU, arguments, 0)
+
+
+def test_blocks_of_overlapping_threads_each_take_back_only_themselves(native):
+    """Entered as A, B, left as A, B: what B found when it came is not what is right when it goes."""
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    used = functools.partial(backends.choose, "augment_apply", CPU)
+    before = used()
+    with ThreadPoolExecutor(1) as pool:
+        first.enter_context(mmfast.backend("reference"))
+        pool.submit(second.enter_context, mmfast.backend("cpu")).result()
+        assert used() == pool.submit(used).result() == "cpu"
+        first.close()
+        assert used() == pool.submit(used).result() == "cpu"
+        pool.submit(second.close).result()
+        assert used() == pool.submit(used).result() == before
+
+
+def test_a_forced_backend_holds_on_other_threads(native):
+    """Backward passes on GPUs run on threads that autograd makes."""
+    with ThreadPoolExecutor(1) as pool, mmfast.backend("reference"):
+        assert pool.submit(backends.choose, "augment_apply", CPU).result() == "reference"
 
 
 def test_environment_variable_forces_a_backend():
