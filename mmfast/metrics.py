@@ -16,14 +16,16 @@ suffix     rule, on predictions and truths alike  known as
 ``_gt0``   x > 0                                  M3's ``bin_acc_neg``
 =========  =====================================  ============================================
 
+:func:`metrics_for` says which of all these apply to the labels of a data set.
+
 Sources: the evaluation code of M3, MulT and MMSA, and the README of the CMU Multimodal SDK.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,17 +42,28 @@ def mae(predictions, truths) -> float:
 
 
 def corr(predictions, truths) -> float:
-    """Pearson correlation in [-1, 1].
-
-    Undefined where predictions or truths are constant (one sample included): 0 with a ``RuntimeWarning``.
-    """
+    """Pearson correlation in [-1, 1]; NaN where predictions or truths are constant (one sample included)."""
     p, y = _checked("corr", predictions, truths)
-    for name, x in (("predictions", p), ("truths", y)):
-        if x.min() == x.max():
-            message = f"corr: undefined because all {name} are {x[0]:g}; 0 is returned"
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-            return 0.0
+    if p.min() == p.max() or y.min() == y.max():
+        return math.nan
     return float(np.clip(_standardised(p) @ _standardised(y), -1, 1))
+
+
+def ccc(predictions, truths) -> float:
+    """Concordance correlation (Lin 1989) in [-1, 1]: 2 cov / (var_p + var_y + (mean_p - mean_y)^2).
+
+    The measure of dimensional emotion (valence, arousal, dominance) on any scale. Variances are biased, as in the
+    AVEC challenges. NaN where all predictions and truths are one number.
+    """
+    p, y = _checked("ccc", predictions, truths)
+    # Shifted and scaled alike, which changes nothing, lest squares overflow or small differences get lost.
+    p, y = p - y[0], y - y[0]
+    largest = max(np.abs(p).max(), np.abs(y).max())
+    if largest == 0:
+        return math.nan
+    p, y = p / largest, y / largest
+    distance = p.var() + y.var() + (p.mean() - y.mean()) ** 2
+    return float(2 * np.mean((p - p.mean()) * (y - y.mean())) / distance)
 
 
 def acc7(predictions, truths) -> float:
@@ -120,11 +133,14 @@ def f1_as_published(predictions, truths) -> float:
     return _weighted_f1(true, predicted)
 
 
+ERRORS = mae, corr
+SIGNS = acc2, f1, f1_as_published, acc2_has0, f1_has0, acc2_gt0, f1_gt0
+SEVEN = acc5, acc7, acc7_cmu
+
+
 def regression_metrics(predictions, truths) -> dict[str, float]:
-    """The CMU-MOSI and MOSEI set for labels in [-3, 3]: every metric above, by its name."""
-    p, y = _checked("regression_metrics", predictions, truths)
-    counted = acc2, f1, f1_as_published, acc2_has0, f1_has0, acc2_gt0, f1_gt0, acc5, acc7, acc7_cmu
-    return {metric.__name__: metric(p, y) for metric in (mae, corr, *counted)}
+    """The CMU-MOSI and MOSEI set for labels in [-3, 3]: errors, signs and classes, each by its name."""
+    return _measure("regression_metrics", (*ERRORS, *SIGNS, *SEVEN), predictions, truths)
 
 
 def sims_metrics(predictions, truths) -> dict[str, float]:
@@ -176,6 +192,69 @@ def iemocap_metrics(logits, truths) -> dict[str, float]:
     return result
 
 
+class MetricSet(NamedTuple):
+    """The metrics that apply to one kind of labels.
+
+    Attributes:
+        measure: (predictions, truths) -> name -> value; NaN where a metric is undefined.
+        main: the names for a short table, in its order.
+        note: what a reader of that table must know; may be empty.
+    """
+
+    measure: Callable[..., dict[str, float]]
+    main: tuple[str, ...]
+    note: str = ""
+
+
+def _set(main: str, *metrics: Callable[..., float], note: str = "") -> MetricSet:
+    return MetricSet(lambda p, y: _measure("metrics_for", metrics, p, y), tuple(main.split()), note)
+
+
+_SIGN_NOTE = "Acc2 and F1 leave out samples with truth 0."
+_SIMS_NOTE = "Acc2 and F1 take a truth of 0 as negative, as CH-SIMS does."
+_BY_RANGE = {
+    (-3.0, 3.0): MetricSet(regression_metrics, ("corr", "mae", "acc2", "f1", "acc5", "acc7"), _SIGN_NOTE),
+    (-2.0, 2.0): _set("corr mae acc2 f1 acc5", *ERRORS, *SIGNS, acc5, note=_SIGN_NOTE),
+    (-1.0, 1.0): MetricSet(sims_metrics, ("corr", "mae", "acc2", "f1", "acc3", "acc5"), _SIMS_NOTE),
+}
+_SYMMETRIC = _set("corr mae acc2 f1", *ERRORS, *SIGNS, note=_SIGN_NOTE)
+_ANY = _set("corr mae ccc", *ERRORS, ccc)
+_EMOTIONS = MetricSet(iemocap_metrics, tuple(f"{kind}_{e}" for e in EMOTIONS for kind in ("acc", "f1")))
+
+
+def metrics_for(label_range: tuple[float, float] | None, task: str = "regression") -> MetricSet:
+    """The metrics whose conventions hold for these labels, and no other.
+
+    ===============  =====================================================================================
+    labels           metrics
+    ===============  =====================================================================================
+    [-3, 3]          :func:`regression_metrics`: CMU-MOSI, CMU-MOSEI
+    [-2, 2]          the same but for the seven classes, of which two cannot occur: ICT-MMMO
+    [-1, 1]          :func:`sims_metrics`: CH-SIMS
+    other [-a, a]    ``mae``, ``corr``, and what only needs the sign
+    any other range  ``mae``, ``corr``, ``ccc``: no value is neutral and no classes are agreed upon
+    ===============  =====================================================================================
+
+    Args:
+        label_range: smallest and largest possible label.
+        task: ``regression``: one number per sample; ``emotions``: :func:`iemocap_metrics`, whatever the range.
+
+    Raises:
+        UserError: another task.
+    """
+    if task == "emotions":
+        return _EMOTIONS
+    if task != "regression":
+        raise UserError(f"metrics_for: task must be 'regression' or 'emotions', got {task!r}")
+    low, high = map(float, label_range)
+    return _BY_RANGE.get((low, high)) or (_SYMMETRIC if low == -high else _ANY)
+
+
+def shown(value: float | None, decimals: int, factor: float = 1.0, sign: str = "-") -> str:
+    """A value for people, ``-`` where a metric is undefined (NaN, or None as JSON keeps it)."""
+    return "-" if value is None or math.isnan(value) else f"{factor * value:{sign}.{decimals}f}"
+
+
 def weighted_accuracy(predictions, truths) -> float:
     """Weighted accuracy of one MOSEI emotion: (TP * N / P + TN) / (2 N), the mean of both classes' recalls.
 
@@ -211,17 +290,19 @@ def bootstrap_interval(
         raise UserError(f"bootstrap_interval: confidence must lie in (0, 1), got {confidence}")
     generator = np.random.default_rng(seed)
     values = np.empty(n)
-    with warnings.catch_warnings():
-        # A resample that happens to be constant is no news to the caller.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        for i in range(n):
-            rows = generator.integers(len(p), size=len(p))
-            values[i] = metric(p[rows], y[rows])
+    for i in range(n):
+        rows = generator.integers(len(p), size=len(p))
+        values[i] = metric(p[rows], y[rows])
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return math.nan, math.nan
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def _measure(op: str, metrics, predictions, truths) -> dict[str, float]:
+    p, y = _checked(op, predictions, truths)
+    return {metric.__name__: metric(p, y) for metric in metrics}
 
 
 def _numbers(op: str, argument: str, values) -> np.ndarray:

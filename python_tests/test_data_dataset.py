@@ -177,6 +177,31 @@ def test_data_refuses_leaks_and_strangers():
         MultimodalData()
 
 
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([-0.4, 1.0], (-1, 1)),
+        ([0.2, -1.2], (-3, 3)),
+        ([math.nan, -3.0], (-3, 3)),
+        ([1.0, 7.0], (1, 7)),
+        ([5.0, 5.0], (4, 6)),
+        ([math.nan, math.nan], (-3, 3)),
+    ],
+)
+def test_a_range_of_labels_that_is_not_given_holds_them(labels, expected):
+    train = dataset([1, 1], labels=labels)
+    assert MultimodalData(train).label_range == MultimodalData(test=train).label_range == expected
+    assert MultimodalData(train, label_range=(np.float32(-2), 2)).label_range == (-2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "label_range", [(3, -3), (1,), (1, 1), (0, math.inf), (math.nan, 1), 3, "ab", (1, 2, 3)]
+)
+def test_a_range_of_labels_that_is_none_is_refused_before_it_is_saved(label_range):
+    with pytest.raises(UserError, match="label_range must be two increasing numbers"):
+        MultimodalData(dataset([1]), label_range=label_range)
+
+
 def test_pretraining_sees_each_sample_once():
     train, pool = dataset([1, 2, 3]), dataset([1, 1], first_id=10)
     assert MultimodalData(train=train).pretraining() is train

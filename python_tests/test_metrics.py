@@ -78,15 +78,13 @@ def test_f1_and_accuracy_agree_with_scikit_learn(pairs):
 @given(scores)
 def test_ranges_and_perfect_predictions(pairs):
     p, y = split(pairs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        got, perfect = metrics.regression_metrics(p, y), metrics.regression_metrics(y, y)
+    got, perfect = metrics.regression_metrics(p, y), metrics.regression_metrics(y, y)
     assert all(math.isnan(v) or 0 <= v <= 1 for k, v in got.items() if k not in ("mae", "corr"))
-    assert -1 <= got["corr"] <= 1
-    constant = len(set(y)) == 1
+    assert math.isnan(got["corr"]) if len(set(p)) == 1 or len(set(y)) == 1 else -1 <= got["corr"] <= 1
     for name, value in perfect.items():
-        expected = {"mae": 0.0, "corr": 0.0 if constant else 1.0}.get(name, 1.0)
-        assert value == pytest.approx(expected) or (math.isnan(value) and not y.any())
+        expected = 0.0 if name == "mae" else 1.0
+        undefined = len(set(y)) == 1 if name == "corr" else not y.any()
+        assert value == pytest.approx(expected) or (math.isnan(value) and undefined)
 
 
 # value: its class by acc7, acc5 and acc7_cmu
@@ -112,13 +110,11 @@ def test_class_of_every_border(value, sign):
         assert all(metric([sign * value], [other]) == 0 for other in others)
 
 
-def test_corr_of_constants_is_zero_and_says_so():
-    with pytest.warns(RuntimeWarning, match=r"corr: undefined because all predictions are 0.1"):
-        assert metrics.corr([0.1] * 7, range(7)) == 0
-    with pytest.warns(RuntimeWarning, match="all truths are 2"):
-        assert metrics.corr(range(7), [2] * 7) == 0
-    with pytest.warns(RuntimeWarning):
-        assert metrics.corr([1], [1]) == 0
+def test_corr_of_constants_is_undefined():
+    for p, y in (([0.1] * 7, range(7)), (range(7), [2] * 7), ([1], [1])):
+        assert math.isnan(metrics.corr(p, y))
+    assert [metrics.shown(x, 4) for x in (math.nan, None, 0.0, -0.25)] == ["-", "-", "0.0000", "-0.2500"]
+    assert metrics.shown(0.5, 1, 100) == "50.0" and metrics.shown(0.5, 2, sign="+") == "+0.50"
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1.0, 1e300])
@@ -133,10 +129,9 @@ def test_corr_survives_extreme_scales_and_small_differences(scale):
 
 
 def test_truths_that_are_all_zero_have_no_sign():
-    with pytest.warns(RuntimeWarning, match="all truths are 0"):
-        got = metrics.regression_metrics([0.3, -0.2], [0.0, 0.0])
+    got = metrics.regression_metrics([0.3, -0.2], [0.0, 0.0])
     undefined = {name for name, value in got.items() if math.isnan(value)}
-    assert undefined == {"acc2", "f1", "f1_as_published"}
+    assert undefined == {"corr", "acc2", "f1", "f1_as_published"}
 
 
 def test_inputs_of_every_kind_agree():
@@ -149,7 +144,7 @@ def test_inputs_of_every_kind_agree():
 
 
 FUNCTIONS = [getattr(metrics, name) for name in REGRESSION]
-FUNCTIONS += [metrics.regression_metrics, metrics.sims_metrics, metrics.weighted_accuracy]
+FUNCTIONS += [metrics.regression_metrics, metrics.sims_metrics, metrics.weighted_accuracy, metrics.ccc]
 
 
 @pytest.mark.parametrize("metric", FUNCTIONS, ids=lambda f: f.__name__)
@@ -184,9 +179,7 @@ def test_sims_classes():
     for dtype in (np.float32, np.float64):
         x = np.array(cuts, dtype=dtype)
         for i, value in enumerate(x):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                got = metrics.sims_metrics([value] * len(x), x)
+            got = metrics.sims_metrics([value] * len(x), x)
             for name, classes in (("acc2", two), ("acc3", three), ("acc5", five)):
                 assert got[name] == pytest.approx(classes.count(classes[i]) / len(x)), (name, value)
 
@@ -199,6 +192,56 @@ def test_sims_set():
     assert got["f1"] == pytest.approx(sklearn.f1_score(y > 0, p > 0, average="weighted"))
     assert got["mae"] == metrics.mae(p, np.clip(y, -1, 1))
     assert metrics.sims_metrics([9.0, -9.0], [1.0, -1.0])["acc5"] == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(scores, st.sampled_from([1e-150, 1.0, 1e150]))
+def test_ccc_is_the_formula_on_any_scale(pairs, scale):
+    p, y = split(pairs)
+    distance = p.var() + y.var() + (p.mean() - y.mean()) ** 2
+    got = metrics.ccc(p * scale, y * scale)
+    if distance == 0:
+        assert math.isnan(got)
+    else:
+        assert got == pytest.approx(2 * np.cov(p, y, bias=True)[0, 1] / distance, abs=1e-12)
+    assert math.isnan(metrics.ccc(y, y)) or metrics.ccc(y, y) == pytest.approx(1)
+
+
+SIGNS = REGRESSION[2:9]
+# range of the labels: the names measured, and those of a short table
+SETS = {
+    (-3, 3): (REGRESSION, ["corr", "mae", "acc2", "f1", "acc5", "acc7"]),
+    (-2, 2): (["mae", "corr", *SIGNS, "acc5"], ["corr", "mae", "acc2", "f1", "acc5"]),
+    (-1, 1): (["mae", "corr", "acc2", "f1", "acc3", "acc5"], ["corr", "mae", "acc2", "f1", "acc3", "acc5"]),
+    (-5, 5): (["mae", "corr", *SIGNS], ["corr", "mae", "acc2", "f1"]),
+    (1, 7): (["mae", "corr", "ccc"], ["corr", "mae", "ccc"]),
+    (0, 1): (["mae", "corr", "ccc"], ["corr", "mae", "ccc"]),
+    (-1, 3): (["mae", "corr", "ccc"], ["corr", "mae", "ccc"]),
+}
+
+
+@pytest.mark.parametrize("label_range", SETS)
+def test_metrics_are_those_whose_convention_holds_for_the_range_of_labels(label_range):
+    low, high = label_range
+    p, y = np.random.default_rng(0).uniform(low, high, size=(2, 60))
+    found = metrics.metrics_for(label_range)
+    assert (list(found.measure(p, y)), list(found.main)) == SETS[label_range]
+    for name, value in found.measure(p, y).items():
+        if label_range != (-1, 1):
+            assert value == getattr(metrics, name)(p, y), name
+    if low == -1 and high == 1:
+        assert found.measure(p, y) == metrics.sims_metrics(p, y)
+
+
+def test_metrics_of_emotions_and_of_no_known_task():
+    found = metrics.metrics_for(None, "emotions")
+    logits, truths = np.random.default_rng(0).normal(size=(9, 8)), np.eye(4)[[0, 1, 2, 3, 0, 1, 2, 3, 0]]
+    assert found.measure(logits, truths) == metrics.iemocap_metrics(logits, truths)
+    assert list(found.main) == list(found.measure(logits, truths))
+    with pytest.raises(
+        UserError, match="metrics_for: task must be 'regression' or 'emotions', got 'ranking'"
+    ):
+        metrics.metrics_for((-3, 3), "ranking")
 
 
 def test_iemocap():

@@ -206,7 +206,17 @@ def test_bootstrap_covers_and_pairs():
     better = truths + 0.9 * (noisy - truths)
     low, high = interval(bootstrap(better, truths, mae) - bootstrap(noisy, truths, mae))
     assert low < high < 0
-    assert corr(np.ones(5), np.arange(5.0)) == 0
+
+
+def test_a_correlation_with_a_constant_is_undefined_and_resamples_without_one_are_left_out():
+    constant = np.full((2, 24), 0.1)  # whose mean is not exactly 0.1
+    truths = np.random.default_rng(0).normal(size=24)
+    assert np.isnan(corr(constant, truths)).all() and np.isnan(corr(truths, constant)).all()
+    assert np.isnan(interval(bootstrap(constant, truths, corr))).all()
+    # Of three samples a resample is often one sample three times.
+    low, high = interval(bootstrap(np.array([[0.0, 1.0, 2.0]]), np.array([0.0, 1.0, 2.0]), corr))
+    assert low == pytest.approx(1) and high == pytest.approx(1)
+    assert np.isnan(summarise("corr", [0.1, np.nan]).mean)
 
 
 def test_document_escapes_and_embeds():

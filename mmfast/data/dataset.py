@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -283,7 +284,12 @@ class MultimodalData:
         cross_validation: the samples to evaluate by k-fold cross-validation where the splits are no fair test
             (see `folds`), or None where they are.
         name: of the corpus.
-        label_range: smallest and largest possible label.
+        label_range: smallest and largest possible label, which decide the metrics (see `mmfast.metrics.metrics_for`).
+            Where it is not given, the first of [-1, 1] and [-3, 3] that holds all labels, else from the smallest
+            label to the largest.
+
+    Raises:
+        UserError: no split, splits that do not fit together, a sample in two of them, a range that is none.
     """
 
     train: MultimodalDataset | None = None
@@ -292,7 +298,7 @@ class MultimodalData:
     unlabelled: MultimodalDataset | None = None
     cross_validation: MultimodalDataset | None = None
     name: str = "data"
-    label_range: tuple[float, float] = (-3.0, 3.0)
+    label_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         given = [d for d in (self.train, self.valid, self.test, self.unlabelled) if d is not None]
@@ -313,6 +319,7 @@ class MultimodalData:
         for split in ("train", "valid", "test"):
             if getattr(self, split) is None:
                 setattr(self, split, MultimodalDataset.empty(given[0].features))
+        self.label_range = _range_of(given) if self.label_range is None else _range(self.label_range)
 
     @property
     def features(self) -> dict[str, int]:
@@ -393,6 +400,26 @@ def _labels(labels, size: int) -> Tensor:
     if torch.isinf(labels).any():
         raise UserError("MultimodalDataset: labels must be finite, or NaN for none, got inf")
     return labels
+
+
+def _range(value) -> tuple[float, float]:
+    try:
+        low, high = map(float, value)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not -math.inf < low < high < math.inf:
+        raise UserError(f"MultimodalData: label_range must be two increasing numbers, got {value}")
+    return low, high
+
+
+def _range_of(datasets: Sequence[MultimodalDataset]) -> tuple[float, float]:
+    labels = torch.cat([d.labels[~d.labels.isnan()] for d in datasets])
+    largest = float(labels.abs().max()) if len(labels) else 3.0
+    for limit in (1.0, 3.0):
+        if largest <= limit:
+            return -limit, limit
+    low, high = float(labels.min()), float(labels.max())
+    return (low, high) if low < high else (low - 1, high + 1)
 
 
 def _ids(ids, size: int | None) -> Tensor:

@@ -4,7 +4,7 @@ The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
 
     format                       the string "mmfast-data 1"
     name                         string, the corpus (optional)
-    label_range                  (2,) float, smallest and largest possible label (optional, -3 and 3)
+    label_range                  (2,) float, smallest and largest possible label (optional, see MultimodalData)
     SPLIT/MODALITY/values        (sum of lengths, F) float: the real steps of all samples, one after another
     SPLIT/MODALITY/lengths       (N,) integer: steps of each sample, 0 where the modality is missing
     SPLIT/labels                 (N,) float, NaN for none (optional, all NaN)
@@ -111,7 +111,7 @@ def read_saved(path) -> MultimodalData:
         return MultimodalData(
             **datasets,
             name=str(arrays.get("name", path.stem)),
-            label_range=_range(arrays.get("label_range", (-3.0, 3.0))),
+            label_range=arrays["label_range"].flatten().tolist() if "label_range" in arrays else None,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
@@ -166,10 +166,3 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
                 f"got {sorted(content['values'])} and {sorted(content['lengths'])}"
             )
     return splits
-
-
-def _range(value) -> tuple[float, float]:
-    numbers = np.asarray(value, dtype=np.float64).flatten().tolist()
-    if len(numbers) != 2 or not numbers[0] < numbers[1]:
-        raise UserError(f"label_range must be two increasing numbers, got {numbers}")
-    return numbers[0], numbers[1]

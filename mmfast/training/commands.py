@@ -16,6 +16,7 @@ import torch
 from mmfast.data import MultimodalDataset, Standardiser, load
 from mmfast.errors import UserError
 from mmfast.files import write_json
+from mmfast.metrics import shown
 from mmfast.training import arguments, runs
 from mmfast.training.checkpoint import PRETRAINING, RECORD, read_checkpoint
 from mmfast.training.config import RunConfig
@@ -23,7 +24,7 @@ from mmfast.training.fitting import BEST, LAST
 from mmfast.training.folder import CONFIG, claim
 from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
-from mmfast.training.splits import load_data, make_splits, select
+from mmfast.training.splits import check_range, load_data, make_splits, select
 
 
 def pretrain(given: Any) -> None:
@@ -78,11 +79,12 @@ def experiment(given: Any) -> None:
 
 def evaluate(given: argparse.Namespace) -> None:
     """``mmfast evaluate``: metrics of a checkpoint on a split."""
-    module, dataset = _restore(given)
+    module, dataset, label_range = _restore(given)
     dataset = dataset.subset(~dataset.labels.isnan())
     if len(dataset) == 0:
         raise UserError(f"evaluate: the {given.split} split holds no labelled samples")
-    metrics = measure(predictions_of(module, dataset), dataset.labels)
+    check_range(dataset, label_range, f"the range of the labels that {given.checkpoint} was trained on")
+    metrics = measure(predictions_of(module, dataset), dataset.labels, label_range)
     if given.out:
         write_json(given.out, metrics)
     print(f"{given.split}, {len(dataset)} samples:\n{_lines(metrics)}")
@@ -90,7 +92,7 @@ def evaluate(given: argparse.Namespace) -> None:
 
 def predict(given: argparse.Namespace) -> None:
     """``mmfast predict``: a CSV of name, prediction and truth."""
-    module, dataset = _restore(given)
+    module, dataset, _ = _restore(given)
     if len(dataset) == 0:
         raise UserError(f"predict: the {given.split} split holds no samples")
     write_predictions(Path(given.out), dataset, predictions_of(module, dataset))
@@ -118,9 +120,11 @@ def _sitting(command: str, run: RunConfig) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _restore(given: argparse.Namespace) -> tuple[torch.nn.Module, MultimodalDataset]:
-    """The network, and the chosen samples standardised as those it was trained on."""
-    module, config, standardiser = runs.restore(Path(given.checkpoint))
+def _restore(
+    given: argparse.Namespace,
+) -> tuple[torch.nn.Module, MultimodalDataset, tuple[float, float]]:
+    """The network, the chosen samples standardised as those it was trained on, and the range of its labels."""
+    module, config, standardiser, record = runs.restore(Path(given.checkpoint))
     if given.data is None:
         dataset = select(load_data(config.data), given.split, config.data)
     else:
@@ -131,7 +135,7 @@ def _restore(given: argparse.Namespace) -> tuple[torch.nn.Module, MultimodalData
             f"{given.checkpoint}: was trained on the features {_sizes(wanted)}, "
             f"the data have {_sizes(dataset.features)}"
         )
-    return module, standardiser.transform(dataset)
+    return module, standardiser.transform(dataset), record["label_range"]
 
 
 def _sizes(features: Mapping[str, int]) -> str:
@@ -140,4 +144,4 @@ def _sizes(features: Mapping[str, int]) -> str:
 
 def _lines(metrics: Mapping[str, float]) -> str:
     width = max(map(len, metrics))
-    return "\n".join(f"  {name:<{width}}  {value:.4f}" for name, value in metrics.items())
+    return "\n".join(f"  {name:<{width}}  {shown(value, 4)}" for name, value in metrics.items())

@@ -113,7 +113,7 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
         began = time.monotonic()
         _run_all(config, experiment, units)
         log.info("all runs complete after %.0f s", time.monotonic() - began)
-    return collect(config, experiment, units)
+    return collect(config, experiment, units, data.label_range)
 
 
 def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData) -> list[Unit]:
@@ -218,7 +218,7 @@ def _baseline(name: str, folder: Path, splits: Splits) -> dict[str, Any]:
     began = time.monotonic()
     predictions = torch.from_numpy(BASELINES[name](splits)).float()
     write_predictions(folder / PREDICTIONS, splits.test, predictions)
-    metrics = measure(predictions, splits.test.labels)
+    metrics = measure(predictions, splits.test.labels, splits.label_range)
     result = {"kind": name, "seconds": round(time.monotonic() - began, 2), "metrics": metrics}
     save_result(folder, result)
     return result
@@ -228,7 +228,9 @@ def _has_baselines(config: Config, experiment: ExperimentConfig, seed: int) -> b
     return experiment.baselines and (config.data.label_share < 1 or seed == experiment.seeds[0])
 
 
-def collect(config: Config, experiment: ExperimentConfig, units: list[Unit]) -> dict[str, list[Outcome]]:
+def collect(
+    config: Config, experiment: ExperimentConfig, units: list[Unit], label_range: tuple[float, float]
+) -> dict[str, list[Outcome]]:
     """Outcomes of a complete experiment from its files, as :func:`run_experiment` returns them."""
     root = Path(config.run.folder)
     rows: dict[str, list[Outcome]] = {}
@@ -236,11 +238,11 @@ def collect(config: Config, experiment: ExperimentConfig, units: list[Unit]) -> 
         baselines = list(BASELINES) if _has_baselines(config, experiment, seed) else []
         for name in [*experiment.methods, *baselines]:
             folders = [unit.folder(root) / name for unit in units if unit.seed == seed]
-            rows.setdefault(name, []).append(_outcome(seed, folders))
+            rows.setdefault(name, []).append(_outcome(seed, folders, label_range))
     return rows
 
 
-def _outcome(seed: int, folders: list[Path]) -> Outcome:
+def _outcome(seed: int, folders: list[Path], label_range: tuple[float, float]) -> Outcome:
     names, predictions, truths = [], [], []
     for folder in folders:
         part = read_predictions(folder / PREDICTIONS)
@@ -249,4 +251,5 @@ def _outcome(seed: int, folders: list[Path]) -> Outcome:
         truths.append(torch.from_numpy(part[2]))
     predictions, truths = torch.cat(predictions), torch.cat(truths)
     results = [load_result(folder) for folder in folders]
-    return Outcome(seed, names, predictions.numpy(), truths.numpy(), measure(predictions, truths), results)
+    metrics = measure(predictions, truths, label_range)
+    return Outcome(seed, names, predictions.numpy(), truths.numpy(), metrics, results)

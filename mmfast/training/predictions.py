@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from mmfast.data import MultimodalBatch, MultimodalDataset, make_loader
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
-from mmfast.metrics import regression_metrics
+from mmfast.metrics import metrics_for
 
 BATCH = 256
 
@@ -44,11 +43,9 @@ def _in_order(
     return rows[torch.argsort(torch.tensor(order))]
 
 
-def measure(predictions: Tensor, truths: Tensor) -> dict[str, float]:
-    """All regression metrics, with correlation 0 and no warning where it is undefined."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        return regression_metrics(predictions, truths)
+def measure(predictions: Tensor, truths: Tensor, label_range: tuple[float, float]) -> dict[str, float]:
+    """All metrics that apply to labels of this range, NaN where one is undefined."""
+    return metrics_for(label_range).measure(predictions, truths)
 
 
 def write_predictions(path: Path, dataset: MultimodalDataset, predictions: Tensor) -> None:

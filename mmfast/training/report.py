@@ -15,6 +15,7 @@ import yaml
 
 from mmfast.data import MultimodalData
 from mmfast.files import write_atomically, write_json
+from mmfast.metrics import MetricSet, metrics_for, shown
 from mmfast.training import plots
 from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.correlation import before_and_after
@@ -26,14 +27,20 @@ from mmfast.training.parsing import load_yaml
 from mmfast.training.splits import load_data, make_splits
 from mmfast.training.statistics import bootstrap, corr, interval, mae, summarise
 
-# key -> (heading, factor, decimals) of the metrics in the main table.
-MAIN = {
+# key -> (heading, factor, decimals) of the metrics that a main table may have.
+COLUMNS = {
     "corr": ("Corr", 1, 3),
     "mae": ("MAE", 1, 3),
-    "acc2": ("Acc2", 100, 1),
-    "f1": ("F1", 100, 1),
-    "acc5": ("Acc5", 100, 1),
-    "acc7": ("Acc7", 100, 1),
+    "ccc": ("CCC", 1, 3),
+    **{key: (key.capitalize(), 100, 1) for key in ("acc2", "f1", "acc3", "acc5", "acc7")},
+}
+# What the names in the table of all metrics mean.
+LEGEND = {
+    "acc2_has0": "has0: x >= 0 on both sides.",
+    "acc2_gt0": "gt0: x > 0 on both sides.",
+    "f1_as_published": "f1_as_published: weighted by predicted counts.",
+    "acc7_cmu": "acc7_cmu: seven classes rounded away from zero.",
+    "ccc": "ccc: concordance correlation.",
 }
 RESAMPLED = {"corr": corr, "mae": mae}
 # Differences worth an interval of their own: what pre-training adds, and what a network adds to ridge regression.
@@ -54,7 +61,8 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
     root = Path(config.run.folder)
     data = load_data(config.data)
     units = units_of(config, experiment, data)
-    main = main_table(outcomes)
+    metrics = metrics_for(data.label_range)
+    main = main_table(outcomes, metrics)
     resampled = _resampled(outcomes)
     title = f"Experiment on {data.name}"
     blocks: list[Block] = [
@@ -67,7 +75,7 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
         *_differences(outcomes, resampled),
         *_figures(config, data, outcomes, resampled, units, root),
         Heading("All metrics"),
-        *_appendix(outcomes),
+        *_appendix(outcomes, metrics),
         Heading("Configuration"),
         Code(yaml.safe_dump({**asdict(config), "experiment": asdict(experiment)}, sort_keys=False)),
         Heading("Environment"),
@@ -83,27 +91,23 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
     return Report(root / "report.html", main.text())
 
 
-def main_table(outcomes: Outcomes) -> Table:
+def main_table(outcomes: Outcomes, metrics: MetricSet) -> Table:
     """Mean, standard deviation and best run of the main metrics."""
-    rows = [[name, str(len(runs)), *(_cell(key, runs) for key in MAIN)] for name, runs in outcomes.items()]
+    keys = metrics.main
+    rows = [[name, str(len(runs)), *(_cell(key, runs) for key in keys)] for name, runs in outcomes.items()]
+    percent = " Accuracies and F1 in percent." if any(COLUMNS[key][1] == 100 for key in keys) else ""
     return Table(
-        ["", "n", *(heading for heading, _, _ in MAIN.values())],
+        ["", "n", *(COLUMNS[key][0] for key in keys)],
         rows,
-        "Mean ± standard deviation (best) over n seeds. Accuracies and F1 in percent; Acc2 and F1 leave out samples "
-        "with truth 0.",
+        f"Mean ± standard deviation (best) over n seeds; - where undefined.{percent} {metrics.note}".rstrip(),
     )
 
 
 def _cell(key: str, runs: Sequence[Outcome]) -> str:
-    _, factor, decimals = MAIN.get(key, ("", 1, 3))
+    _, factor, decimals = COLUMNS[key]
     summary = summarise(key, [run.metrics[key] for run in runs])
-
-    def number(value: float) -> str:
-        return f"{factor * value:.{decimals}f}"
-
-    if summary.n == 1:
-        return number(summary.mean)
-    return f"{number(summary.mean)} ± {number(summary.std)} ({number(summary.best)})"
+    mean, std, best = (shown(x, decimals, factor) for x in (summary.mean, summary.std, summary.best))
+    return mean if summary.n == 1 or mean == "-" else f"{mean} ± {std} ({best})"
 
 
 def _summary(config: Config, data: MultimodalData, units: list[Unit], outcomes: Outcomes, root: Path) -> str:
@@ -155,7 +159,7 @@ def _resampled(outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
 def _interval_table(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
     header, rows = [""], [[name] for name in outcomes]
     for key in RESAMPLED:
-        header += [f"{MAIN[key][0]}, over samples", f"{MAIN[key][0]}, over seeds"]
+        header += [f"{COLUMNS[key][0]}, over samples", f"{COLUMNS[key][0]}, over seeds"]
         for row, (name, runs) in zip(rows, outcomes.items(), strict=True):
             summary = summarise(key, [run.metrics[key] for run in runs])
             row += [_interval(*interval(resampled[key][name])), _interval(summary.low, summary.high)]
@@ -175,11 +179,11 @@ def _differences(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.nda
             for key in RESAMPLED:
                 means = [np.mean([run.metrics[key] for run in outcomes[name]]) for name in (a, b)]
                 row += [
-                    f"{means[0] - means[1]:+.3f}",
+                    shown(means[0] - means[1], 3, sign="+"),
                     _interval(*interval(resampled[key][a] - resampled[key][b])),
                 ]
             rows.append(row)
-    header = ["", *(cell for key in RESAMPLED for cell in (MAIN[key][0], "95 % interval"))]
+    header = ["", *(cell for key in RESAMPLED for cell in (COLUMNS[key][0], "95 % interval"))]
     caption = (
         "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 "
         "does not show a difference; MAE is better when lower."
@@ -200,10 +204,12 @@ def _figures(
     root: Path,
 ) -> list[Block]:
     values = {
-        MAIN[key][0]: {name: [run.metrics[key] for run in runs] for name, runs in outcomes.items()}
+        COLUMNS[key][0]: {name: [run.metrics[key] for run in runs] for name, runs in outcomes.items()}
         for key in RESAMPLED
     }
-    whiskers = {MAIN[key][0]: {name: interval(r) for name, r in resampled[key].items()} for key in RESAMPLED}
+    whiskers = {
+        COLUMNS[key][0]: {name: interval(r) for name, r in resampled[key].items()} for key in RESAMPLED
+    }
     blocks: list[Block] = [
         Figure(
             "plots/comparison.png",
@@ -256,28 +262,30 @@ def _figures(
     ]
 
 
-def _appendix(outcomes: Outcomes) -> list[Block]:
+def _appendix(outcomes: Outcomes, metrics: MetricSet) -> list[Block]:
     keys = next(iter(outcomes.values()))[0].metrics
     means = [[key, *(_plain(key, runs) for runs in outcomes.values())] for key in keys]
     single = [
-        [f"{name}, seed {run.seed}", *(f"{run.metrics[key]:.3f}" for key in MAIN)]
+        [f"{name}, seed {run.seed}", *(shown(run.metrics[key], 3) for key in metrics.main)]
         for name, runs in outcomes.items()
         for run in runs
         if len(runs) > 1
     ]
-    caption = (
-        "Mean ± standard deviation, as fractions. has0: x >= 0 on both sides; gt0: x > 0 on both sides; "
-        "f1_as_published: weighted by predicted counts; acc7_cmu: seven classes rounded away from zero."
+    caption = "Mean ± standard deviation, as fractions." + "".join(
+        f" {text}" for key, text in LEGEND.items() if key in keys
     )
     blocks: list[Block] = [Table(["", *outcomes], means, caption)]
     if single:
-        blocks.append(Table(["", *MAIN], single, "Single seeds; all their metrics are in results.csv."))
+        blocks.append(
+            Table(["", *metrics.main], single, "Single seeds; all their metrics are in results.csv.")
+        )
     return blocks
 
 
 def _plain(key: str, runs: Sequence[Outcome]) -> str:
     summary = summarise(key, [run.metrics[key] for run in runs])
-    return f"{summary.mean:.3f}" + (f" ± {summary.std:.3f}" if summary.n > 1 else "")
+    mean = shown(summary.mean, 3)
+    return mean if summary.n == 1 or mean == "-" else f"{mean} ± {shown(summary.std, 3)}"
 
 
 def _results(outcomes: Outcomes) -> dict[str, Any]:

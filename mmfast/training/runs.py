@@ -126,14 +126,14 @@ def finetune(
         "samples": {name: len(getattr(splits, name)) for name in ("train", "valid", "test")},
         "handover": handover and handover._asdict(),
         "history": history,
-        "metrics": _test(module, splits.test, folder),
+        "metrics": _test(module, splits, folder),
     }
     save_result(folder, result)
     return result
 
 
-def restore(path: Path) -> tuple[Supervised, Config, Standardiser]:
-    """A supervised run's network, configuration and standardiser from its checkpoint.
+def restore(path: Path) -> tuple[Supervised, Config, Standardiser, dict[str, Any]]:
+    """A supervised run's network, configuration, standardiser and whole record from its checkpoint.
 
     Raises:
         UserError: not a checkpoint of a supervised run, or weights that do not fit its own configuration.
@@ -144,7 +144,7 @@ def restore(path: Path) -> tuple[Supervised, Config, Standardiser]:
     module = make_supervised(config, record["features"], record["freeze"])
     for part in ("encoder", "head"):
         load_part(getattr(module, part), checkpoint["state_dict"], part, str(path))
-    return module, config, Standardiser().load_state_dict(record["standardiser"])
+    return module, config, Standardiser().load_state_dict(record["standardiser"]), record
 
 
 def _record(kind: str, config: Config, splits: Splits, freeze: bool = False) -> dict[str, Any]:
@@ -153,6 +153,7 @@ def _record(kind: str, config: Config, splits: Splits, freeze: bool = False) -> 
         "config": asdict(config),
         "features": dict(splits.features),
         "standardiser": splits.standardiser.state_dict(),
+        "label_range": splits.label_range,
         "freeze": freeze,
     }
 
@@ -161,9 +162,9 @@ def _in_order(dataset: MultimodalDataset):
     return make_loader(dataset, 256, shuffle=False, drop_last=False, seed=0)
 
 
-def _test(module: nn.Module, test: MultimodalDataset, folder: Path) -> Mapping[str, float] | None:
-    if len(test) == 0:
+def _test(module: nn.Module, splits: Splits, folder: Path) -> Mapping[str, float] | None:
+    if len(splits.test) == 0:
         return None
-    predictions = predict(module, test)
-    write_predictions(folder / PREDICTIONS, test, predictions)
-    return measure(predictions, test.labels)
+    predictions = predict(module, splits.test)
+    write_predictions(folder / PREDICTIONS, splits.test, predictions)
+    return measure(predictions, splits.test.labels, splits.label_range)

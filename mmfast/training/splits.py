@@ -34,6 +34,7 @@ class Splits:
         train, valid: labelled samples for the supervised phase.
         test: labelled samples that are only ever predicted.
         standardiser: fitted on ``inputs``.
+        label_range: smallest and largest possible label.
     """
 
     inputs: MultimodalDataset
@@ -41,6 +42,7 @@ class Splits:
     valid: MultimodalDataset
     test: MultimodalDataset
     standardiser: Standardiser
+    label_range: tuple[float, float]
 
     @property
     def features(self) -> dict[str, int]:
@@ -74,6 +76,8 @@ def make_splits(
         raise UserError(
             f"data {data.name}: there is nothing to train on, its train and unlabelled splits are empty; {DIVIDE}"
         )
+    for part in (train, valid, test):
+        check_range(part, data.label_range, f"label_range of data {data.name}")
     standardiser = standardiser or Standardiser().fit(inputs)
     if config.label_share < 1:
         _check_share(train, config.label_share)
@@ -81,7 +85,7 @@ def make_splits(
         # A small share of a small split may round to nothing, and nothing would tell the best epoch.
         valid = label_share(valid, config.label_share, derive(seed, "labels of valid"), least=1)
     phases = (inputs, _labelled(train), _labelled(valid), _labelled(test))
-    return Splits(*(standardiser.transform(phase) for phase in phases), standardiser)
+    return Splits(*(standardiser.transform(phase) for phase in phases), standardiser, data.label_range)
 
 
 def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[str, MultimodalDataset]:
@@ -113,6 +117,18 @@ def check_labels(data: MultimodalData, config: DataConfig) -> None:
         parts = named_parts(data, replace(config, fold=fold))
         require_labels({name: parts[name] for name in ("train", "valid", "test")})
         _check_share(parts["train"], config.label_share)
+
+
+def check_range(dataset: MultimodalDataset, label_range: tuple[float, float], whose: str) -> None:
+    """Refuse labels outside the range that decides the metrics; ``whose`` range it is completes the sentence."""
+    low, high = label_range
+    outside = torch.nonzero((dataset.labels < low) | (dataset.labels > high)).flatten().tolist()
+    if outside:
+        first = outside[0]
+        raise UserError(
+            f"data: labels must lie in [{low:g}, {high:g}], {whose}, got {float(dataset.labels[first]):g} in sample "
+            f"{dataset.names[first]!r}{f' and {len(outside) - 1} more outside' if len(outside) > 1 else ''}"
+        )
 
 
 def require_labels(parts: Mapping[str, MultimodalDataset]) -> None:

@@ -50,11 +50,13 @@ def mae(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
 
 
 def corr(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
-    """Pearson correlation along the last axis, 0 where it is undefined."""
+    """Pearson correlation along the last axis, NaN where it is undefined."""
     p = predictions - predictions.mean(-1, keepdims=True)
     y = truths - truths.mean(-1, keepdims=True)
     norm = np.sqrt((p * p).sum(-1) * (y * y).sum(-1))
-    return np.divide((p * y).sum(-1), norm, out=np.zeros_like(norm), where=norm > 0)
+    # Asked of the numbers themselves: a constant minus its mean is not always exactly 0.
+    varies = (np.ptp(predictions, -1) > 0) & (np.ptp(truths, -1) > 0) & (norm > 0)
+    return np.divide((p * y).sum(-1), norm, out=np.full_like(norm, np.nan), where=varies)
 
 
 def bootstrap(
@@ -83,6 +85,9 @@ def bootstrap(
 
 
 def interval(resampled: np.ndarray) -> tuple[float, float]:
-    """95 % percentile interval."""
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    """95 % percentile interval of the resamples in which the metric is defined, NaN if it is in none."""
+    defined = resampled[~np.isnan(resampled)]
+    if len(defined) == 0:
+        return math.nan, math.nan
+    low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
