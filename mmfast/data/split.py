@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from mmfast.data.dataset import MultimodalData, MultimodalDataset
 from mmfast.errors import UserError
+from mmfast.shares import are_shares
 
 
 def label_share(dataset: MultimodalDataset, share: float, seed: int, least: int = 0) -> MultimodalDataset:
@@ -30,12 +30,6 @@ def label_share(dataset: MultimodalDataset, share: float, seed: int, least: int 
     labels = torch.full_like(dataset.labels, float("nan"))
     labels[chosen] = dataset.labels[chosen]
     return dataset.with_labels(labels)
-
-
-def are_shares(shares) -> bool:
-    """Whether these are three shares of train, valid and test: train above 0, not all in train, 1 in all."""
-    numbers = isinstance(shares, Sequence) and len(shares) == 3 and all(isinstance(s, Real) for s in shares)
-    return numbers and min(shares) >= 0 < shares[0] < 1 and abs(sum(shares) - 1) < 1e-6
 
 
 def random_split(data: MultimodalData, shares: Sequence[float], seed: int = 0) -> MultimodalData:

@@ -12,8 +12,8 @@ from math import inf
 from operator import attrgetter
 from typing import Any, Literal
 
-from mmfast.data.split import are_shares
 from mmfast.errors import UserError
+from mmfast.shares import are_shares
 
 
 @dataclass
