@@ -99,8 +99,8 @@ def test_a_disk_that_fills_up_keeps_the_last_epoch_and_the_run_goes_on_later(
 
     def fills_up(descriptor):
         calls.append(descriptor)
-        # Two calls for a file and its folder: environment, configuration, two epochs.
-        return fsync(descriptor) if len(calls) <= 8 else full_disk()
+        # Two calls for a file and its folder: environment, inputs, configuration, two epochs.
+        return fsync(descriptor) if len(calls) <= 10 else full_disk()
 
     with monkeypatch.context() as patch:
         patch.setattr(files.os, "fsync", fills_up)

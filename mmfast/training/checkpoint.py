@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import time
@@ -84,6 +85,11 @@ class LastCheckpoint(Checkpoint):
         if ends or time.monotonic() - self._saved >= self.seconds:
             trainer.save_checkpoint(self.path)
             self._saved = time.monotonic()
+
+
+def fingerprint(path: str | os.PathLike) -> str:
+    """32 hexadecimal digits for the content of a file."""
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 
 def read_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict[str, Any]:

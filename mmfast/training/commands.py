@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -18,10 +19,10 @@ from mmfast.errors import UserError
 from mmfast.files import write_json
 from mmfast.metrics import shown
 from mmfast.training import arguments, runs
-from mmfast.training.checkpoint import PRETRAINING, RECORD, read_checkpoint
+from mmfast.training.checkpoint import PRETRAINING, RECORD, fingerprint, read_checkpoint
 from mmfast.training.config import RunConfig
 from mmfast.training.fitting import BEST, LAST
-from mmfast.training.folder import CONFIG, claim
+from mmfast.training.folder import CONFIG, claim, examine
 from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
 from mmfast.training.splits import check_range, load_data, make_splits, select
@@ -30,10 +31,12 @@ from mmfast.training.splits import check_range, load_data, make_splits, select
 def pretrain(given: Any) -> None:
     """``mmfast pretrain``: ``last.ckpt`` in ``run.folder``."""
     config = given.settings
-    folder = Path(config.run.folder)
-    with _sitting("pretrain", config.run), claim(folder, asdict(config), given.resume):
+    folder, settings = Path(config.run.folder), asdict(config)
+    with _sitting("pretrain", config.run):
+        examine(folder, settings, given.resume)
         splits = make_splits(load_data(config.data), config.data, config.run.seed)
-        result = runs.pretrain(config, splits, folder)
+        place = claim(folder, settings, given.resume, {"data.path": splits.fingerprint})
+        result = runs.pretrain(config, splits, place)
     last = result["history"][-1]
     print(
         f"pre-trained on {result['samples']['inputs']} samples for {result['epochs']} epochs: "
@@ -53,9 +56,12 @@ def finetune(given: Any) -> None:
     config = given.settings
     folder = Path(config.run.folder)
     settings = {**asdict(config), "from": source, "freeze": given.freeze}
-    with _sitting("finetune", config.run), claim(folder, settings, given.resume):
+    with _sitting("finetune", config.run):
+        examine(folder, settings, given.resume)
         splits = make_splits(load_data(config.data), config.data, config.run.seed, standardiser)
-        result = runs.finetune(config, splits, folder, source and Path(source), given.freeze)
+        inputs = {"data.path": splits.fingerprint, "from": source and fingerprint(source)}
+        place = claim(folder, settings, given.resume, inputs)
+        result = runs.finetune(config, splits, place, source and Path(source), given.freeze)
     print(
         f"trained on {result['samples']['train']} samples for {result['epochs']} epochs, best validation MAE "
         f"{result['valid_loss']:.4f} in epoch {result['best_epoch'] + 1}: {folder / BEST}"
@@ -111,7 +117,10 @@ def _sitting(command: str, run: RunConfig) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        again = f"mmfast {command} --config {Path(run.folder) / CONFIG}"
+        settings = Path(run.folder) / CONFIG
+        if not settings.exists():
+            raise
+        again = shlex.join(["mmfast", command, "--config", str(settings)])
         raise KeyboardInterrupt(
             f"go on with: {again}{'' if command == 'experiment' else ' --resume'}"
         ) from None

@@ -16,7 +16,7 @@ from mmfast.training.config import AugmentationConfig, Config, ModelConfig
 from mmfast.training.pretraining import Pretraining
 from mmfast.training.seeds import derive
 from mmfast.training.supervised import Supervised
-from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
+from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, Transform, TwoViews
 
 # name -> (transform, its arguments, p in the first view, p in the second): thesis table 8.2.1.
 STEPS = {
@@ -44,7 +44,8 @@ def make_views(config: AugmentationConfig, modalities: tuple[str, ...]) -> TwoVi
     for number, (view, steps) in enumerate((("view_a", config.view_a), ("view_b", config.view_b))):
         if steps is None:
             steps = [_preset_step(name, number, modalities) for name in config.preset.split("+")]
-        chains.append(Chain([_step(step, f"augmentation.{view}", config.apply) for step in steps]))
+        where = f"augmentation.{view}"
+        chains.append(Chain([_step(step, where, config.apply, modalities) for step in steps]))
     return TwoViews(*chains)
 
 
@@ -62,7 +63,7 @@ def _preset_step(name: str, view: int, modalities: tuple[str, ...]) -> dict[str,
     return {"name": name, "p": p[view], **arguments}
 
 
-def _step(step: Mapping[str, Any], where: str, apply: str):
+def _step(step: Mapping[str, Any], where: str, apply: str, modalities: tuple[str, ...]) -> Transform:
     if "name" not in step:
         raise UserError(f"{where}: each step needs a name, got {dict(step)}")
     arguments = {key: value for key, value in step.items() if key != "name"}
@@ -71,7 +72,13 @@ def _step(step: Mapping[str, Any], where: str, apply: str):
     for key in arguments:
         if key not in accepted:
             raise UserError(f"{where}: {step['name']} has no {key!r}, it takes {', '.join(accepted)}")
-    return transform(**{"apply": apply, **arguments})
+    try:
+        made = transform(**{"apply": apply, **arguments})
+        for modality in modalities:
+            made.step(modality)  # refuses a modality that it has no number for
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from error
+    return made
 
 
 def _known(name: str, where: str) -> tuple:

@@ -149,9 +149,11 @@ class SupervisedConfig:
         linear_lr: Learning rate when the encoder is frozen and only the linear head learns; ``lr`` when left out.
         epochs: Most passes over the labelled samples.
         batch_size: Samples per step.
-        patience: Epochs without a better validation loss before training stops.
-        plateau_patience: Epochs without a better validation loss before the learning rate is multiplied by
-            ``plateau_factor``.
+        patience: Epochs in a row without a lower validation loss after which training stops: with 10 after the
+            tenth.
+        plateau_patience: Epochs in a row without a better validation loss that are let pass: after one more the
+            learning rate is multiplied by ``plateau_factor``, so with 2 after the third (PyTorch's counting, which
+            the thesis' code used). Better is lower by more than a ten-thousandth.
         plateau_factor: See ``plateau_patience``.
         head_dropout: Dropout on the fused vector before the linear head.
     """
@@ -243,19 +245,21 @@ RULES = (
     ),
     ("data.split_seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
     ("data.folds", "at least 2", lambda v: v >= 2),
+    ("data.fold", "at least 0", lambda v: v >= 0),
     ("loss.lambd", "finite and at least 0", lambda v: 0 <= v < inf),
     ("pretraining.lr", "positive", _positive),
     ("pretraining.epochs", "positive", _positive),
     ("pretraining.batch_size", "at least 2, for a loss over one sample is undefined", lambda v: v >= 2),
     ("supervised.lr", "positive", _positive),
-    ("supervised.linear_lr", "positive", lambda v: v is None or v > 0),
+    ("supervised.linear_lr", "positive", lambda v: v is None or _positive(v)),
     ("supervised.epochs", "positive", _positive),
     ("supervised.batch_size", "positive", _positive),
     ("supervised.patience", "positive", _positive),
     ("supervised.plateau_patience", "at least 0", lambda v: v >= 0),
     ("supervised.plateau_factor", "in (0, 1)", lambda v: 0 < v < 1),
     ("run.checkpoint_seconds", "at least 0", lambda v: v >= 0),
-    ("run.threads", "positive", lambda v: v is None or v > 0),
+    # Far more than any machine has: OpenMP ends the process where it cannot allocate its threads.
+    ("run.threads", "in [1, 4096]", lambda v: v is None or 1 <= v <= 4096),
     ("run.seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
 )
 

@@ -22,7 +22,7 @@ from mmfast.training import runs
 from mmfast.training.baselines import BASELINES
 from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.fitting import LAST
-from mmfast.training.folder import PREDICTIONS, claim, load_result, save_result
+from mmfast.training.folder import PREDICTIONS, claim, examine, finished, load_result, save_result
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import measure, read_predictions, write_predictions
 from mmfast.training.splits import Splits, check_labels, load_data, make_splits
@@ -106,10 +106,14 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
         UserError: as any of the runs, or a folder that holds another experiment.
     """
     root = Path(config.run.folder)
+    settings = {**asdict(config), "experiment": asdict(experiment)}
+    begun = examine(root, settings, resume=None)
     data = load_data(config.data)
     check_labels(data, config.data)
     units = units_of(config, experiment, data)
-    with claim(root, {**asdict(config), "experiment": asdict(experiment)}, resume=None):
+    if not begun:
+        _accept(config, experiment, units, data)
+    with claim(root, settings, None, {"data.path": data.fingerprint()}):
         began = time.monotonic()
         _run_all(config, experiment, units)
         log.info("all runs complete after %.0f s", time.monotonic() - began)
@@ -120,6 +124,18 @@ def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData)
     """All units of an experiment, seed by seed."""
     folds = [None] if data.cross_validation is None else range(config.data.folds)
     return [Unit(seed, fold) for seed in experiment.seeds for fold in folds]
+
+
+def _accept(config: Config, experiment: ExperimentConfig, units: list[Unit], data: MultimodalData) -> None:
+    """Refuse what any of the runs would, before the first of them starts."""
+    methods = [METHODS[name] for name in experiment.methods]
+    # Folds differ in their samples; seeds only choose among them.
+    for unit in (unit for unit in units if unit.seed == units[0].seed):
+        own = unit.config(config)
+        splits = make_splits(data, own.data, unit.seed)
+        if any(method.pretrained for method in methods):
+            runs.prepare_pretraining(own, splits)
+        runs.prepare_finetuning(own, splits)
 
 
 def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) -> None:
@@ -200,16 +216,20 @@ def _in(config: Config, unit: Unit, root: Path, name: str) -> Config:
 
 
 def _pretrain(config: Config, splits: Splits) -> dict[str, Any]:
-    with claim(Path(config.run.folder), asdict(config), resume=None) as folder:
-        return runs.pretrain(config, splits, folder)
+    folder, settings, inputs = Path(config.run.folder), asdict(config), {"data.path": splits.fingerprint}
+    if (done := finished(folder, settings, inputs)) is not None:
+        return done
+    return runs.pretrain(config, splits, claim(folder, settings, None, inputs))
 
 
 def _finetune(config: Config, splits: Splits, source: Path | None, freeze: bool) -> dict[str, Any]:
     folder = Path(config.run.folder)
     # Relative, so that a moved experiment is still the same.
     settings = {**asdict(config), "from": source and os.path.relpath(source, folder), "freeze": freeze}
-    with claim(folder, settings, resume=None):
-        return runs.finetune(config, splits, folder, source, freeze)
+    inputs = {"data.path": splits.fingerprint}
+    if (done := finished(folder, settings, inputs)) is not None:
+        return done
+    return runs.finetune(config, splits, claim(folder, settings, None, inputs), source, freeze)
 
 
 def _baseline(name: str, folder: Path, splits: Splits) -> dict[str, Any]:

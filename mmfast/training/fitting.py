@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
@@ -76,26 +77,49 @@ def fit(
         # Lightning makes the first iterator before it tells the sampler the epoch.
         train.batch_sampler.set_epoch(checkpoint["epoch"] + 1)
     with _quiet(), _interruptible():
-        try:
-            trainer = pl.Trainer(
-                accelerator=run.accelerator,
-                devices=1,
-                precision=run.precision,
-                max_epochs=epochs,
-                logger=_loggers(folder, run),
-                callbacks=callbacks,
-                plugins=[AtomicCheckpointIO()],
-                num_sanity_val_steps=0,
-                enable_model_summary=False,
-                enable_progress_bar=progress,
-                use_distributed_sampler=False,
-            )
-        except MisconfigurationException as error:
-            raise UserError(
-                f"config: run.accelerator {run.accelerator}, run.precision {run.precision}: {error}"
-            ) from error
+        trainer = _trainer(
+            run,
+            max_epochs=epochs,
+            logger=_loggers(folder, run),
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_progress_bar=progress,
+        )
         trainer.fit(module, train, valid, ckpt_path=start)
     return history.epochs
+
+
+def check_device(run: RunConfig) -> None:
+    """Refuse a device that is not there, and a precision that it does not have.
+
+    Raises:
+        UserError: as said.
+    """
+    with _quiet():
+        try:
+            trainer = _trainer(run, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        except MisconfigurationException as error:
+            raise UserError(
+                f"config: run.accelerator must be a device that this machine has, got {run.accelerator}"
+            ) from error
+    # Lightning itself takes bfloat16 where a CPU is asked for float16.
+    if trainer.precision != run.precision:
+        raise UserError(
+            f"config: run.precision must be one that the device {trainer.strategy.root_device.type} has, "
+            f"such as {trainer.precision}, got {run.precision}"
+        )
+
+
+def _trainer(run: RunConfig, **options: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator=run.accelerator,
+        devices=1,
+        precision=run.precision,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **options,
+    )
 
 
 def _finished(checkpoint: dict, epochs: int, patience: int) -> bool:

@@ -15,48 +15,90 @@ from mmfast.training.config import first_difference
 from mmfast.training.environment import environment
 from mmfast.training.parsing import load_yaml, save_yaml
 
-CONFIG, ENVIRONMENT, RESULT, PREDICTIONS = "config.yaml", "environment.yaml", "result.json", "predictions.csv"
-# Settings that cannot change a result.
-IDLE = ("run.folder", "run.progress", "run.tensorboard", "run.checkpoint_seconds", "experiment.workers")
+CONFIG, ENVIRONMENT, INPUTS = "config.yaml", "environment.yaml", "inputs.yaml"
+RESULT, PREDICTIONS = "result.json", "predictions.csv"
+# Settings that cannot change a result, and paths whose content is compared instead.
+IDLE = (
+    "run.folder",
+    "run.progress",
+    "run.tensorboard",
+    "run.checkpoint_seconds",
+    "experiment.workers",
+    "data.path",
+    "from",
+)
+
+
+def examine(
+    folder: Path, settings: Mapping[str, Any], resume: bool | None, inputs: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether ``folder`` holds a run of these settings to go on with; changes nothing.
+
+    A folder holds a run from its first checkpoint on. What stopped before has computed nothing, so the same command
+    starts anew, with other settings if need be.
+
+    Args:
+        settings, resume, inputs: as for :func:`claim`; without ``inputs`` they are not compared.
+
+    Raises:
+        UserError: as :func:`claim`, except for what only writing tells.
+    """
+    found = (folder / CONFIG).exists()
+    if resume is True and not found:
+        raise UserError(f"run.folder {folder}: there is no run to resume")
+    # A config.yaml without the rest of a claim is a file of the user's, not to be overwritten.
+    held = found and (not (folder / ENVIRONMENT).exists() or _has_outcome(folder))
+    if resume is False and held:
+        raise UserError(
+            f"run.folder {folder}: holds a run already; go on with it by --resume, or name another folder"
+        )
+    if not (held or resume is True):
+        return False
+    before = load_yaml(folder / CONFIG)
+    if (name := first_difference(before, settings, IDLE)) is not None:
+        raise UserError(
+            f"run.folder {folder}: its run has {name} = {_get(before, name)}, got {_get(settings, name)}; "
+            "name another folder for a new run"
+        )
+    if inputs is not None and (folder / INPUTS).exists():
+        before = load_yaml(folder / INPUTS)
+        if (name := first_difference(before, inputs)) is not None:
+            raise UserError(
+                f"run.folder {folder}: {name} must be what its run read, with the fingerprint {before.get(name)}, "
+                f"got {inputs.get(name)}; name another folder for a new run"
+            )
+    return True
 
 
 @contextlib.contextmanager
-def claim(folder: Path, settings: Mapping[str, Any], resume: bool | None) -> Iterator[Path]:
+def claim(
+    folder: Path, settings: Mapping[str, Any], resume: bool | None, inputs: Mapping[str, Any]
+) -> Iterator[Path]:
     """Own ``folder`` for one run of ``settings``, so that two runs never mix.
+
+    To be entered when data and settings have been accepted and everything is built: what is refused leaves no folder.
 
     Args:
         folder: created when it does not exist.
         settings: the configuration, written to ``config.yaml`` with ``environment.yaml`` beside it.
         resume: whether to go on with a run found there; None means as it may be.
+        inputs: fingerprints of what the run reads, such as its data; written to ``inputs.yaml``. Their paths may
+            change, their content may not.
 
     Raises:
-        UserError: the folder holds a run and ``resume`` is False, or no run and it is True; the settings differ from
-            those of the run found; another process is at work in it; it cannot be written.
+        UserError: the folder holds a run and ``resume`` is False, or no run and it is True; the settings or inputs
+            differ from those of the run found; another process is at work in it; it cannot be written.
     """
-    config = folder / CONFIG
-    if resume is True and not config.exists():
-        raise UserError(f"run.folder {folder}: there is no run to resume")
-    if resume is False and config.exists():
-        raise UserError(
-            f"run.folder {folder}: holds a run already; go on with it by --resume, or name another folder"
-        )
     with _lock(folder):
-        if config.exists():
-            _same(folder, load_yaml(config), settings)
-        else:
+        if not examine(folder, settings, resume, inputs):
             save_yaml(folder / ENVIRONMENT, environment())
-            save_yaml(config, settings)
+            save_yaml(folder / INPUTS, inputs)
+            save_yaml(folder / CONFIG, settings)
         yield folder
 
 
-def _same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    name = first_difference(before, now, IDLE)
-    if name is not None:
-        values = [_get(mapping, name) for mapping in (before, now)]
-        raise UserError(
-            f"run.folder {folder}: its run has {name} = {values[0]}, got {values[1]}; "
-            "name another folder for a new run"
-        )
+def _has_outcome(folder: Path) -> bool:
+    return any(any(folder.rglob(pattern)) for pattern in ("*.ckpt", RESULT))
 
 
 def _get(mapping: Any, name: str) -> Any:
@@ -86,6 +128,13 @@ def _lock(folder: Path) -> Iterator[None]:
 def save_result(folder: Path, result: Mapping[str, Any]) -> None:
     """``result.json``: its presence says that the run is complete."""
     write_json(folder / RESULT, result)
+
+
+def finished(
+    folder: Path, settings: Mapping[str, Any], inputs: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """The result of a complete run of these settings, or None; nothing that it was made from need be there still."""
+    return load_result(folder) if examine(folder, settings, None, inputs) else None
 
 
 def load_result(folder: Path) -> dict[str, Any] | None:

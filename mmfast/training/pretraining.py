@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -62,11 +63,25 @@ class Pretraining(pl.LightningModule):
         seed = derive(self.seed, "views", self.global_step)
         views = self.views(batch.values, batch.lengths, ids=batch.ids, seed=seed, padding=batch.padding)
         z_a, z_b = (self.projector(self.encoder(view, batch.lengths, batch.padding)) for view in views)
-        loss = self.loss(z_a, z_b)
-        check_finite(loss, "pretraining", self.global_step)
+        loss = self._evaluated(self.loss, z_a, z_b)
+        check_finite(loss, "loss", self._progress())
         parts = {f"train_{name}": value for name, value in self.loss.last._asdict().items()}
         self.log_dict(parts, on_step=False, on_epoch=True, batch_size=len(batch))
         return loss
+
+    def _progress(self) -> Progress:
+        return Progress("pretraining", self.global_step, "pretraining.lr", self.lr, "loss.lambd")
+
+    def _evaluated(self, function: Callable, z_a: Tensor, z_b: Tensor) -> Any:
+        try:
+            return function(z_a, z_b)
+        except UserError as error:
+            # Sizes are right by construction, so that it can only be about the values.
+            for z in (z_a, z_b):
+                check_finite(z, "embeddings", self._progress())
+            raise UserError(
+                f"{self._progress().diverged('embeddings became too large')} ({error})"
+            ) from error
 
     def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
         fused = self.encoder(batch.values, batch.lengths, batch.padding)
@@ -76,7 +91,9 @@ class Pretraining(pl.LightningModule):
         fused, z = (torch.cat(parts) for parts in zip(*self._clean, strict=True))
         self._clean.clear()
         if len(z) > 1:
-            self.log("valid_off_diagonal_rms", self.loss.components(z, z).off_diagonal_rms)
+            check_finite(fused, "fused vectors", self._progress())
+            components = self._evaluated(self.loss.components, z, z)
+            self.log("valid_off_diagonal_rms", components.off_diagonal_rms)
             self.log("valid_effective_rank", effective_rank(fused))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -94,10 +111,31 @@ def effective_rank(x: Tensor) -> Tensor:
     return torch.special.entr(p).sum().exp().float()
 
 
-def check_finite(loss: Tensor, phase: str, step: int) -> None:
+class Progress(NamedTuple):
+    """Where training stands, for what is said when it goes wrong.
+
+    Attributes:
+        phase: ``pretraining`` or ``supervised``.
+        step: optimiser steps done.
+        setting, lr: name and value of the learning rate.
+        other: what beside the data may be too large before any step.
+    """
+
+    phase: str
+    step: int
+    setting: str
+    lr: float
+    other: str
+
+    def diverged(self, what: str) -> str:
+        """The sentence, with what to look at: before the first step it cannot be the learning rate."""
+        causes = f"huge values in the data or {self.other}" if not self.step else "huge values in the data"
+        lower = f"lower {self.setting}, {self.lr:g} now, or " if self.step else ""
+        return f"{self.phase}: the {what} at step {self.step}; {lower}look for {causes}"
+
+
+def check_finite(value: Tensor, what: str, progress: Progress) -> None:
     """One sentence instead of weights full of NaN."""
-    if not torch.isfinite(loss):
-        raise UserError(
-            f"{phase}: the loss became {loss.item()} at step {step}; "
-            f"look for huge values in the data or lower {phase}.lr"
-        )
+    wrong = ~torch.isfinite(value)
+    if wrong.any():
+        raise UserError(progress.diverged(f"{what} became {value[wrong][0].item()}"))

@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader
 
 from mmfast.data import MultimodalDataset, Standardiser, make_loader
 from mmfast.errors import UserError
 from mmfast.training.checkpoint import PRETRAINING, RECORD, SUPERVISED, read_checkpoint
 from mmfast.training.components import make_pretraining, make_supervised
 from mmfast.training.config import Config
-from mmfast.training.fitting import BEST, fit
+from mmfast.training.fitting import BEST, check_device, fit
 from mmfast.training.folder import PREDICTIONS, load_result, save_result
-from mmfast.training.handover import load_part
+from mmfast.training.handover import Handover, load_part
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import measure, predict, write_predictions
+from mmfast.training.pretraining import Pretraining
 from mmfast.training.seeds import derive
 from mmfast.training.splits import Splits, require_labels
 from mmfast.training.supervised import Supervised
@@ -28,18 +31,46 @@ from mmfast.training.supervised import Supervised
 log = logging.getLogger(__name__)
 
 
-def pretrain(config: Config, splits: Splits, folder: Path) -> dict[str, Any]:
-    """Pre-train on ``splits.inputs``; ``folder/last.ckpt`` holds the outcome. Goes on where it stopped.
+# What a run's folder is taken by, see :func:`mmfast.training.folder.claim`; entered once all else is accepted.
+Place = AbstractContextManager[Path]
+
+
+def pretrain(config: Config, splits: Splits, place: Place) -> dict[str, Any]:
+    """Pre-train on ``splits.inputs``; ``last.ckpt`` in the folder holds the outcome. Goes on where it stopped.
 
     Returns:
-        The result: epochs, seconds of this sitting, numbers of samples, what each epoch logged.
+        The result: epochs, optimiser steps, seconds of this sitting, numbers of samples, what each epoch logged.
 
     Raises:
-        UserError: fewer than two samples, a loss that is not finite, a checkpoint that cannot be saved.
+        UserError: as :func:`prepare_pretraining` and ``place``; a loss that is not finite, a checkpoint that cannot
+            be saved.
     """
-    if (done := load_result(folder)) is not None:
-        return done
     began = time.monotonic()
+    module, batches = prepare_pretraining(config, splits)
+    valid = _in_order(splits.valid) if len(splits.valid) > 1 else None
+    with place as folder:
+        if (done := load_result(folder)) is not None:
+            return done
+        history = fit(module, batches, valid, folder, config.run, config.pretraining.epochs)
+        result = {
+            "kind": PRETRAINING,
+            "epochs": len(history),
+            "steps": len(batches) * len(history),
+            "seconds": round(time.monotonic() - began, 2),
+            "samples": {"inputs": len(splits.inputs), "valid": len(splits.valid)},
+            "history": history,
+        }
+        save_result(folder, result)
+    return result
+
+
+def prepare_pretraining(config: Config, splits: Splits) -> tuple[Pretraining, DataLoader]:
+    """The network with its views and loss, and its batches: whatever can be refused before the first step is.
+
+    Raises:
+        UserError: fewer than two samples, settings that a part refuses, a device that is not there.
+    """
+    check_device(config.run)
     size = len(splits.inputs)
     if size < 2:
         raise UserError(f"pretrain: Barlow Twins needs at least 2 training samples, got {size}")
@@ -56,21 +87,11 @@ def pretrain(config: Config, splits: Splits, folder: Path) -> dict[str, Any]:
         drop_last=True,
         seed=derive(config.run.seed, "batches"),
     )
-    valid = _in_order(splits.valid) if len(splits.valid) > 1 else None
-    history = fit(module, batches, valid, folder, config.run, config.pretraining.epochs)
-    result = {
-        "kind": PRETRAINING,
-        "epochs": len(history),
-        "seconds": round(time.monotonic() - began, 2),
-        "samples": {"inputs": size, "valid": len(splits.valid)},
-        "history": history,
-    }
-    save_result(folder, result)
-    return result
+    return module, batches
 
 
 def finetune(
-    config: Config, splits: Splits, folder: Path, pretrained: Path | None = None, freeze: bool = False
+    config: Config, splits: Splits, place: Place, pretrained: Path | None = None, freeze: bool = False
 ) -> dict[str, Any]:
     """Train with labels, test the epoch that had the lowest validation loss. Goes on where it stopped.
 
@@ -79,16 +100,58 @@ def finetune(
         freeze: linear evaluation, only the head learns.
 
     Returns:
-        The result: epochs, best epoch, seconds of this sitting, numbers of samples, tensors handed over, what each
-        epoch logged, test metrics (None without test samples).
+        The result: epochs, optimiser steps, best epoch, seconds of this sitting, numbers of samples, tensors handed
+        over, what each epoch logged, test metrics (None without test samples).
 
     Raises:
-        UserError: no labelled training or validation samples, weights that do not fit, a loss that is not finite, a
-            checkpoint that cannot be saved.
+        UserError: as :func:`prepare_finetuning` and ``place``; a loss that is not finite, a checkpoint that cannot be
+            saved.
     """
-    if (done := load_result(folder)) is not None:
-        return done
     began = time.monotonic()
+    module, batches, handover = prepare_finetuning(config, splits, pretrained, freeze)
+    settings = config.supervised
+    with place as folder:
+        if (done := load_result(folder)) is not None:
+            return done
+        with module.encoded(splits.train, splits.valid):
+            history = fit(
+                module,
+                batches,
+                _in_order(splits.valid),
+                folder,
+                config.run,
+                settings.epochs,
+                monitor="valid_loss",
+                patience=settings.patience,
+            )
+        best = read_checkpoint(folder / BEST)
+        module.load_state_dict(best["state_dict"])
+        result = {
+            "kind": SUPERVISED,
+            "epochs": len(history),
+            "steps": len(batches) * len(history),
+            "best_epoch": best["epoch"],
+            "valid_loss": history[best["epoch"]]["valid_loss"],
+            "seconds": round(time.monotonic() - began, 2),
+            "samples": {name: len(getattr(splits, name)) for name in ("train", "valid", "test")},
+            "handover": handover and handover._asdict(),
+            "history": history,
+            "metrics": _test(module, splits, folder),
+        }
+        save_result(folder, result)
+    return result
+
+
+def prepare_finetuning(
+    config: Config, splits: Splits, pretrained: Path | None = None, freeze: bool = False
+) -> tuple[Supervised, DataLoader, Handover | None]:
+    """As :func:`prepare_pretraining`; also how much of a pre-trained encoder was taken over.
+
+    Raises:
+        UserError: no labelled training or validation samples, weights that do not fit, settings that a part refuses,
+            a device that is not there.
+    """
+    check_device(config.run)
     require_labels({"train": splits.train, "valid": splits.valid})
     module = make_supervised(config, splits.features, freeze, _record(SUPERVISED, config, splits, freeze))
     handover = None
@@ -96,40 +159,14 @@ def finetune(
         state = read_checkpoint(pretrained, PRETRAINING)["state_dict"]
         handover = load_part(module.encoder, state, "encoder", str(pretrained))
         log.info("finetune: loaded %s of the encoder from %s", handover, pretrained)
-    settings = config.supervised
     batches = make_loader(
         splits.train,
-        settings.batch_size,
+        config.supervised.batch_size,
         shuffle=True,
         drop_last=False,
         seed=derive(config.run.seed, "batches"),
     )
-    with module.encoded(splits.train, splits.valid):
-        history = fit(
-            module,
-            batches,
-            _in_order(splits.valid),
-            folder,
-            config.run,
-            settings.epochs,
-            monitor="valid_loss",
-            patience=settings.patience,
-        )
-    best = read_checkpoint(folder / BEST)
-    module.load_state_dict(best["state_dict"])
-    result = {
-        "kind": SUPERVISED,
-        "epochs": len(history),
-        "best_epoch": best["epoch"],
-        "valid_loss": history[best["epoch"]]["valid_loss"],
-        "seconds": round(time.monotonic() - began, 2),
-        "samples": {name: len(getattr(splits, name)) for name in ("train", "valid", "test")},
-        "handover": handover and handover._asdict(),
-        "history": history,
-        "metrics": _test(module, splits, folder),
-    }
-    save_result(folder, result)
-    return result
+    return module, batches, handover
 
 
 def restore(path: Path) -> tuple[Supervised, Config, Standardiser, dict[str, Any]]:

@@ -35,6 +35,7 @@ class Splits:
         test: labelled samples that are only ever predicted.
         standardiser: fitted on ``inputs``.
         label_range: smallest and largest possible label.
+        fingerprint: of the whole data set that they were made from.
     """
 
     inputs: MultimodalDataset
@@ -43,6 +44,7 @@ class Splits:
     test: MultimodalDataset
     standardiser: Standardiser
     label_range: tuple[float, float]
+    fingerprint: str
 
     @property
     def features(self) -> dict[str, int]:
@@ -69,6 +71,7 @@ def make_splits(
     Raises:
         UserError: no training inputs, no such fold, or a share of labels that leaves none to train with.
     """
+    fingerprint = data.fingerprint()
     parts = named_parts(data, config)
     train, valid, test = (parts[name] for name in ("train", "valid", "test"))
     inputs = _joined([train, parts["unlabelled"]])
@@ -85,7 +88,8 @@ def make_splits(
         # A small share of a small split may round to nothing, and nothing would tell the best epoch.
         valid = label_share(valid, config.label_share, derive(seed, "labels of valid"), least=1)
     phases = (inputs, _labelled(train), _labelled(valid), _labelled(test))
-    return Splits(*(standardiser.transform(phase) for phase in phases), standardiser, data.label_range)
+    standardised = (standardiser.transform(phase) for phase in phases)
+    return Splits(*standardised, standardiser, data.label_range, fingerprint)
 
 
 def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[str, MultimodalDataset]:
@@ -95,6 +99,10 @@ def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[
         config: chooses the fold of data that ask for cross-validation; without it their own splits are taken.
     """
     named = {name: getattr(data, name) for name in ("train", "valid", "test")}
+    if data.cross_validation is None and config is not None and config.fold:
+        raise UserError(
+            f"config: data.fold must be 0 for data {data.name}, which ask for no cross-validation, got {config.fold}"
+        )
     if data.cross_validation is not None and config is not None:
         if not 0 <= config.fold < config.folds:
             raise UserError(

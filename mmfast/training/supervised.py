@@ -14,7 +14,7 @@ from mmfast.data import MultimodalBatch, MultimodalDataset
 from mmfast.training.checkpoint import RECORD
 from mmfast.training.config import SupervisedConfig
 from mmfast.training.predictions import encode
-from mmfast.training.pretraining import check_finite
+from mmfast.training.pretraining import Progress, check_finite
 from mmfast.training.seeds import derive
 
 
@@ -79,11 +79,14 @@ class Supervised(pl.LightningModule):
         finally:
             self._rows, self._fused = {}, None
 
+    def _lr(self) -> tuple[str, float]:
+        """Name and value of the setting."""
+        linear = self.freeze_encoder and self.settings.linear_lr is not None
+        name = "linear_lr" if linear else "lr"
+        return f"supervised.{name}", getattr(self.settings, name)
+
     def configure_optimizers(self) -> dict[str, Any]:
-        lr = self.settings.lr
-        if self.freeze_encoder and self.settings.linear_lr is not None:
-            lr = self.settings.linear_lr
-        optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=lr)
+        optimizer = torch.optim.Adam([p for p in self.parameters() if p.requires_grad], lr=self._lr()[1])
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer, factor=self.settings.plateau_factor, patience=self.settings.plateau_patience
         )
@@ -106,15 +109,18 @@ class Supervised(pl.LightningModule):
         loss, count = self._mae(batch)
         if not count:
             return None
-        check_finite(loss, "supervised", self.global_step)
+        check_finite(loss, "loss", self._progress())
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, batch_size=count)
         return loss
 
     def validation_step(self, batch: MultimodalBatch, batch_idx: int) -> None:
         loss, count = self._mae(batch)
         if count:
-            check_finite(loss, "supervised", self.global_step)
+            check_finite(loss, "validation loss", self._progress())
             self.log("valid_loss", loss, batch_size=count)
+
+    def _progress(self) -> Progress:
+        return Progress("supervised", self.global_step, *self._lr(), "the weights it started from")
 
     def _mae(self, batch: MultimodalBatch) -> tuple[Tensor, int]:
         labelled = ~batch.labels.isnan()
