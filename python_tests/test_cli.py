@@ -154,7 +154,22 @@ WRONG = {
     "inspect something else": (["inspect", "{made}/file.txt"], "is of no known kind"),
     "unknown accelerator": (["pretrain", "--run.accelerator=abacus"], "abacus"),
     "unknown precision": (["pretrain", "--run.precision=7"], "precision"),
-    "no such device": (["pretrain", "--run.accelerator=mps"], "config: run.accelerator mps"),
+    "no such device": (
+        ["pretrain", "--run.accelerator=mps"],
+        "config: run.accelerator must be a device that this machine has, got mps",
+    ),
+    "a precision that the device lacks": (
+        ["finetune", "--run.precision=16-mixed"],
+        "config: run.precision must be one that the device cpu has, such as bf16-mixed, got 16-mixed",
+    ),
+    "more threads than any machine has": (
+        ["pretrain", "--run.threads=1000000000"],
+        "config: run.threads must be in [1, 4096], got 1000000000",
+    ),
+    "a fold of data that have none": (
+        ["finetune", "--data.fold=1"],
+        "config: data.fold must be 0 for data synthetic, which ask for no cross-validation, got 1",
+    ),
 }
 TRAINING = ("pretrain", "finetune", "experiment")
 

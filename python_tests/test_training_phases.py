@@ -15,7 +15,7 @@ from mmfast.errors import UserError
 from mmfast.training.components import make_pretraining, make_supervised
 from mmfast.training.config import Config, DataConfig
 from mmfast.training.predictions import encode, predict, read_predictions, write_predictions
-from mmfast.training.pretraining import check_finite, effective_rank
+from mmfast.training.pretraining import Progress, check_finite, effective_rank
 from mmfast.training.splits import make_splits, named_parts, select
 
 FEATURES = {"text": 8, "audio": 6, "visual": 4}
@@ -193,10 +193,41 @@ def test_effective_rank():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_loss_that_is_not_finite_stops_with_one_sentence(value):
+    progress = Progress("pretraining", 7, "pretraining.lr", 0.5, "loss.lambd")
     with pytest.raises(
-        UserError, match=r"pretraining: the loss became (nan|inf) at step 7; .*pretraining\.lr"
+        UserError,
+        match=rf"pretraining: the loss became {value} at step 7; lower pretraining\.lr, 0\.5 now, or",
     ):
-        check_finite(torch.tensor(value), "pretraining", 7)
+        check_finite(torch.tensor(value), "loss", progress)
+
+
+# What diverges shows first in the embeddings, in validation (one step an epoch), or in the loss.
+DIVERGED = {
+    "embeddings": ("pretrain", "--pretraining.lr=1e30", "--pretraining.batch_size=16"),
+    "embeddings that are finite but too large": (
+        "pretrain",
+        "--pretraining.lr=1e15",
+        "--pretraining.batch_size=16",
+    ),
+    "validation": ("pretrain", "--pretraining.lr=1e30", "--pretraining.batch_size=57"),
+    "supervised loss": ("finetune", "--supervised.lr=1e30"),
+}
+
+
+@pytest.mark.parametrize("case", DIVERGED)
+def test_a_huge_learning_rate_is_blamed_and_not_what_the_loss_was_given(case, tmp_path, capsys):
+    command, lr, *more = DIVERGED[case]
+    assert mmfast(command, *TINY, lr, *more, f"--run.folder={tmp_path}") == 2
+    error = capsys.readouterr().err
+    phase, name = {"pretrain": "pretraining", "finetune": "supervised"}[command], lr[2:].partition("=")[0]
+    assert error.startswith(f"mmfast: {phase}: the ") and error.count("\n") == 1
+    assert f"lower {name}, " in error and "huge values" in error
+
+
+def test_before_the_first_step_the_learning_rate_is_not_blamed(tmp_path, capsys):
+    assert mmfast("pretrain", *TINY, "--loss.lambd=1e38", f"--run.folder={tmp_path}") == 2
+    sentence = "pretraining: the loss became inf at step 0; look for huge values in the data or loss.lambd"
+    assert capsys.readouterr().err == f"mmfast: {sentence}\n"
 
 
 def test_predictions_keep_the_order_and_do_not_depend_on_it():
