@@ -1,6 +1,6 @@
 """What nvcc and ptxas make of the CUDA kernels, for every architecture that is shipped. Needs no GPU.
 
-``cuda_budgets.json`` holds the most registers a kernel may take on any of them.
+``cuda_budgets.json`` holds the most registers a kernel may take where a multiprocessor runs 2048 threads.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.stem != "device")
-ARCHS = ("80", "90", "100")
+ARCHS = ("75", "80", "90", "100", "120")  # of setup.py
 BUDGETS = json.loads(Path(__file__).with_name("cuda_budgets.json").read_text())
 
 pytestmark = pytest.mark.skipif(
@@ -85,7 +85,9 @@ def test_registers_stay_within_budget_and_nothing_is_spilled(report, source, arc
     assert set(found) == set(BUDGETS[source.stem]), "cuda_budgets.json must name every kernel"
     for name, (registers, stack, spilled) in found.items():
         assert (stack, spilled) == (0, 0), f"{name} uses local memory on sm_{arch}"
-        assert registers <= BUDGETS[source.stem][name], f"{name} on sm_{arch}"
+        budget = BUDGETS[source.stem][name]
+        # With 1024 or 1536 threads at most there are more registers for each.
+        assert registers <= (max(budget, 64) if arch in ("75", "120") else budget), f"{name} on sm_{arch}"
 
 
 def test_fp32_kernels_use_no_double_precision(ptx):
