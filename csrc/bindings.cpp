@@ -305,7 +305,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_barlow_twins_narrowed", &cuda_barlow_twins_narrowed, no_gil);
   m.def("barlow_twins_gradient_scratch", &mmfast::cuda_barlow_twins_gradient_scratch);
   m.def("cuda_barlow_twins_gradient", &cuda_barlow_twins_gradient, no_gil);
-  m.def("cuda_device_count", &mmfast::cuda_device_count, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_device_count", &mmfast::cuda_device_count, no_gil);
+  m.def("cuda_capability", &mmfast::cuda_capability, no_gil);
+  m.def("cuda_runtime_version", &mmfast::cuda_runtime_version);
+  m.def("cuda_driver_version", &mmfast::cuda_driver_version, no_gil);
   m.def("cuda_error_string", &mmfast::cuda_error_string);
 #endif
 }

@@ -13,7 +13,7 @@ from targets import KERNELS, on
 from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops import random
-from mmfast.ops.augment import augment_apply, augment_draw
+from mmfast.ops.augment import _check_cuda_limits, augment_apply, augment_draw
 from mmfast.ops.native import call_cuda
 from mmfast.ops.plan import (
     APPLY_NAMES,
@@ -21,6 +21,7 @@ from mmfast.ops.plan import (
     MASK_STEPS,
     NOISE,
     RESAMPLE,
+    Chains,
     Step,
     chains,
     layout,
@@ -208,6 +209,15 @@ def example(dtype=torch.float64, noise=True):
 
 def flat(views):
     return [out for view in views for out in view]
+
+
+def test_samples_are_as_large_as_the_cuda_kernels_count():
+    """int32 has to hold the end of the last vector, behind the last element, and of the last tile of keys."""
+    most = 2**31 - 1 - 4096
+    _check_cuda_limits(Chains((), (), ()), [(1, most), (most, 1)])
+    for steps, features in ((most + 1, 1), (1, 2**31 - 17), (2**16, 2**15)):
+        with pytest.raises(UserError, match=f"modality 1 must have at most {most} elements a sample"):
+            _check_cuda_limits(Chains((), (), ()), [(1, 1), (steps, features)])
 
 
 @pytest.mark.parametrize("front", [False, True])

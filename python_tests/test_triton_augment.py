@@ -1,6 +1,7 @@
 """Augmentation in Triton against the reference: plans and moved elements bit by bit, noise to the last bits."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -274,3 +275,22 @@ def test_tables_are_bounded(monkeypatch):
         assert tables(mask, [(1, 1)], DEVICE) is first
         tables(mask, [(length, 2)], DEVICE)
         assert len(tables.known) <= 3
+
+
+def test_a_captured_table_is_kept_once_and_serves_all_streams(monkeypatch):
+    """Graphs that are captured again and again, with eager calls on other streams between them."""
+    tables, copies = kernels._Tables(), []
+    now = SimpleNamespace(cuda_stream=1, capturing=False)
+    monkeypatch.setattr(tables, "_copy", lambda *_: copies.append(1) or [object()])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now.capturing)
+    mask = chains([[[Step(MASK_STEPS, 1.0, "sample", 0.5)]]])
+    device = torch.device("cuda", 0)
+    first = tables(mask, [(1, 1)], device)
+    for now.cuda_stream in range(2, 12):
+        for now.capturing in (True, False):
+            assert tables(mask, [(1, 1)], device) is first
+    assert len(copies) == len(tables.captured) == 1
+    now.capturing = True
+    with pytest.raises(RuntimeError, match="must capture chains and shapes that have run before"):
+        tables(mask, [(2, 1)], device)

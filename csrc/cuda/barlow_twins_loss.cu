@@ -136,8 +136,12 @@ __global__ void __launch_bounds__(256) narrow_kernel(const float* matrices, int6
   for (int64_t i = start; i < count; i += kUnroll * step) {
     Pack<float, N> a[kUnroll];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      if (i + u * step < count) a[u] = x[i + u * step];
+    for (int u = 0; u < kUnroll; ++u) {
+      if (i + u * step < count)
+        a[u] = x[i + u * step];
+      else
+        a[u] = {};
+    }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       Pack<T, N> narrow;

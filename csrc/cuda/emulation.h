@@ -38,10 +38,16 @@ struct alignas(16) uint4 {
 };
 
 enum cudaError_t { cudaSuccess = 0 };
-inline cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 0;
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+constexpr int CUDART_VERSION = 0;
+inline cudaError_t nothing(int* value) {
+  *value = 0;
   return cudaSuccess;
 }
+inline cudaError_t cudaGetDeviceCount(int* count) { return nothing(count); }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return nothing(value); }
+inline cudaError_t cudaDriverGetVersion(int* version) { return nothing(version); }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "none: CUDA is emulated"; }
 
 namespace emulation {

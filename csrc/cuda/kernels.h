@@ -12,14 +12,20 @@ struct Target {
   void* stream;
 };
 
-// device.cu: the number of usable devices, or minus CUDA's error code; its name.
-int cuda_device_count();
+// device.cu: what the CUDA runtime that is linked in here says, or minus its error code. They initialise the
+// driver, after which a process that is forked cannot use it, but make no context.
+int cuda_device_count();          // of usable devices; error 35: no driver, or one older than the runtime
+int cuda_capability(int device);  // 10 major + minor
+int cuda_runtime_version();       // 1000 major + 10 minor
+int cuda_driver_version();        // of the newest runtime that the driver serves; 0: no driver
 const char* cuda_error_string(int code);
 
 // As in cpu/kernels.h; in `call`, lengths, seed and ids are on the device, the tables on the host. Lengths
 // are clamped to [0, L], for nobody waits to look at them. Outputs begin at multiples of 16 bytes. A sample
-// has fewer than 2^31 elements and a chain at most kLongestChain steps.
+// has at most kMostCells elements, so that int32 holds the end of the last vector and of the last tile of
+// keys too, and a chain at most kLongestChain steps.
 constexpr int kLongestChain = 64;
+constexpr int64_t kMostCells = INT32_MAX - 4096;
 int cuda_augment_draw(const AugmentCall& call, int32_t* plan, const Target& target);
 int cuda_augment_apply(const AugmentCall& call, const int32_t* plan, int dtype, const void* const* x,
                        const int64_t* strides, void* const* out, bool with_noise, const Target& target);

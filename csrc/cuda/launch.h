@@ -34,6 +34,7 @@ int launch(const Target& target, Grid grid, int threads, void (*kernel)(Paramete
   if (grid.x > INT32_MAX || grid.y > UINT16_MAX) return kInvalidConfiguration;
 #ifdef __CUDACC__
   if (const cudaError_t error = use_device(target.device)) return (int)error;
+  (void)cudaGetLastError();  // what an earlier call has left is not this launch's
   kernel<<<dim3((unsigned)grid.x, (unsigned)grid.y), threads, 0, (cudaStream_t)target.stream>>>(arguments...);
   return (int)cudaGetLastError();
 #else

@@ -143,7 +143,8 @@ def _(grads, lengths, seed, ids, plan, steps_per_view, rows, amounts, front):
     return [grad.new_empty(grad.shape) for grad in grads[: len(lengths)]]
 
 
-_LONGEST_CHAIN = 64  # kLongestChain of csrc/cuda/kernels.h
+# Of csrc/cuda/kernels.h: kLongestChain, kMostCells.
+_LONGEST_CHAIN, _MOST_CELLS = 64, 2**31 - 1 - 4096
 
 
 def _triton():
@@ -197,10 +198,10 @@ def _check_cuda_limits(chains, shapes):
             f"augment: a chain must have at most {_LONGEST_CHAIN} steps on the cuda backend, got {longest}"
         )
     for modality, (steps, features) in enumerate(shapes):
-        if steps * features >= 2**31:
+        if steps * features > _MOST_CELLS:
             raise UserError(
-                f"augment: modality {modality} must have fewer than 2^31 elements a sample on the cuda backend, "
-                f"got {steps} x {features}"
+                f"augment: modality {modality} must have at most {_MOST_CELLS} elements a sample on the cuda "
+                f"backend, got {steps} x {features}"
             )
 
 

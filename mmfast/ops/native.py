@@ -32,4 +32,12 @@ def call_cuda(op: str, kernel, device: torch.device, *arguments) -> None:
         with torch.cuda.device(device):
             return call_cuda(op, kernel, device, *arguments)
     if code:
-        raise RuntimeError(f"{op}: CUDA error {code}: {backends.cuda_error(code)}")
+        raise RuntimeError(f"{op}: {_cuda_failure(code)}")
+
+
+def _cuda_failure(code: int) -> str:
+    what = f"CUDA error {code}: {backends.cuda_error(code)}"
+    # A launch waits for nothing: what goes wrong within kernels comes up at some later call, of whomever.
+    if (code >= 700 and code != 701) or code == 214:
+        return f"{what}; in this call or an earlier kernel: CUDA_LAUNCH_BLOCKING=1 shows in which"
+    return what

@@ -458,17 +458,20 @@ class _Tables:
     """Tables on their devices, the most recently used ones.
 
     A table is copied there on the current stream without waiting, so it serves that stream only; a CUDA graph
-    may use what any stream left behind, for a capture begins when the device has finished, and keeps it.
+    may use what any stream left behind, for a capture begins when the device has finished. From then on the table
+    is kept, for the graph may be replayed, and serves all streams.
     """
 
     most = 512
 
     def __init__(self):
         self.known: dict = {}
-        self.captured: list = []
+        self.captured: dict = {}
 
     def __call__(self, chains: layouts.Chains, shapes, device: torch.device) -> list[Table]:
         key = tuple(chains.steps_per_view), tuple(chains.rows), tuple(chains.amounts), tuple(shapes), device
+        if key in self.captured:
+            return self.captured[key]
         cuda = device.type == "cuda"
         stream = torch.cuda.current_stream(device).cuda_stream if cuda else 0
         capturing = cuda and torch.cuda.is_current_stream_capturing()
@@ -479,8 +482,9 @@ class _Tables:
                     "augment: a CUDA graph must capture chains and shapes that have run before, "
                     f"got new ones for shapes {shapes}"
                 )
-            self.captured.append(entry)
-        elif entry is None or entry[0] != stream:
+            self.captured[key] = entry[1]
+            return entry[1]
+        if entry is None or entry[0] != stream:
             entry = stream, self._copy(chains, shapes, device)
         self.known[key] = entry
         if len(self.known) > self.most:
