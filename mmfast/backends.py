@@ -18,10 +18,13 @@ import json
 import os
 import platform
 import threading
+import warnings
 from pathlib import Path
 
 import torch
 
+from mmfast import cuda_runtime
+from mmfast.cuda_runtime import version
 from mmfast.errors import UserError
 from mmfast.version import __version__
 
@@ -50,6 +53,27 @@ def _why_not_built(kind: str) -> str:
     return reason or _load_error
 
 
+def _missing_kernels() -> str:
+    """What a build has less than it was meant to have, in a sentence; empty if nothing."""
+    native, cuda = (build_record().get(kind, {}) for kind in ("native", "cuda"))
+    if _C is None and "MMFAST_NATIVE=0" not in native.get("reason", ""):
+        return (
+            f"mmfast has no C++ kernels ({_why_not_built('native')}): everything runs in plain PyTorch, several "
+            "times slower. Building with MMFAST_NATIVE=1 shows the failure, MMFAST_NATIVE=0 leaves them out"
+        )
+    if cuda.get("failed"):
+        return (
+            f"mmfast has no CUDA kernels, though nvcc was there ({cuda['reason']}): CUDA tensors are served by "
+            "Triton or plain PyTorch. Building with MMFAST_CUDA=1 shows the failure, MMFAST_CUDA=0 leaves them out"
+        )
+    return ""
+
+
+# pip shows nothing of a build that went through, so this is the first place where it can be seen.
+if _missing := _missing_kernels():
+    warnings.warn(_missing, RuntimeWarning, stacklevel=2)
+
+
 def emulated() -> bool:
     """Whether the CUDA kernels were compiled for the CPU (``MMFAST_CUDA=emulate``, for tests)."""
     return bool(build_record().get("cuda", {}).get("emulated"))
@@ -62,32 +86,55 @@ def _why_not_cpu(device: torch.device) -> str:
 
 
 def _why_not_cuda(device: torch.device) -> str:
-    if not hasattr(_C, "cuda_device_count"):
+    if not hasattr(_C, "cuda_capability"):
         reason = _why_not_built("native" if _C is None else "cuda")
         return f"no CUDA kernels: {reason}"
     if emulated():
         return "" if device.type == "cpu" else "its kernels were built to be emulated on CPU tensors"
     if device.type == "cuda":
-        return _no_code_on(torch.cuda.current_device() if device.index is None else device.index)
-    count = _C.cuda_device_count()
+        current = torch.cuda.current_device if torch.cuda.is_initialized() else int
+        return _no_code_on(current() if device.index is None else device.index)
+    count = _cuda_runtime()["devices"]
     here = "" if count > 0 else f" (no device is here: {cuda_error(-count) if count else 'none found'})"
     return f"its kernels take CUDA tensors, not {device.type} ones{here}"
 
 
 @functools.cache
+def _cuda_runtime() -> dict:
+    """:func:`mmfast.cuda_runtime.facts`, asked without initialising what is not initialised."""
+    return (cuda_runtime.facts if torch.cuda.is_initialized() else cuda_runtime.facts_from_elsewhere)(_C)
+
+
+@functools.cache
 def _no_code_on(index: int) -> str:
-    return _no_code_for(torch.cuda.get_device_capability(index))
+    facts = _cuda_runtime()
+    count, runtime, driver = facts["devices"], facts["runtime"], facts["driver"]
+    if count <= index:
+        why = cuda_error(-count) if count < 0 else f"it finds {count} devices"
+        return (
+            f"its CUDA runtime {version(runtime)} cannot use device {index} with a driver for "
+            f"CUDA {version(driver)}: {why}"
+        )
+    # A driver compiles no PTX that is newer than itself.
+    return _no_code_for(facts["capabilities"][index], ptx=driver // 10 >= runtime // 10)
 
 
-def _no_code_for(capability: tuple[int, int]) -> str:
-    """Machine code runs on devices of its own major version, PTX of the newest on all later ones."""
-    major, minor = capability
-    # Without the letter of an architecture-specific target such as 90a.
-    archs = [int(arch.rstrip("af")) for arch in build_record()["cuda"]["archs"]]
-    device = 10 * major + minor
-    if device >= archs[-1] or any(arch // 10 == major and arch <= device for arch in archs):
+def _no_code_for(device: int, ptx: bool = True) -> str:
+    """Why no code of this build runs on a device of a compute capability, such as 89; empty if some does.
+
+    Machine code runs on later devices of its generation (80 on 89), that of ``f`` too, that of ``a`` on its own
+    device only; PTX, which is that of the oldest without a letter, on all later devices if it can be compiled.
+    """
+    archs = build_record()["cuda"]["archs"]
+    general = [int(arch) for arch in archs if arch.isdigit()]
+    if ptx and general and device >= min(general):
         return ""
-    return f"its kernels were built for sm_{', sm_'.join(map(str, archs))}, and this device is sm_{device}"
+    for arch in archs:
+        number = int(arch.rstrip("af"))
+        if number == device or (number // 10 == device // 10 and number < device and arch[-1] != "a"):
+            return ""
+    also = "" if ptx else ", its PTX is too new for the driver"
+    return f"its kernels were built for sm_{', sm_'.join(archs)}{also}, and this device is sm_{device}"
 
 
 @functools.cache
@@ -176,10 +223,14 @@ def choose(op: str, device: torch.device) -> str:
 
 
 def info() -> dict:
-    """Versions, build record, and per op and device the backend in use and why not the others."""
+    """Versions, build record, and per op and device the backend in use and why not the others.
+
+    Does not initialise CUDA: a process that has asked can still be forked.
+    """
     record = build_record()
+    warning = {"warning": missing} if (missing := _missing_kernels()) else {}
     unbuilt = {"built": False, "reason": "the package was not built"}
-    facts = {
+    facts = warning | {
         "mmfast": record.get("version") or __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -193,18 +244,34 @@ def info() -> dict:
         facts["instruction sets"] = _C.isas()
         if kernels := sorted(name for name in dir(_C) if name.startswith("cuda_") and name not in _CUDA_HELP):
             facts["cuda"]["kernels"] = [name.removeprefix("cuda_") for name in kernels]
-        if hasattr(_C, "cuda_device_count"):
-            count = _C.cuda_device_count()
-            facts["cuda"]["devices"] = count if count >= 0 else cuda_error(-count)
+        if hasattr(_C, "cuda_capability") and not emulated():
+            facts["cuda"] |= _described(_cuda_runtime())
     for op in OPS:
-        for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        # device_count() asks the driver's management library; is_available() would initialise the driver.
+        for device in ["cpu"] + ["cuda"] * (torch.cuda.device_count() > 0):
             row = {"uses": choose(op, torch.device(device))}
             row |= {name: why_not(name, device) or "available" for name in NAMES}
             facts["ops"][f"{op} ({device})"] = row
     return facts
 
 
-_CUDA_HELP = ("cuda_device_count", "cuda_error_string")
+def _described(facts: dict) -> dict:
+    count = facts["devices"]
+    return {
+        "runtime": version(facts["runtime"]),
+        "driver": version(facts["driver"]) if facts["driver"] else "none",
+        "devices": [f"sm_{number}" for number in facts["capabilities"]]
+        or (cuda_error(-count) if count else 0),
+    }
+
+
+_CUDA_HELP = (
+    "cuda_device_count",
+    "cuda_capability",
+    "cuda_runtime_version",
+    "cuda_driver_version",
+    "cuda_error_string",
+)
 
 
 def info_text() -> str:

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +20,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def python(code, **env):
     """Standard output of ``code`` in a fresh interpreter."""
-    import os
-
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}
     )
@@ -60,24 +60,136 @@ def test_a_backend_can_be_forced_and_is_given_back(native, name, device, reason)
 
 
 @pytest.mark.parametrize(
-    "archs, capability, runs",
+    "archs, runs, fails",
     [
-        ("80 90 100", (8, 0), True),
-        ("80 90 100", (8, 9), True),
-        ("80 90 100", (9, 0), True),
-        ("80 90 100", (12, 0), True),
-        ("80 90 100", (7, 5), False),
-        ("90a", (9, 0), True),
-        ("100", (9, 0), False),
-        ("86", (8, 0), False),
+        ("75 80 90 100 120", "75 80 86 87 89 90 100 103 110 120 121 130", "70"),
+        ("100", "100 103 110 120", "90"),
+        ("86", "86 89 90", "80"),
+        ("90a", "90", "80 91 100 120"),
+        ("80 90a", "80 89 90 100", "75"),
+        ("90a 100f 120f", "90 100 103 120 121", "80 89 91 110 130"),
+        ("103f", "103", "100 110"),
     ],
 )
-def test_a_device_needs_machine_code_of_its_generation(monkeypatch, archs, capability, runs):
+def test_a_device_needs_code_that_it_can_run(monkeypatch, archs, runs, fails):
     monkeypatch.setattr(backends, "build_record", lambda: {"cuda": {"archs": archs.split()}})
-    reason = backends._no_code_for(capability)
-    assert (reason == "") == runs
-    if not runs:
-        assert f"this device is sm_{capability[0]}{capability[1]}" in reason
+    assert not any(backends._no_code_for(int(device)) for device in runs.split())
+    for device in fails.split():
+        assert backends._no_code_for(int(device)).endswith(f"this device is sm_{device}")
+
+
+def test_ptx_needs_a_driver_that_can_compile_it(monkeypatch):
+    monkeypatch.setattr(backends, "build_record", lambda: {"cuda": {"archs": ["80", "90"]}})
+    assert not backends._no_code_for(89, ptx=False) and not backends._no_code_for(90, ptx=False)
+    assert "its PTX is too new for the driver" in backends._no_code_for(100, ptx=False)
+
+
+class Library:
+    """``mmfast._C`` on a machine with these devices; it counts how often it is asked in this process."""
+
+    def __init__(self, capabilities=(), driver=13000, error=0):
+        self.capabilities, self.driver, self.error, self.asked = capabilities, driver, error, 0
+
+    def cuda_device_count(self):
+        self.asked += 1
+        return -self.error if self.error else len(self.capabilities)
+
+    def cuda_capability(self, index):
+        return self.capabilities[index]
+
+    def cuda_runtime_version(self):
+        return 13000
+
+    def cuda_driver_version(self):
+        return self.driver
+
+    def cuda_error_string(self, code):
+        return f"the text of {code}"
+
+    def isas(self):
+        return ["generic"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A function that makes this look like a machine with a GPU, PyTorch for it, and that library."""
+    caches = backends._cuda_runtime, backends._no_code_on
+
+    def make(library, initialised=True):
+        monkeypatch.setattr(backends, "_C", library)
+        monkeypatch.setattr(
+            backends, "build_record", lambda: {"cuda": {"archs": ["80", "90"]}, "native": {"built": True}}
+        )
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialised)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(backends, "_why_not_triton", lambda device: "")
+        monkeypatch.setitem(backends._WHY_NOT, "triton", lambda device: "")
+        return library
+
+    for cache in caches:
+        cache.cache_clear()
+    yield make
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "library, reason",
+    [
+        (
+            Library(error=35, driver=12040),
+            "runtime 13.0 cannot use device 0 with a driver for CUDA 12.4: the text of 35",
+        ),
+        (Library(error=100, driver=0), "cannot use device 0 with a driver for CUDA 0.0: the text of 100"),
+        (Library(), "cannot use device 0 with a driver for CUDA 13.0: it finds 0 devices"),
+        (Library([100], driver=12090), "its PTX is too new for the driver, and this device is sm_100"),
+        (Library([75]), "its kernels were built for sm_80, sm_90, and this device is sm_75"),
+    ],
+    ids=["old driver", "no driver", "no devices", "new device", "old device"],
+)
+def test_triton_serves_where_the_linked_runtime_cannot(machine, library, reason):
+    machine(library)
+    for _ in range(3):
+        assert backends.choose("augment_apply", CUDA) == "triton"
+        assert backends.choose("barlow_twins", torch.device("cuda", 0)) == "triton"
+    assert library.asked == 1
+    with (
+        pytest.raises(mmfast.UserError, match=f"cuda backend was asked for, but .*{reason}"),
+        mmfast.backend("cuda"),
+    ):
+        backends.choose("augment_apply", CUDA)
+
+
+def test_cuda_kernels_serve_the_devices_they_find(machine):
+    machine(Library([90, 89]))
+    assert [backends.choose("augment_apply", torch.device("cuda", i)) for i in range(3)] == [
+        "cuda",
+        "cuda",
+        "triton",
+    ]
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+def test_asking_initialises_no_cuda(machine, monkeypatch, initialised):
+    """cudaGetDeviceCount would, and a process that is forked after it could not use the GPU."""
+    library = machine(Library([90]), initialised)
+    elsewhere = {"devices": 1, "capabilities": [90], "runtime": 13000, "driver": 13000}
+    monkeypatch.setattr(backends.cuda_runtime, "facts_from_elsewhere", lambda _: elsewhere)
+    for name in ("is_available", "init", "_lazy_init", "get_device_capability", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was initialised"))
+    if not initialised:
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: pytest.fail("CUDA was initialised"))
+    facts = mmfast.info()
+    assert facts["cuda"]["devices"] == ["sm_90"] and facts["cuda"]["driver"] == "13.0"
+    assert facts["ops"]["barlow_twins (cuda)"]["uses"] == "cuda"
+    assert library.asked == initialised
+
+
+@pytest.mark.skipif(not hasattr(backends._C, "cuda_capability"), reason="no CUDA kernels were built")
+def test_another_process_finds_what_this_one_finds():
+    """Run without mmfast and torch, on the library alone."""
+    assert backends.cuda_runtime.facts_from_elsewhere(backends._C) == backends.cuda_runtime.facts(backends._C)
 
 
 def test_forcing_a_gpu_backend_on_cpu_tensors_says_what_it_needs(monkeypatch):
@@ -95,13 +207,14 @@ def test_forcing_a_gpu_backend_on_cpu_tensors_says_what_it_needs(monkeypatch):
 
 
 @pytest.mark.skipif(
-    not hasattr(backends._C, "cuda_augment_draw") or backends.emulated() or torch.cuda.is_available(),
+    not hasattr(backends._C, "cuda_capability") or backends.emulated() or torch.cuda.is_available(),
     reason="CUDA kernels and no GPU to run them on: not the case here",
 )
 def test_cuda_kernels_load_without_a_gpu_and_fail_with_a_reason():
     facts = mmfast.info()["cuda"]
     assert facts["archs"] and "augment_apply" in facts["kernels"]
     assert isinstance(facts["devices"], str) or facts["devices"] == 0
+    assert float(facts["runtime"]) > 11 and (facts["driver"] == "none" or float(facts["driver"]) > 0)
     arguments = backends._C.AugmentArguments(1, [1], [0, 0, 0, 0, 0], [0.5, 0.0], [3, 4, 0, 0], 0, 0, 6)
     with pytest.raises(RuntimeError, match=r"augment_draw: CUDA error \d+: .*(driver|device)"):
         call_cuda("augment_draw", backends._C.cuda_augment_draw, CPU, arguments, 0)
@@ -162,6 +275,60 @@ def test_without_kernels_the_reason_is_told(monkeypatch):
     assert row["cpu"] == "no C++ kernels: no C++ compiler"
     assert row["cuda"] == "no CUDA kernels: no C++ compiler"
     assert "uses: reference" in backends.info_text()
+
+
+FAILED = {"built": False, "reason": "the compiler failed: error: x", "failed": True}
+
+
+@pytest.mark.parametrize(
+    "native, cuda, told",
+    [
+        (
+            FAILED,
+            FAILED,
+            r"no C\+\+ kernels \(the compiler failed: error: x\).*plain PyTorch.*MMFAST_NATIVE=1",
+        ),
+        (
+            {"built": False, "reason": "no C++ compiler", "failed": False},
+            {},
+            r"no C\+\+ kernels \(no C\+\+ compiler\)",
+        ),
+        (None, {}, r"no C\+\+ kernels \(the package was not built\)"),
+        (
+            {"built": True},
+            FAILED,
+            r"no CUDA kernels, though nvcc was there \(the compiler failed.*MMFAST_CUDA=1",
+        ),
+        ({"built": False, "reason": "switched off by MMFAST_NATIVE=0", "failed": False}, {}, None),
+        ({"built": True}, {"built": False, "reason": "nvcc was not found", "failed": False}, None),
+    ],
+    ids=["compiler failed", "no compiler", "not built", "nvcc failed", "switched off", "no nvcc"],
+)
+def test_missing_kernels_are_told(monkeypatch, native, cuda, told):
+    monkeypatch.setattr(backends, "_C", object() if native and native["built"] else None)
+    monkeypatch.setattr(backends, "build_record", lambda: {"native": native, "cuda": cuda} if native else {})
+    sentence = backends._missing_kernels()
+    assert re.search(told, sentence) if told else sentence == ""
+
+
+def test_importing_warns_of_missing_kernels():
+    """pip hides what a build that went through has printed."""
+    code = (
+        "import sys, warnings; sys.modules['mmfast._C'] = None; warnings.simplefilter('error'); "
+        "from mmfast import SeqAug"
+    )
+    with pytest.raises(
+        AssertionError, match=r"RuntimeWarning: mmfast has no C\+\+ kernels \(.*plain PyTorch"
+    ):
+        python(code)
+
+
+def test_info_begins_with_what_is_missing(monkeypatch):
+    monkeypatch.setattr(backends, "_C", None)
+    monkeypatch.setattr(backends, "build_record", lambda: {"native": FAILED, "cuda": FAILED})
+    assert backends.info_text().startswith(
+        "warning: mmfast has no C++ kernels (the compiler failed: error: x)"
+    )
 
 
 def test_info_tells_versions_build_and_backends(native):
