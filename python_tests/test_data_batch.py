@@ -63,10 +63,14 @@ def test_collate_names_what_does_not_fit():
         collate([])
     with pytest.raises(UserError, match=r'collate: padding must be "back" or "front", got \'left\''):
         collate([whole], padding="left")
-    with pytest.raises(UserError, match=r"collate: every sample must have the modalities .* in 's1'"):
+    with pytest.raises(
+        UserError, match=r"collate: every sample must have the modalities .* in sample 's1' \(id 1\)"
+    ):
         collate([whole, sample({"text": 1}, 1)])
     wide = Sample({**whole.values, "text": torch.zeros(1, 6)}, 0.0, 1, "wide")
-    with pytest.raises(UserError, match="collate: text must have 5 features as the first sample, got 6"):
+    with pytest.raises(
+        UserError, match=r"text must have 5 features as the first sample, got 6 in sample 'wide' \(id 1\)"
+    ):
         collate([whole, wide])
 
 

@@ -137,6 +137,54 @@ def test_bad_input_is_named(arguments, message):
         MultimodalDataset(**({"values": {"text": [np.ones((1, 3)), np.ones((2, 3))]}} | arguments))
 
 
+def test_faults_of_a_sample_name_it():
+    names = ["first", "second"]
+    for make, sentence in (
+        (
+            lambda: MultimodalDataset({"text": [np.ones((1, 3)), np.ones((1, 2))]}, names=names),
+            "values['text'][1] of sample 'second' must have 3 features as the first sample, got 2",
+        ),
+        (
+            lambda: MultimodalDataset({"text": [np.ones((1, 3)), np.ones(3)]}, names=names),
+            "values['text'][1] of sample 'second' must be (n, F), got shape (3,)",
+        ),
+        (
+            lambda: MultimodalDataset({"text": [np.ones((1, 3))] * 2}, [0.0, -math.inf], names=names),
+            "got -inf in labels[1] of sample 'second'",
+        ),
+        (
+            lambda: MultimodalDataset({"text": [np.ones((1, 3))] * 2}, names=names).with_labels(
+                [math.inf, 0]
+            ),
+            "got inf in labels[0] of sample 'first'",
+        ),
+        (
+            lambda: MultimodalDataset.from_padded(
+                {"text": np.ones((2, 3, 1))}, {"text": [1, 4]}, names=names
+            ),
+            "lengths['text'][1] of sample 'second' must be at most the 3 steps of its values, got 4",
+        ),
+        (
+            lambda: MultimodalDataset.from_flat({"text": torch.ones(1, 1)}, {"text": [2, -1]}),
+            "lengths['text'][1] must be 0 or more, got -1",
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            make()
+        assert sentence in str(caught.value)
+
+
+def test_samples_that_are_not_aligned_or_hold_nothing():
+    text, audio = [2, 3, 0, 0, 1], [2, 4, 0, 5, 0]
+    data = MultimodalDataset(
+        {m: [np.ones((n, 1)) for n in ns] for m, ns in (("text", text), ("audio", audio))}
+    )
+    assert data.unaligned().tolist() == [False, True, False, False, False]
+    assert data.without_steps().tolist() == [False, False, True, False, False]
+    empty = MultimodalDataset.empty({"text": 1, "audio": 1})
+    assert len(empty.unaligned()) == len(empty.without_steps()) == 0
+
+
 def test_words_are_no_features():
     with pytest.raises(TypeError, match=r"values\['text'\]\[0\] must hold numbers, got dtype <U"):
         MultimodalDataset({"text": [np.array([["a"]])]})
@@ -157,7 +205,7 @@ def test_bad_flat_lengths_are_named(lengths, message):
 
 def test_padded_lengths_stay_within_the_steps():
     with pytest.raises(
-        UserError, match=r"lengths\['text'\] must be at most the 4 steps of its values, got 5"
+        UserError, match=r"lengths\['text'\]\[0\] must be at most the 4 steps of its values, got 5"
     ):
         MultimodalDataset.from_padded({"text": torch.zeros(2, 4, 3)}, {"text": [5, 1]})
 

@@ -16,7 +16,7 @@ REAL = SHARED / "data" / "ict_mmmo"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real ICT-MMMO folder is not here")
 
 SIZES = {"train": 4, "valid": 3, "test": 2}
-FEATURES = {"text": 6, "audio": 5, "video": 3}
+FEATURES = {"text": 300, "audio": 74, "video": 36}
 STEPS = 8
 
 
@@ -46,14 +46,14 @@ def folder(tmp_path):
                 array[0, 2] = 0
             if (modality, split) != ("text", "train"):
                 write(tmp_path / file_name(modality, split), array)
-        write(tmp_path / f"y_{split}.h5", np.linspace(1, 5, n))
+        write(tmp_path / f"y_{split}.h5", np.round(2 * np.linspace(1, 5, n)) / 2)
     return tmp_path
 
 
 def test_sizes_ids_names_and_labels(folder):
     data = read_ict_mmmo(folder)
     assert {name: len(split) for name, split in data.splits().items()} == {**SIZES, "unlabelled": 4}
-    assert data.features == {"text": 6, "audio": 5, "visual": 3}
+    assert data.features == {"text": 300, "audio": 74, "visual": 36}
     assert data.label_range == (-2, 2) and data.name == "ICT-MMMO"
     assert data.valid.labels.tolist() == [-2, 0, 2]
     assert data.test.ids.tolist() == [7, 8] and data.test.names == ["test/0", "test/1"]
@@ -68,7 +68,9 @@ def test_lengths_come_from_steps_that_are_zero_everywhere(folder):
     assert np.array_equal(data.valid[0].values["audio"], audio[0, 2:])
     assert np.array_equal(data.valid[1].values["audio"], audio[1, :-1])
     visual = data.valid[0].values["visual"]
-    assert visual.count_nonzero(1).tolist() == [0, 3, 0, 3, 3, 3], "zero steps inside and at one end are real"
+    assert visual.count_nonzero(1).tolist() == [0, 36, 0, 36, 36, 36], (
+        "zero steps inside and at one end are real"
+    )
 
 
 def test_train_without_text_is_the_pool_and_keeps_its_labels(folder):
@@ -85,7 +87,7 @@ def test_train_without_text_is_the_pool_and_keeps_its_labels(folder):
 
 
 def test_with_text_everywhere_the_splits_are_usable(folder):
-    write(folder / "text_train_emb.h5", np.ones((4, STEPS, 6)))
+    write(folder / "text_train_emb.h5", np.ones((4, STEPS, 300)))
     data = read_ict_mmmo(folder)
     assert data.unlabelled is None and data.cross_validation is None
     assert data.train.lengths("text").tolist() == [8] * 4
@@ -119,7 +121,7 @@ def test_broken_cells_are_kept_for_the_standardiser(folder):
     data = read_ict_mmmo(folder)
     assert data.train.lengths("audio")[2] == 8
     counts = Standardiser().fit(data.train).nonfinite["audio"]
-    assert (counts.nan, counts.inf) == (5, 2)
+    assert (counts.nan, counts.inf) == (74, 2)
 
 
 def truncate(path):
@@ -146,11 +148,37 @@ BAD = [
     ("audio_train.h5", lambda p: write(p, np.ones((0, 8, 5))), "must not be empty, got shape (0, 8, 5)"),
     ("audio_train.h5", lambda p: write(p, b"words"), "d1 must hold numbers, got dtype"),
     ("audio_train.h5", lambda p: write(p, np.ones((9, 8, 5))), "must have N = 4 as y_train.h5, got 9"),
-    ("video_train.h5", lambda p: write(p, np.ones((4, 7, 3))), "must have L = 8 as audio of train, got 7"),
-    ("video_valid.h5", lambda p: write(p, np.ones((3, 8, 2))), "must have F = 3 as the other splits, got 2"),
-    ("y_valid.h5", lambda p: write(p, np.array([1, 2, 0.5])), "labels must lie in 1..5, got 0.5"),
-    ("y_valid.h5", lambda p: write(p, np.array([1, np.nan, 2])), "labels must lie in 1..5, got nan"),
+    ("video_train.h5", lambda p: write(p, np.ones((4, 7, 36))), "must have L = 8 as audio of train, got 7"),
+    (
+        "video_valid.h5",
+        lambda p: write(p, np.ones((3, 8, 35))),
+        "must have F = 36 as visual of ICT-MMMO, got 35",
+    ),
+    (
+        "y_valid.h5",
+        lambda p: write(p, np.array([1, 2, 0.5])),
+        "halves in 1..5 as those of ICT-MMMO, got 0.5 in d1[2]",
+    ),
+    (
+        "y_valid.h5",
+        lambda p: write(p, np.array([1, np.nan, 2])),
+        "halves in 1..5 as those of ICT-MMMO, got nan in d1[1]",
+    ),
+    (
+        "y_valid.h5",
+        lambda p: write(p, np.array([1, 2.7, 2])),
+        "halves in 1..5 as those of ICT-MMMO, got 2.7 in d1[1]",
+    ),
 ]
+
+
+def test_another_corpus_under_the_same_names_is_told_by_its_contents(tmp_path):
+    for split, n in SIZES.items():
+        for modality, size in {"text": 300, "audio": 43, "video": 20}.items():
+            write(tmp_path / file_name(modality, split), np.ones((n, STEPS, size)))
+        write(tmp_path / f"y_{split}.h5", np.ones(n))
+    with pytest.raises(UserError, match=r"audio_train.h5: d1 must have F = 74 as audio of ICT-MMMO, got 43"):
+        read_ict_mmmo(tmp_path)
 
 
 @pytest.mark.parametrize(("name", "damage", "message"), BAD)

@@ -61,7 +61,7 @@ def test_synthetic():
 
 def test_ict_mmmo_folder(tmp_path):
     for split in ("train", "valid", "test"):
-        for name, size in (("text_{}_emb", 3), ("audio_{}", 2), ("video_{}", 2)):
+        for name, size in (("text_{}_emb", 300), ("audio_{}", 74), ("video_{}", 36)):
             if (name, split) != ("text_{}_emb", "train"):
                 array = np.random.default_rng(0).normal(size=(4, 5, size))
                 array[0, :2] = 0
@@ -71,7 +71,7 @@ def test_ict_mmmo_folder(tmp_path):
             file["d1"] = np.array([1, 2, 3, 5.0])
     report = inspect(tmp_path)
     assert list(report.splits) == ["train", "valid", "test", "cross_validation"]
-    assert ("text_valid_emb.h5:d1", (4, 5, 3), "float64") in report.contents
+    assert ("text_valid_emb.h5:d1", (4, 5, 300), "float64") in report.contents
     assert report.padding.startswith("in front of 3 and at the back of 0 of 12 samples")
     text = report.splits["train"].modalities["text"]
     assert (text.missing, text.longest, text.constant) == (1, 0, ())
@@ -88,3 +88,29 @@ def test_unknown_content_is_refused(tmp_path):
     (tmp_path / "x.txt").write_text("words")
     with pytest.raises(UserError, match="of no known kind"):
         inspect(tmp_path / "x.txt")
+
+
+def test_faults_of_single_samples_are_counted_and_named(tmp_path):
+    steps = {"text": [3, 4, 0, 2, 2], "audio": [3, 5, 0, 0, 1]}
+    rng = np.random.default_rng(0)
+    train = MultimodalDataset(
+        {m: [rng.normal(size=(n, 2)) for n in lengths] for m, lengths in steps.items()},
+        labels=[0.0, 3.5, math.nan, -9.0, 1.0],
+        names=list("abcde"),
+    )
+    twin = MultimodalDataset({m: [train[0].values[m]] for m in steps}, [0.0], ids=[9], names=["twin"])
+    save(MultimodalData(train, test=twin, label_range=(-3, 3)), tmp_path / "a.npz")
+    report = inspect(tmp_path / "a.npz")
+    found = report.splits["train"]
+    assert (found.outside, found.unaligned, found.empty) == (("b", "d"), ("b", "e"), ("c",))
+    assert report.shared == {("train", "test"): ("twin",)}
+    test = report.splits["test"]
+    assert (test.outside, test.unaligned, test.empty) == ((), (), ())
+    text = str(report)
+    for line in (
+        "  2 samples (b, d) with a label outside [-3, 3]",
+        "  2 samples (b, e) with modalities of different lengths, which must be aligned before training",
+        "  1 sample (c) without any modality",
+        "train and test share 1 sample (twin) of equal contents",
+    ):
+        assert text.count(line) == 1, line

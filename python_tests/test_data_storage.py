@@ -180,6 +180,42 @@ def test_impossible_targets_are_named(data, tmp_path, target):
         save(data, tmp_path / target)
 
 
+@pytest.mark.parametrize("name", ["a/b", "/", "a\nb", "a\0b", "\ud800"])
+def test_a_modality_that_could_not_be_read_back_is_refused(name, tmp_path):
+    lone = MultimodalDataset({name: [np.ones((1, 2))]})
+    with pytest.raises(UserError, match="save: a modality must be named without / and control characters"):
+        save(lone, tmp_path / "a.npz")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name", [".", "..", "labels", "ids", "names", "values", "x.npy", "a b", "Gesicht ü", "a\\b"]
+)
+def test_unusual_modalities_come_back(name, tmp_path):
+    values = {"text": [np.ones((2, 2))], name: [np.zeros((2, 3))]}
+    save(MultimodalData(MultimodalDataset(values, [1.0], names=["n"])), tmp_path / "a.npz")
+    again = read_saved(tmp_path / "a.npz").train
+    assert again.features == {"text": 2, name: 3} and again.names == ["n"] and again.labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["", 1, None])
+def test_a_modality_without_a_name_is_refused(name):
+    with pytest.raises(UserError, match=f"a modality must have a name, got {name!r}"):
+        MultimodalDataset({name: [np.ones((1, 2))]})
+
+
+def test_data_that_would_be_an_empty_file_are_refused(tmp_path):
+    with pytest.raises(UserError, match="save: data must hold at least one sample, got none"):
+        save(MultimodalDataset.empty({"text": 2}), tmp_path / "a.npz")
+
+
+def test_data_for_cross_validation_alone_come_back(data, tmp_path):
+    save(MultimodalData(cross_validation=data.train, label_range=(-4, 4)), tmp_path / "a.npz")
+    again = read_saved(tmp_path / "a.npz")
+    assert again.cross_validation.fingerprint() == data.train.fingerprint() and len(again.train) == 0
+    assert again.features == data.features and again.label_range == (-4, 4)
+
+
 def test_nothing_is_pickled(data, tmp_path):
     path = Path(tmp_path / "data.npz")
     save(data, path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from training_help import mmfast
 
-from mmfast.data import MultimodalDataset, load, save
+from mmfast.data import MultimodalData, MultimodalDataset, load, save
 from mmfast.training.config import DataConfig
 from mmfast.training.splits import load_data
 
@@ -104,6 +104,29 @@ def test_what_cannot_be_trained_is_refused_before_anything_runs(case, command, m
     assert mmfast(command, "--data.path=mine.npz", "--run.folder=x", "--run.threads=1", *arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "experiment", "evaluate", "predict"])
+def test_a_sample_whose_modalities_differ_in_length_is_named(command, mine, capsys):
+    data = load(mine).train
+    samples = [data[i] for i in range(len(data))]
+    values = {m: [s.values[m] for s in samples] for m in data.modalities}
+    values["audio"][33] = values["audio"][33].repeat(2, 1)[: len(values["audio"][33]) + 1]
+    save(MultimodalData(train=MultimodalDataset(values, data.labels, names=data.names)), "longer.npz")
+    arguments = [
+        "--data.path=longer.npz",
+        "--data.split=[0.7, 0.1, 0.2]",
+        "--run.folder=x",
+        "--model.hidden=8",
+    ]
+    if command in ("evaluate", "predict"):
+        good = ["--data.path=mine.npz", *arguments[1:], *SMALL["finetune"], "--supervised.epochs=1"]
+        assert mmfast("finetune", *good) == 0
+        arguments = ["x/best.ckpt", "--data=longer.npz", "--split=train"]
+    assert mmfast(command, *arguments) == 2
+    n = len(values["audio"][33])
+    error = capsys.readouterr().err
+    assert f"got text {n - 1}, audio {n} in sample 'clip 33' (id 33); align the modalities first" in error
 
 
 def test_a_small_share_of_labels_keeps_a_validation_sample(mine):

@@ -124,26 +124,28 @@ def collate(samples: Sequence[Sample], padding: str = "back") -> MultimodalBatch
         if sample.values.keys() != samples[0].values.keys():
             raise UserError(
                 f"collate: every sample must have the modalities {list(modalities)} of the first, "
-                f"got {list(sample.values)} in {sample.name!r}"
+                f"got {list(sample.values)} in sample {sample.name!r} (id {sample.id})"
             )
     values, lengths = {}, {}
     for modality in modalities:
         steps = [sample.values[modality] for sample in samples]
         lengths[modality] = torch.tensor([len(s) for s in steps], dtype=torch.int64)
-        values[modality] = _pad(steps, modality, padding)
+        for sample, step in zip(samples, steps, strict=True):
+            if step.shape[1] != steps[0].shape[1]:
+                raise UserError(
+                    f"collate: {modality} must have {steps[0].shape[1]} features as the first sample, got "
+                    f"{step.shape[1]} in sample {sample.name!r} (id {sample.id})"
+                )
+        values[modality] = _pad(steps, padding)
     labels = torch.tensor([sample.label for sample in samples], dtype=torch.float32)
     ids = torch.tensor([sample.id for sample in samples], dtype=torch.int64)
     return MultimodalBatch(values, lengths, labels, ids, padding)
 
 
-def _pad(steps: list[Tensor], modality: str, padding: str) -> Tensor:
+def _pad(steps: list[Tensor], padding: str) -> Tensor:
     longest, features = max(len(s) for s in steps), steps[0].shape[1]
     out = torch.zeros(len(steps), longest, features)
     for row, real in zip(out, steps, strict=True):
-        if real.shape[1] != features:
-            raise UserError(
-                f"collate: {modality} must have {features} features as the first sample, got {real.shape[1]}"
-            )
         start = longest - len(real) if padding == "front" else 0
         row[start : start + len(real)] = real
     return out

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mmfast.data import fingerprint
 from mmfast.data.batch import PADDINGS, Sample, canonical
 from mmfast.errors import UserError
 
@@ -43,17 +43,18 @@ class MultimodalDataset(Dataset):
     ) -> None:
         flat, lengths = {}, {}
         for modality, samples in values.items():
-            arrays = [_float32(s, f"values[{modality!r}][{i}]", 2) for i, s in enumerate(samples)]
+            where = [f"values[{modality!r}][{i}]{_named(names, i)}" for i in range(len(samples))]
+            arrays = [_float32(s, name, 2) for s, name in zip(samples, where, strict=True)]
             if not arrays:
                 raise UserError(
                     f"MultimodalDataset: values[{modality!r}] must hold at least one sample, got none; "
                     "use MultimodalDataset.empty for an empty data set"
                 )
-            for i, array in enumerate(arrays):
+            for name, array in zip(where, arrays, strict=True):
                 if array.shape[1] != arrays[0].shape[1]:
                     raise UserError(
-                        f"MultimodalDataset: values[{modality!r}][{i}] must have "
-                        f"{arrays[0].shape[1]} features as the first sample, got {array.shape[1]}"
+                        f"MultimodalDataset: {name} must have {arrays[0].shape[1]} features as the first sample, "
+                        f"got {array.shape[1]}"
                     )
             flat[modality] = torch.cat(arrays)
             lengths[modality] = [len(a) for a in arrays]
@@ -80,9 +81,10 @@ class MultimodalDataset(Dataset):
             n, steps = value.shape[:2]
             counts[modality] = count = _lengths(lengths, modality, n)
             if n and count.max() > steps:
+                i = int(count.argmax())
                 raise UserError(
-                    f"MultimodalDataset: lengths[{modality!r}] must be at most the {steps} steps of its "
-                    f"values, got {int(count.max())}"
+                    f"MultimodalDataset: lengths[{modality!r}][{i}]{_named(names, i)} must be at most the {steps} "
+                    f"steps of its values, got {int(count[i])}"
                 )
             position = torch.arange(steps)
             real = position < count[:, None] if padding == "back" else position >= steps - count[:, None]
@@ -121,6 +123,9 @@ class MultimodalDataset(Dataset):
         self._values, self._starts, self._lengths = {}, {}, {}
         self._fingerprints = None
         size = None
+        for modality in values:
+            if not isinstance(modality, str) or not modality:
+                raise UserError(f"MultimodalDataset: a modality must have a name, got {modality!r}")
         for modality in canonical(values):
             value = values[modality]
             count = _lengths(lengths, modality, size)
@@ -133,7 +138,7 @@ class MultimodalDataset(Dataset):
             self._values[modality] = value
             self._lengths[modality] = count
             self._starts[modality] = count.cumsum(0) - count
-        self._labels = _labels(labels, size)
+        self._labels = _labels(labels, size, names)
         self._ids = _ids(ids, size)
         self._names = np.array(
             [str(i) for i in self._ids.tolist()] if names is None else list(names), dtype=str
@@ -187,6 +192,15 @@ class MultimodalDataset(Dataset):
             )
         return self._lengths[modality]
 
+    def unaligned(self) -> Tensor:
+        """(N,) bool: which samples have modalities of different lengths, beside those that they lack."""
+        lengths = torch.stack([self._lengths[m] for m in self.modalities])
+        return ((lengths != 0) & (lengths != lengths.amax(0))).any(0)
+
+    def without_steps(self) -> Tensor:
+        """(N,) bool: which samples have no modality at all."""
+        return torch.stack([self._lengths[m] for m in self.modalities]).amax(0) == 0
+
     def flat(self, modality: str) -> Tensor:
         """(sum of lengths, F): the steps of all samples, one after another; read-only by convention."""
         count, flat = self.lengths(modality), self._values[modality]
@@ -213,7 +227,7 @@ class MultimodalDataset(Dataset):
     def with_labels(self, labels) -> MultimodalDataset:
         """The same samples with other labels ((N,), NaN for none)."""
         out = self._share()
-        out._labels = _labels(labels, len(self))
+        out._labels = _labels(labels, len(self), self._names)
         return out
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> MultimodalDataset:
@@ -234,24 +248,9 @@ class MultimodalDataset(Dataset):
         samples of 100,000 agree with probability 3e-10.
         """
         if self._fingerprints is None:
-            self._fingerprints = self._hash()
+            own = fingerprint.of_samples(self._values, self._starts, self._lengths)
+            self._fingerprints = own.masked_fill(self.without_steps(), 0)
         return self._fingerprints
-
-    def _hash(self) -> Tensor:
-        hashes = [blake2b(digest_size=8) for _ in range(len(self))]
-        empty = torch.ones(len(self), dtype=torch.bool)
-        for modality in sorted(self.modalities):
-            flat = self._values[modality].numpy()
-            starts, lengths = self._starts[modality], self._lengths[modality]
-            empty &= lengths == 0
-            for hashed, start, length in zip(hashes, starts.tolist(), lengths.tolist(), strict=True):
-                # One zero and one NaN: which of them a cell holds depends on how it was computed.
-                values = np.add(flat[start : start + length], np.float32(0), order="C")
-                values[np.isnan(values)] = np.nan
-                hashed.update(f"{modality}\0{values.shape}".encode())
-                hashed.update(values.astype("<f4", copy=False))
-        digests = np.frombuffer(b"".join(h.digest() for h in hashes), "<i8").astype(np.int64)
-        return torch.from_numpy(digests).masked_fill(empty, 0)
 
     def among(self, fingerprints: Tensor) -> Tensor:
         """(N,) bool: which samples have one of these `fingerprints`; those without any step never do."""
@@ -260,12 +259,7 @@ class MultimodalDataset(Dataset):
 
     def fingerprint(self) -> str:
         """32 hexadecimal digits for all samples with their labels, whatever their order, ids and names."""
-        labels = torch.where(self._labels.isnan(), torch.nan, self._labels + 0.0).view(torch.int32)
-        rows = np.stack([self.fingerprints().numpy(), labels.numpy()], axis=1)
-        rows = rows[np.lexsort(rows.T)].astype("<i8", copy=False)
-        return blake2b(
-            f"{sorted(self.features.items())}".encode() + rows.tobytes(), digest_size=16
-        ).hexdigest()
+        return fingerprint.of_all(self.features, self.fingerprints(), self._labels)
 
     def _share(self) -> MultimodalDataset:
         out = self.__class__.__new__(self.__class__)
@@ -301,16 +295,17 @@ class MultimodalData:
     label_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        given = [d for d in (self.train, self.valid, self.test, self.unlabelled) if d is not None]
+        own = [d for d in (self.train, self.valid, self.test, self.unlabelled) if d is not None]
+        given = own if self.cross_validation is None else [*own, self.cross_validation]
         if not given:
             raise UserError("MultimodalData: at least one split must be given, got none")
-        for other in (*given[1:], self.cross_validation):
-            if other is not None and other.features != given[0].features:
+        for other in given[1:]:
+            if other.features != given[0].features:
                 raise UserError(
                     f"MultimodalData: every split must have the features {given[0].features}, "
                     f"got {other.features}"
                 )
-        ids = torch.cat([d.ids for d in {id(d): d for d in given}.values()])
+        ids = torch.cat([given[0].ids[:0], *(d.ids for d in {id(d): d for d in own}.values())])
         if (twice := _repeated(ids)) is not None:
             raise UserError(
                 "MultimodalData: ids must be unique over the splits, lest a sample be trained and tested on "
@@ -345,8 +340,7 @@ class MultimodalData:
         """
         named = {name: getattr(self, name) for name in (*SPLITS, "cross_validation")}
         parts = [(name, d.fingerprint()) for name, d in named.items() if d is not None and len(d)]
-        label_range = [float(end) for end in self.label_range]
-        return blake2b(repr((label_range, parts)).encode(), digest_size=16).hexdigest()
+        return fingerprint.of_parts(self.label_range, parts)
 
     def splits(self) -> dict[str, MultimodalDataset]:
         """Name -> data set of the splits that hold samples."""
@@ -384,11 +378,18 @@ def _lengths(lengths, modality: str, size: int | None) -> Tensor:
         )
     count = _integers(lengths[modality], f"lengths[{modality!r}]", size)
     if (count < 0).any():
-        raise UserError(f"MultimodalDataset: lengths[{modality!r}] must be 0 or more, got {int(count.min())}")
+        i = int(count.argmin())
+        raise UserError(
+            f"MultimodalDataset: lengths[{modality!r}][{i}] must be 0 or more, got {int(count[i])}"
+        )
     return count
 
 
-def _labels(labels, size: int) -> Tensor:
+def _named(names: Sequence[str] | None, i: int) -> str:
+    return f" of sample {str(names[i])!r}" if names is not None and i < len(names) else ""
+
+
+def _labels(labels, size: int, names: Sequence[str] | None) -> Tensor:
     if labels is None:
         return torch.full((size,), float("nan"))
     try:
@@ -398,7 +399,11 @@ def _labels(labels, size: int) -> Tensor:
     if labels.shape != (size,):
         raise UserError(f"MultimodalDataset: labels must be ({size},), got shape {tuple(labels.shape)}")
     if torch.isinf(labels).any():
-        raise UserError("MultimodalDataset: labels must be finite, or NaN for none, got inf")
+        i = int(torch.isinf(labels).nonzero()[0])
+        raise UserError(
+            f"MultimodalDataset: labels must be finite, or NaN for none, got {float(labels[i])} in labels[{i}]"
+            f"{_named(names, i)}"
+        )
     return labels
 
 

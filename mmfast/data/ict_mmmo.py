@@ -13,22 +13,26 @@ from mmfast.errors import UserError
 SPLITS = ("train", "valid", "test")
 FILES = {"text": "text_{}_emb.h5", "audio": "audio_{}.h5", "visual": "video_{}.h5"}
 LABELS = "y_{}.h5"
+FEATURES = {"text": 300, "audio": 74, "visual": 36}
 NEUTRAL = 3.0
 LABEL_RANGE = (-2.0, 2.0)
 
 
 def is_ict_mmmo(folder: Path) -> bool:
-    """Whether the folder holds files under this corpus's names."""
+    """Whether the folder holds files under this corpus's names; reading them tells whether they are its own."""
     return folder.is_dir() and any((folder / name).is_file() for name in _names())
 
 
 def read_ict_mmmo(folder) -> MultimodalData:
     """Read the folder `{text,audio,video,y}_{train,valid,test}[_emb].h5`.
 
-    Each file holds one data set `d1`: features (N, L, F), labels (N,) in 1..5, which become y - 3 in
-    [-2, 2]. `text_train_emb.h5` is missing from the public release, and may be: text then has length 0 in
-    train, the train split (which keeps its labels) is also the unlabelled pool, and `cross_validation` holds
-    the samples of valid and test that have every modality.
+    Each file holds one data set `d1`: features (N, L, F) with F of text 300 (GloVe), audio 74 (COVAREP), visual 36
+    (FACET), labels (N,) in halves from 1 to 5, which become y - 3 in [-2, 2]. Anything else is another corpus under
+    these names, which are not ICT-MMMO's alone, and is refused.
+
+    `text_train_emb.h5` is missing from the public release, and may be: text then has length 0 in train, the train
+    split (which keeps its labels) is also the unlabelled pool, and `cross_validation` holds the samples of valid and
+    test that have every modality.
 
     Lengths. Short utterances are padded with zeros in front. Besides, a quarter of the samples, nearly all of
     them without padding in front, end in up to seven steps that are zero in every modality at once: no word,
@@ -38,18 +42,17 @@ def read_ict_mmmo(folder) -> MultimodalData:
     but one that is zero at all steps of a sample is missing there and has length 0.
 
     Raises:
-        UserError: missing, truncated, foreign or empty files, wrong shapes, sizes that do not match, labels
-            outside 1..5; one sentence that names the file.
+        UserError: missing, truncated, foreign or empty files, wrong shapes, sizes that do not match, other
+            labels; one sentence that names the file.
     """
     folder = Path(folder)
     arrays = _read(folder)
     datasets, first_id = {}, 0
-    features = {m: a.shape[2] for (m, _), a in arrays.items() if m != "y"}
     for split in SPLITS:
         labels = arrays["y", split] - NEUTRAL
         values, lengths = _unpad({m: arrays[m, split] for m in FILES if (m, split) in arrays})
         for modality in FILES.keys() - values.keys():
-            values[modality] = np.empty((0, features[modality]), np.float32)
+            values[modality] = np.empty((0, FEATURES[modality]), np.float32)
             lengths[modality] = np.zeros(len(labels), np.int64)
         datasets[split] = MultimodalDataset.from_flat(
             values,
@@ -108,12 +111,8 @@ def _read(folder: Path) -> dict[tuple[str, str], np.ndarray]:
                 name, array = folder / pattern.format(split), arrays[modality, split]
                 _check(name, "N", len(array), len(arrays["y", split]), path.name)
                 _check(name, "L", array.shape[1], arrays["audio", split].shape[1], f"audio of {split}")
-                _check(name, "F", array.shape[2], _features(arrays, modality), "the other splits")
+                _check(name, "F", array.shape[2], FEATURES[modality], f"{modality} of ICT-MMMO")
     return arrays
-
-
-def _features(arrays, modality: str) -> int:
-    return next(array.shape[2] for (m, _), array in arrays.items() if m == modality)
 
 
 def _check(path: Path, axis: str, got: int, wanted: int, reference: str) -> None:
@@ -123,9 +122,12 @@ def _check(path: Path, axis: str, got: int, wanted: int, reference: str) -> None
 
 def _labels(path: Path) -> np.ndarray:
     labels = _array(path, 1, "(N,)")
-    outside = labels[~((labels >= 1) & (labels <= 5))]
-    if len(outside):
-        raise UserError(f"{path}: labels must lie in 1..5, got {outside[0]}")
+    foreign = np.flatnonzero(~((labels >= 1) & (labels <= 5) & (2 * labels % 1 == 0)))
+    if len(foreign):
+        i = foreign[0]
+        raise UserError(
+            f"{path}: labels must be halves in 1..5 as those of ICT-MMMO, got {labels[i]} in d1[{i}]"
+        )
     return labels
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from mmfast.data.dataset import MultimodalData, MultimodalDataset
 from mmfast.data.load import load, recognise
@@ -32,7 +34,15 @@ class ModalityReport:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split. `histogram` counts labels rounded to whole numbers; the range is NaN without labels."""
+    """One split.
+
+    Attributes:
+        label_min, label_mean, label_max: NaN without labels.
+        histogram: counts of labels rounded to whole numbers.
+        outside: names of the samples with a label outside the corpus's range.
+        unaligned: names of the samples whose modalities differ in length, beside those that they lack.
+        empty: names of the samples without any modality.
+    """
 
     samples: int
     labelled: int
@@ -40,6 +50,9 @@ class SplitReport:
     label_mean: float
     label_max: float
     histogram: dict[int, int]
+    outside: tuple[str, ...]
+    unaligned: tuple[str, ...]
+    empty: tuple[str, ...]
     modalities: dict[str, ModalityReport]
 
 
@@ -54,6 +67,7 @@ class Inspection:
         padding: side of the padding in the files.
         contents: (key, shape, dtype) of every array in the files.
         splits: split -> its report.
+        shared: (split, later split) -> names in the later one of samples whose contents are in both.
     """
 
     source: str
@@ -62,6 +76,7 @@ class Inspection:
     padding: str
     contents: list[tuple[str, tuple[int, ...], str]]
     splits: dict[str, SplitReport]
+    shared: dict[tuple[str, str], tuple[str, ...]]
 
     def __str__(self) -> str:
         low, high = self.label_range
@@ -71,7 +86,11 @@ class Inspection:
             lines += ["", "arrays"]
             lines += [f"  {key:<{width}}  {dtype:<8} {shape}" for key, shape, dtype in self.contents]
         for split, report in self.splits.items():
-            lines += ["", *_split_lines(split, report)]
+            lines += ["", *_split_lines(split, report, self.label_range)]
+        if self.shared:
+            lines.append("")
+        for (first, second), names in self.shared.items():
+            lines.append(f"{first} and {second} share {_samples(names)} of equal contents")
         return "\n".join(lines)
 
 
@@ -87,7 +106,9 @@ def inspect(source) -> Inspection:
         path = Path(source)
         kind = recognise(path)
         data, contents, padding = kind.read(path), kind.contents(path), kind.padding(path)
-    return Inspection(str(source), data.name, data.label_range, padding, contents, _splits(data))
+    return Inspection(
+        str(source), data.name, data.label_range, padding, contents, _splits(data), _shared(data)
+    )
 
 
 def _splits(data: MultimodalData) -> dict[str, SplitReport]:
@@ -95,10 +116,24 @@ def _splits(data: MultimodalData) -> dict[str, SplitReport]:
     splits = {n: d for n, d in data.splits().items() if n != "unlabelled" or d is not data.train}
     if data.cross_validation is not None:
         splits["cross_validation"] = data.cross_validation
-    return {name: _report(dataset) for name, dataset in splits.items()}
+    return {name: _report(dataset, data.label_range) for name, dataset in splits.items()}
 
 
-def _report(dataset: MultimodalDataset) -> SplitReport:
+def _shared(data: MultimodalData) -> dict[tuple[str, str], tuple[str, ...]]:
+    # Not the pool: it may hold what is left of the others.
+    splits = [(name, getattr(data, name)) for name in ("train", "valid", "test")]
+    found = {
+        (first, second): _names(b, b.among(a.fingerprints()))
+        for (first, a), (second, b) in combinations(splits, 2)
+    }
+    return {pair: names for pair, names in found.items() if names}
+
+
+def _names(dataset: MultimodalDataset, mask: Tensor) -> tuple[str, ...]:
+    return tuple(dataset.names[i] for i in torch.nonzero(mask).flatten().tolist())
+
+
+def _report(dataset: MultimodalDataset, label_range: tuple[float, float]) -> SplitReport:
     labels = dataset.labels[~torch.isnan(dataset.labels)]
     low, mean, high = (
         float(f(labels)) if len(labels) else float("nan") for f in (torch.min, torch.mean, torch.max)
@@ -130,11 +165,19 @@ def _report(dataset: MultimodalDataset) -> SplitReport:
         label_mean=mean,
         label_max=high,
         histogram=dict(zip(values.tolist(), counts.tolist(), strict=True)),
+        outside=_names(dataset, (dataset.labels < label_range[0]) | (dataset.labels > label_range[1])),
+        unaligned=_names(dataset, dataset.unaligned()),
+        empty=_names(dataset, dataset.without_steps()),
         modalities=modalities,
     )
 
 
-def _split_lines(name: str, report: SplitReport) -> list[str]:
+def _samples(names: tuple[str, ...], limit: int = 5) -> str:
+    shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return f"{len(names)} sample{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def _split_lines(name: str, report: SplitReport, label_range: tuple[float, float]) -> list[str]:
     lines = [f"{name}: {report.samples} samples, {report.labelled} labelled"]
     if report.labelled:
         bars = "  ".join(f"{value:+d}: {count}" for value, count in report.histogram.items())
@@ -150,4 +193,10 @@ def _split_lines(name: str, report: SplitReport) -> list[str]:
             shown = ", ".join(map(str, m.constant[:8])) + (", ..." if len(m.constant) > 8 else "")
             text += f"  constant features {len(m.constant)} ({shown})"
         lines.append(text)
+    faults = {
+        f"with a label outside [{label_range[0]:g}, {label_range[1]:g}]": report.outside,
+        "with modalities of different lengths, which must be aligned before training": report.unaligned,
+        "without any modality": report.empty,
+    }
+    lines += [f"  {_samples(names)} {what}" for what, names in faults.items() if names]
     return lines

@@ -11,9 +11,10 @@ The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
     SPLIT/ids                    (N,) integer, unique over train, valid, test and unlabelled (optional)
     SPLIT/names                  (N,) string (optional, the ids)
 
-SPLIT is train, valid, test, unlabelled or cross_validation; a file needs at least one of the first four, so
-data to predict for may be a single `test`. MODALITY is any name; text, audio and visual are the usual ones.
-Samples of cross_validation keep the ids they have elsewhere; an unlabelled split with train's ids is train.
+SPLIT is train, valid, test, unlabelled or cross_validation; a file needs one of them at least, so data to
+predict for may be a single `test`. MODALITY is any printable name without "/"; text, audio and visual are the
+usual ones. Samples of cross_validation keep the ids they have elsewhere; an unlabelled split with train's ids is
+train.
 """
 
 from __future__ import annotations
@@ -39,10 +40,19 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
     The file appears under its name only when it is complete; an older one stays until then.
 
     Raises:
-        UserError: the path cannot be written, or the disk is full.
+        UserError: no samples, a modality whose name cannot be a part of a key, a path that cannot be written, a full
+            disk.
     """
     if isinstance(data, MultimodalDataset):
         data = MultimodalData(test=data)
+    for modality in data.modalities:
+        # "/" divides keys, and an archive cuts or refuses names with control characters or half surrogates.
+        if "/" in modality or not modality.isprintable():
+            raise UserError(
+                f"save: a modality must be named without / and control characters, got {modality!r}"
+            )
+    if not any(len(d) for d in (getattr(data, split) for split in POOLS) if d is not None):
+        raise UserError("save: data must hold at least one sample, got none")
     arrays = {
         "format": np.array(FORMAT),
         "name": np.array(data.name),

@@ -25,7 +25,7 @@ from mmfast.training.fitting import BEST, LAST
 from mmfast.training.folder import CONFIG, claim, examine
 from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
-from mmfast.training.splits import check_range, load_data, make_splits, select
+from mmfast.training.splits import check_aligned, check_range, load_data, make_splits, select
 
 
 def pretrain(given: Any) -> None:
@@ -144,6 +144,7 @@ def _restore(
             f"{given.checkpoint}: was trained on the features {_sizes(wanted)}, "
             f"the data have {_sizes(dataset.features)}"
         )
+    check_aligned(dataset)
     return module, standardiser.transform(dataset), record["label_range"]
 
 

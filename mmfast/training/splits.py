@@ -79,6 +79,8 @@ def make_splits(
         raise UserError(
             f"data {data.name}: there is nothing to train on, its train and unlabelled splits are empty; {DIVIDE}"
         )
+    for part in (inputs, valid, test):
+        check_aligned(part)
     for part in (train, valid, test):
         check_range(part, data.label_range, f"label_range of data {data.name}")
     standardiser = standardiser or Standardiser().fit(inputs)
@@ -127,15 +129,30 @@ def check_labels(data: MultimodalData, config: DataConfig) -> None:
         _check_share(parts["train"], config.label_share)
 
 
+def check_aligned(dataset: MultimodalDataset) -> None:
+    """Refuse samples whose modalities differ in length, which the M3 encoder cannot put on one time axis."""
+    unaligned = torch.nonzero(dataset.unaligned()).flatten().tolist()
+    if unaligned:
+        lengths = ", ".join(f"{m} {int(dataset.lengths(m)[unaligned[0]])}" for m in dataset.modalities)
+        raise UserError(
+            f"data: a sample must have one length for all its modalities (0 where one is missing), got {lengths} in "
+            f"sample {_and_more(dataset, unaligned)}; align the modalities first"
+        )
+
+
+def _and_more(dataset: MultimodalDataset, indices: list[int]) -> str:
+    more = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
+    return f"{dataset.names[indices[0]]!r} (id {int(dataset.ids[indices[0]])}){more}"
+
+
 def check_range(dataset: MultimodalDataset, label_range: tuple[float, float], whose: str) -> None:
     """Refuse labels outside the range that decides the metrics; ``whose`` range it is completes the sentence."""
     low, high = label_range
     outside = torch.nonzero((dataset.labels < low) | (dataset.labels > high)).flatten().tolist()
     if outside:
-        first = outside[0]
         raise UserError(
-            f"data: labels must lie in [{low:g}, {high:g}], {whose}, got {float(dataset.labels[first]):g} in sample "
-            f"{dataset.names[first]!r}{f' and {len(outside) - 1} more outside' if len(outside) > 1 else ''}"
+            f"data: labels must lie in [{low:g}, {high:g}], {whose}, got {float(dataset.labels[outside[0]]):g} in "
+            f"sample {_and_more(dataset, outside)}"
         )
 
 
