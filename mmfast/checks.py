@@ -45,6 +45,20 @@ def check_integer(op: str, name: str, value: Any, low: float = -math.inf, high: 
     return value
 
 
+def check_seed(op: str, name: str, value: Any) -> int:
+    """``value`` as a seed in [-2^63, 2^63): any integer of 64 bits, signed or not, wraps as in ``torch.manual_seed``.
+
+    Raises:
+        TypeError: no integer; 1.9, "1" and True are none.
+        UserError: more than 64 bits.
+    """
+    if type(value) is not int:
+        value = check_integer(op, name, value)
+    if not -(2**63) <= value < 2**64:
+        raise UserError(f"{op}: {name} must have 64 bits at most, got {value}")
+    return value if value < 2**63 else value - 2**64
+
+
 def check_bool(op: str, name: str, value: Any) -> bool:
     """``value`` as a bool: True or False, NumPy's among them.
 

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mmfast.errors import UserError
 from mmfast.ops.augment import augment_apply
 from mmfast.ops.native import dtype_code
 from mmfast.ops.plan import KIND_NAMES, RESAMPLE, Chains, layout, plan_width, unpack_bits
 
 
 def structure(op: str, values) -> tuple[tuple[str, ...] | None, list[Tensor]]:
-    """(modality names or None, tensors) of one tensor (B, L, F) or a dict of them, checked for ``op``."""
+    """(modality names or None, tensors) of one tensor (B, L, F) or a mapping of them, checked for ``op``."""
     if isinstance(values, Tensor):
         names, xs, called = None, [values], ["x"]
-    elif isinstance(values, dict) and values:
+    elif isinstance(values, Mapping) and values:
         names, xs = tuple(values), list(values.values())
         called = [f"values[{name!r}]" for name in names]
     else:
-        got = "an empty dict" if isinstance(values, dict) else type(values).__name__
+        got = f"an empty {type(values).__name__}" if isinstance(values, Mapping) else type(values).__name__
         raise TypeError(f"{op}: values must be a tensor (B, L, F) or a dict of them, got {got}")
     for x, name in zip(xs, called, strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested:
+            got = "a nested one" if x.is_nested else f"layout {x.layout}"
+            raise TypeError(f"{op}: {name} must be a dense tensor, got {got}")
         if x.dim() != 3:
             raise ValueError(f"{op}: {name} must be (B, L, F), got shape {tuple(x.shape)}")
         dtype_code(op, name, x)
@@ -105,10 +109,10 @@ class Plan:
         return "\n".join(lines)
 
     def apply(self, values):
-        """Replay on ``values``: a tensor (B, L, F) or a dict of them, of the shapes the plan was drawn for.
+        """Replay on ``values``: a tensor (B, L, F) or a mapping of them, of the shapes the plan was drawn for.
 
-        Returns one result of the same structure per view; the result itself if there is one view. A plan of
-        saved files is checked when it is loaded, not here.
+        They must be on the device of the plan, see :meth:`to`. Returns one result of the same structure per view; the
+        result itself if there is one view. A plan of saved files is checked when it is loaded, not here.
         """
         names, xs = structure("Plan.apply", values)
         shapes = tuple(tuple(x.shape[1:]) for x in xs)
@@ -119,9 +123,22 @@ class Plan:
                 f"Plan.apply: values must have the batch size and (L, F) the plan was drawn for, "
                 f"{self.words.shape[0]} and {drawn}, got {xs[0].shape[0]} and {given}"
             )
+        if xs[0].device != self.words.device:
+            raise UserError(
+                f"Plan.apply: values must be on the device of the plan, {self.words.device}, got {xs[0].device} "
+                "(Plan.to moves a plan)"
+            )
         front = self.padding == "front"
         views = augment_apply(xs, self.lengths, self.seed, self.ids, self.words, self.chains, front)
         return restore(views, names)
+
+    def to(self, device: torch.device | str | int) -> Plan:
+        """The plan with all its tensors on ``device``."""
+        words, seed, ids, *lengths = (
+            None if tensor is None else tensor.to(device)
+            for tensor in (self.words, self.seed, self.ids, *self.lengths)
+        )
+        return replace(self, words=words, seed=seed, ids=ids, lengths=tuple(lengths))
 
     def state_dict(self) -> dict:
         """Tensors and plain values only, for ``torch.save`` and ``torch.load(weights_only=True)``."""
@@ -158,7 +175,10 @@ class Plan:
 
     def _check(self):
         """Orders point into memory, so a plan from outside is not trusted."""
-        batch = self.words.shape[0]
+        batch, device = self.words.shape[0], self.words.device
+        for name, tensor in [("seed", self.seed), ("ids", self.ids), *(("lengths", n) for n in self.lengths)]:
+            if tensor is not None and tensor.device != device:
+                raise UserError(f"Plan: {name} must be on {device}, where words are, got {tensor.device}")
         width = plan_width(self.chains.steps_per_view, self.chains.rows, self.shapes)
         if self.words.dtype != torch.int32 or self.words.shape != (batch, width):
             raise ValueError(
@@ -171,8 +191,8 @@ class Plan:
             order = self.words[:, field.columns["order"]]
             length = self.lengths[field.modality]
             steps = self.shapes[field.modality][0]
-            n = torch.full((batch,), steps) if length is None else length
-            real = torch.arange(steps, device=order.device) < n[:, None]
+            n = torch.full((batch,), steps, device=device) if length is None else length
+            real = torch.arange(steps, device=device) < n[:, None]
             wrong = real & ((order < 0) | (order >= n[:, None]))
             if wrong.any():
                 raise ValueError(

@@ -13,7 +13,9 @@ from test_augment import calls, check_exact_counts
 from triton_help import DEVICE, INTERPRETED, assert_rounded, inside, red_zones, to_device
 
 from mmfast.ops import random
-from mmfast.ops.augment import adjoint_reference, apply_reference, draw_reference
+from mmfast.ops.augment_reference import adjoint as adjoint_reference
+from mmfast.ops.augment_reference import apply as apply_reference
+from mmfast.ops.augment_reference import draw as draw_reference
 from mmfast.ops.plan import MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains
 from mmfast.triton import augment as kernels
 from mmfast.triton.random import normals, normals_at, words

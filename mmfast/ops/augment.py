@@ -6,8 +6,8 @@ build. Sequences are (B, L, F) per modality with ``lengths`` (B,) real steps, pa
 padding is copied to the output as it is and takes no part in anything.
 
 Draw and apply are pure functions of their arguments: every random word is Philox of (seed, sample id, view,
-modality, step of the chain, purpose, coordinate). Apply is affine in x, so its gradient is the transposed map and
-every further derivative is exact, too.
+modality, step of the chain, purpose, coordinate). Apply is affine in x: its tangent is apply of the tangent without
+the noise, its gradient the transposed map, and every further derivative is exact, too.
 """
 
 from __future__ import annotations
@@ -16,24 +16,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from mmfast import backends
 from mmfast.errors import UserError
-from mmfast.ops import random
+from mmfast.ops import augment_reference as reference
 from mmfast.ops.native import DTYPE_CODES, call_cuda
-from mmfast.ops.plan import (
-    APPLY_NAMES,
-    EXACT_COUNT,
-    MASK_FEATURES,
-    MASK_STEPS,
-    RESAMPLE,
-    SHARED_ORDER,
-    Chains,
-    layout,
-    pack_bits,
-    plan_width,
-    unpack_bits,
-)
+from mmfast.ops.plan import Chains, plan_width
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
 _library.define(
@@ -80,66 +70,146 @@ def augment_apply(
     chains: Chains,
     front: bool,
 ) -> list[list[Tensor]]:
-    """``views[view][modality]``, each dense with the shape and dtype of its modality in ``xs`` (B, L, F)."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in xs):
-        outs = _Apply.apply(chains, front, True, plan, seed, ids, len(xs), *lengths, *xs)
+    """``views[view][modality]``, each dense with the shape and dtype of its modality in ``xs`` (B, L, F).
+
+    Derivatives of all orders and both modes, and ``torch.func`` transforms. A compiled graph with forward-mode
+    derivatives or transforms inside is made of the reference: the compiler has no other way to see through an op.
+    """
+    compiling = torch.compiler.is_compiling()
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed and compiling:
+        outs = reference.apply(xs, lengths, seed, ids, plan, chains, front, True)
+    elif transformed or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
+        function = _Apply if compiling else _ApplyWithTangents
+        outs = function.apply(chains, front, True, plan, seed, ids, len(xs), *lengths, *xs)
     else:
         outs = torch.ops.mmfast.augment_apply(list(xs), list(lengths), seed, ids, plan, *chains, front, True)
     return [list(outs[v * len(xs) : (v + 1) * len(xs)]) for v in range(len(chains.steps_per_view))]
 
 
 class _Apply(torch.autograd.Function):
+    """As the compiler takes it: without a ``jvp``."""
+
     @staticmethod
-    def forward(ctx, chains, front, with_noise, plan, seed, ids, count, *tensors):
-        lengths, xs = tensors[:count], tensors[count:]
-        ctx.save_for_backward(plan, seed, ids, *lengths)
+    def forward(chains, front, with_noise, plan, seed, ids, count, *tensors):
+        lengths, xs = list(tensors[:count]), list(tensors[count:])
+        return tuple(torch.ops.mmfast.augment_apply(xs, lengths, seed, ids, plan, *chains, front, with_noise))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        chains, front, _, plan, seed, ids, count, *tensors = inputs
         ctx.settings = chains, front
-        return tuple(
-            torch.ops.mmfast.augment_apply(
-                list(xs), list(lengths), seed, ids, plan, *chains, front, with_noise
-            )
-        )
+        ctx.save_for_backward(plan, seed, ids, *tensors[:count])
+        ctx.save_for_forward(plan, seed, ids, *tensors[:count])
 
     @staticmethod
     def backward(ctx, *grads):
-        plan, seed, ids, *lengths = ctx.saved_tensors
-        pulled = _Adjoint.apply(*ctx.settings, plan, seed, ids, len(lengths), *lengths, *grads)
-        return (None,) * (7 + len(lengths)) + pulled
+        return (None,) * (4 + len(ctx.saved_tensors)) + _transposed(ctx, grads)
+
+
+class _ApplyWithTangents(_Apply):
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return _linear(ctx, tangents[4 + len(ctx.saved_tensors) :])
 
 
 class _Adjoint(torch.autograd.Function):
     """The transposed map; its own transpose is apply without the noise."""
 
     @staticmethod
-    def forward(ctx, chains, front, plan, seed, ids, count, *tensors):
-        lengths, grads = tensors[:count], tensors[count:]
-        ctx.save_for_backward(plan, seed, ids, *lengths)
+    def forward(chains, front, plan, seed, ids, count, *tensors):
+        lengths, grads = list(tensors[:count]), [grad.contiguous() for grad in tensors[count:]]
+        return tuple(torch.ops.mmfast.augment_adjoint(grads, lengths, seed, ids, plan, *chains, front))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        chains, front, plan, seed, ids, count, *tensors = inputs
         ctx.settings = chains, front
-        grads = [grad.contiguous() for grad in grads]
-        return tuple(torch.ops.mmfast.augment_adjoint(grads, list(lengths), seed, ids, plan, *chains, front))
+        ctx.save_for_backward(plan, seed, ids, *tensors[:count])
+        ctx.save_for_forward(plan, seed, ids, *tensors[:count])
 
     @staticmethod
     def backward(ctx, *grads):
-        plan, seed, ids, *lengths = ctx.saved_tensors
-        outs = _Apply.apply(
-            ctx.settings[0], ctx.settings[1], False, plan, seed, ids, len(lengths), *lengths, *grads
-        )
-        return (None,) * (6 + len(lengths)) + outs
+        return (None,) * (3 + len(ctx.saved_tensors)) + _linear(ctx, grads)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return _transposed(ctx, tangents[3 + len(ctx.saved_tensors) :])
+
+
+def _linear(ctx, xs):
+    """Apply without the noise."""
+    plan, seed, ids, *lengths = ctx.saved_tensors
+    chains, front = ctx.settings
+    return _ApplyWithTangents.apply(chains, front, False, plan, seed, ids, len(lengths), *lengths, *xs)
+
+
+def _transposed(ctx, grads):
+    plan, seed, ids, *lengths = ctx.saved_tensors
+    # What is compiled has no second derivative, and the compiler would pass a context to this forward.
+    function = _Adjoint.forward if torch.compiler.is_compiling() else _Adjoint.apply
+    return function(*ctx.settings, plan, seed, ids, len(lengths), *lengths, *grads)
+
+
+def _over_batch(function):
+    """A rule for ``torch.vmap``: the function of one entry of the mapped dimension after the other."""
+
+    def entry(argument, dim, i):
+        if all(d is None for d in tree_leaves(dim)):
+            return argument
+        if isinstance(dim, int):
+            return argument.select(dim, i)
+        return [entry(*each, i) for each in zip(argument, dim, strict=True)]
+
+    def rule(info, in_dims, *arguments):
+        results = [function(*entry(arguments, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        kind, count = type(results[0]), len(results[0])
+        return kind(torch.stack(parts) for parts in zip(*results, strict=True)), kind([0] * count)
+
+    return rule
+
+
+for _function in (_ApplyWithTangents, _Adjoint):
+    _function.vmap = staticmethod(_over_batch(_function.apply))
+for _name in ("augment_draw", "augment_apply", "augment_adjoint"):
+    torch.library.register_vmap(
+        f"mmfast::{_name}", _over_batch(getattr(torch.ops.mmfast, _name).default), lib=_library
+    )
+# What ``is_grads_batched`` and ``vectorize`` map over knows no such rules, only PyTorch's own operations.
+_library.impl(
+    "augment_apply",
+    lambda xs, lengths, seed, ids, plan, steps_per_view, rows, amounts, front, with_noise: reference.apply(
+        xs, lengths, seed, ids, plan, Chains(steps_per_view, rows, amounts), front, with_noise
+    ),
+    "Batched",
+)
+_library.impl(
+    "augment_adjoint",
+    lambda grads, lengths, seed, ids, plan, steps_per_view, rows, amounts, front: reference.adjoint(
+        grads, lengths, plan, Chains(steps_per_view, rows, amounts), front
+    ),
+    "Batched",
+)
 
 
 @torch.library.register_fake("mmfast::augment_draw", lib=_library)
 def _(seed, ids, lengths, steps_per_view, rows, amounts, batch, shapes):
+    _check_devices("augment_draw", "seed", seed.device, ids, lengths)
     pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
     return seed.new_empty((batch, plan_width(steps_per_view, rows, pairs)), dtype=torch.int32)
 
 
 @torch.library.register_fake("mmfast::augment_apply", lib=_library)
 def _(xs, lengths, seed, ids, plan, steps_per_view, rows, amounts, front, with_noise):
+    _check_devices("augment_apply", "values", xs[0].device, ids, lengths, seed, plan, xs)
     return [x.new_empty(x.shape) for _ in steps_per_view for x in xs]
 
 
 @torch.library.register_fake("mmfast::augment_adjoint", lib=_library)
 def _(grads, lengths, seed, ids, plan, steps_per_view, rows, amounts, front):
+    _check_devices("augment_adjoint", "gradients", grads[0].device, ids, lengths, seed, plan, grads)
     return [grad.new_empty(grad.shape) for grad in grads[: len(lengths)]]
 
 
@@ -154,23 +224,39 @@ def _triton():
     return augment
 
 
-def _check_lengths(lengths, batch, shapes):
+def _check_devices(op, source, device, ids, lengths, seed=None, plan=None, values=()):
+    """Kernels take addresses: one that belongs to another device must not reach them."""
+    named = {"ids": ids, "seed": seed, "plan": plan}
+    named |= {f"lengths of modality {m}": length for m, length in enumerate(lengths)}
+    named |= {f"{source} of modality {m}": value for m, value in enumerate(values)}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != device:
+            raise UserError(f"{op}: {name} must be on {device}, where {source} is, got {tensor.device}")
+
+
+class LengthsError(UserError):
+    """Lengths out of range; ops know their modalities by number, callers may know a name."""
+
+    def __init__(self, op: str, name: str, modality: int, steps: int, got: int):
+        super().__init__(f"{op}: {name} must be in [0, {steps}], got {got}")
+        self.modality, self.steps, self.got = modality, steps, got
+
+
+def _check_lengths(op, lengths, batch, shapes):
     """Lengths decide what memory is touched: they are checked where the data are, not where they are traced."""
     for modality, (length, (steps, _)) in enumerate(zip(lengths, shapes, strict=True)):
         if length is None or batch == 0:
             continue
+        name = f"lengths of modality {modality}"
         if length.shape != (batch,) or length.dtype != torch.int64:
             raise ValueError(
-                f"augment: lengths of modality {modality} must be int64 of shape ({batch},), "
+                f"{op}: {name} must be int64 of shape ({batch},), "
                 f"got {str(length.dtype).removeprefix('torch.')} of shape {tuple(length.shape)}"
             )
         if length.device.type == "cpu":
-            low, high = int(length.min()), int(length.max())
+            low, high = (int(end) for end in length.aminmax())
             if low < 0 or high > steps:
-                raise ValueError(
-                    f"augment: lengths of modality {modality} must be in [0, {steps}], "
-                    f"got {low if low < 0 else high}"
-                )
+                raise LengthsError(op, name, modality, steps, low if low < 0 else high)
 
 
 def _arguments(batch, lengths, chains, shapes, front, seed, ids, width):
@@ -208,10 +294,11 @@ def _check_cuda_limits(chains, shapes):
 def _draw(seed, ids, lengths, steps_per_view, rows, amounts, batch, shapes):
     chains = Chains(steps_per_view, rows, amounts)
     shapes = list(zip(shapes[::2], shapes[1::2], strict=True))
-    _check_lengths(lengths, batch, shapes)
+    _check_devices("augment_draw", "seed", seed.device, ids, lengths)
+    _check_lengths("augment_draw", lengths, batch, shapes)
     backend = backends.choose("augment_draw", seed.device)
     if backend == "reference":
-        return draw_reference(seed, ids, lengths, chains, batch, shapes)
+        return reference.draw(seed, ids, lengths, chains, batch, shapes)
     if backend == "triton":
         return _triton().draw(seed, ids, lengths, chains, batch, shapes)
     if backend == "cuda":
@@ -226,10 +313,11 @@ def _draw(seed, ids, lengths, steps_per_view, rows, amounts, batch, shapes):
 def _apply(xs, lengths, seed, ids, plan, steps_per_view, rows, amounts, front, with_noise):
     chains = Chains(steps_per_view, rows, amounts)
     batch, device, shapes = xs[0].shape[0], xs[0].device, [tuple(x.shape[1:]) for x in xs]
-    _check_lengths(lengths, batch, shapes)
+    _check_devices("augment_apply", "values", device, ids, lengths, seed, plan, xs)
+    _check_lengths("augment_apply", lengths, batch, shapes)
     backend = backends.choose("augment_apply", device)
     if backend == "reference":
-        return apply_reference(xs, lengths, seed, ids, plan, chains, front, with_noise)
+        return reference.apply(xs, lengths, seed, ids, plan, chains, front, with_noise)
     if backend == "triton":
         return _triton().apply(xs, lengths, seed, ids, plan, chains, front, with_noise)
     if backend == "cuda":
@@ -258,10 +346,11 @@ def _adjoint(grads, lengths, seed, ids, plan, steps_per_view, rows, amounts, fro
     count = len(lengths)
     batch, device, dtype = grads[0].shape[0], grads[0].device, grads[0].dtype
     shapes = [tuple(grad.shape[1:]) for grad in grads[:count]]
-    _check_lengths(lengths, batch, shapes)
+    _check_devices("augment_adjoint", "gradients", device, ids, lengths, seed, plan, grads)
+    _check_lengths("augment_adjoint", lengths, batch, shapes)
     backend = backends.choose("augment_apply", device)
     if backend == "reference":
-        return adjoint_reference(grads, lengths, plan, chains, front)
+        return reference.adjoint(grads, lengths, plan, chains, front)
     if backend == "triton":
         return _triton().adjoint(grads, lengths, plan, chains, front)
     wide = dtype
@@ -289,169 +378,3 @@ for _device in ("CPU", "CUDA"):
     _library.impl("augment_draw", _draw, _device)
     _library.impl("augment_apply", _apply, _device)
     _library.impl("augment_adjoint", _adjoint, _device)
-
-
-def _smallest(keys: Tensor, valid: Tensor, count: Tensor) -> Tensor:
-    """Flags of the ``count`` (B,) smallest keys (B, n) among the valid ones; equal keys by index."""
-    order = keys.masked_fill(~valid, random.MASK + 1).argsort(dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(keys.shape[1], device=keys.device).expand_as(order)
-    )
-    return rank < count[:, None]
-
-
-def _count(kind: int, share: Tensor, n: Tensor) -> Tensor:
-    """How many of n (B,) a step selects: round(share n), half up. A mask leaves one, unless its share is 1."""
-    count = torch.floor(share * n + 0.5).long()
-    return count if kind == RESAMPLE else torch.where(share < 1, count.minimum((n - 1).clamp(min=0)), count)
-
-
-def _select(kind: int, keys: Tensor, valid: Tensor, share: Tensor, exact: bool) -> Tensor:
-    """Flags of a share (B,) of the valid entries: an exact count, or each one independently."""
-    if exact:
-        return _smallest(keys, valid, _count(kind, share, valid.sum(1)))
-    thresholds = torch.floor(share * 2.0**32 + 0.5).long()
-    return (keys < thresholds[:, None]) & valid
-
-
-def draw_reference(seed, ids, lengths, chains, batch, shapes) -> Tensor:
-    """:func:`augment_draw` in plain PyTorch, on any device."""
-    device = seed.device
-    ids = torch.arange(batch, device=device) if ids is None else ids
-    everyone = torch.full_like(ids, random.ALL_SAMPLES)
-    plan = torch.zeros(
-        (batch, plan_width(chains.steps_per_view, chains.rows, shapes)), dtype=torch.int32, device=device
-    )
-    for i, (view, step, modality, kind, columns) in enumerate(
-        layout(chains.steps_per_view, chains.rows, shapes)
-    ):
-        _, apply, flags, coin, gate = chains.rows[5 * i : 5 * i + 5]
-        amount, spread = chains.amounts[2 * i : 2 * i + 2]
-        steps, features = shapes[modality]
-        n = lengths[modality] if lengths[modality] is not None else torch.full_like(ids, steps)
-        real = torch.arange(steps, device=device) < n[:, None]
-        every = torch.ones((batch, features), dtype=torch.bool, device=device)
-        exact = bool(flags & EXACT_COUNT)
-
-        def draw(purpose, count, who=modality, whose=ids, view=view, step=step):
-            return random.words(seed, whose, random.stream_tag(view, who, step, purpose), count)
-
-        who = random.ALL_MODALITIES if APPLY_NAMES[apply] == "batch" else modality
-        whose = ids if APPLY_NAMES[apply] == "sample" else everyone
-        fired = draw(random.COIN, 1, who, whose)[:, 0] < coin
-        share = torch.full((batch,), amount, dtype=torch.float64, device=device)
-        plan[:, columns["fired"]] = fired[:, None].int()
-        if kind == MASK_STEPS:
-            masked = _select(kind, draw(random.TIME, steps), real, share, exact)
-            plan[:, columns["masked_steps"]] = pack_bits(masked & fired[:, None])
-        elif kind == MASK_FEATURES:
-            masked = _select(kind, draw(random.FEATURE, features), every, share, exact)
-            plan[:, columns["masked_features"]] = pack_bits(masked & fired[:, None])
-        elif kind == RESAMPLE:
-            if spread:
-                tag = random.stream_tag(view, modality, step, random.SHARE)
-                share = (share + spread * random.normals(seed, ids, tag, 1)[:, 0].abs()).clamp(max=1)
-            chosen = _select(kind, draw(random.FEATURE, features), every, share, exact)
-            shared = random.ALL_MODALITIES if flags & SHARED_ORDER else modality
-            keys = draw(random.TIME, steps, shared).masked_fill(~real, random.MASK + 1)
-            order = torch.where(
-                fired[:, None], keys.argsort(dim=1, stable=True), torch.arange(steps, device=device)
-            )
-            open_gate = (draw(random.GATE, steps) < gate) & real
-            plan[:, columns["features"]] = pack_bits(chosen & fired[:, None])
-            plan[:, columns["order"]] = order.int()
-            plan[:, columns["gate"]] = pack_bits(open_gate & fired[:, None])
-    return plan
-
-
-class _Positions:
-    """Where the real steps of one modality stand: index 0 is the first real step of each sample."""
-
-    def __init__(self, lengths, batch, steps, front, device):
-        t = torch.arange(steps, device=device).expand(batch, steps)
-        n = torch.full((batch,), steps, device=device) if lengths is None else lengths
-        start = (steps - n if front else torch.zeros_like(n))[:, None]
-        self.start = start
-        self.real = (t >= start) & (t < start + n[:, None])
-        self.index = torch.where(self.real, t - start, 0)
-        self.position = t
-
-    def place(self, by_step: Tensor) -> Tensor:
-        """(B, L, ...) counted from the first real step, moved to where that step stands."""
-        index = self.index.reshape(self.index.shape + (1,) * (by_step.dim() - 2)).expand_as(by_step)
-        return by_step.gather(1, index)
-
-
-def _decisions(plan, columns, kind, at, steps, features):
-    """Flags (B, L or 1, F or 1) of what a step zeroes or moves, and (B, L) where each position takes from."""
-    if kind == MASK_STEPS:
-        masked = at.place(unpack_bits(plan[:, columns["masked_steps"]], steps)) & at.real
-        return masked[:, :, None], None
-    if kind == MASK_FEATURES:
-        masked = unpack_bits(plan[:, columns["masked_features"]], features)
-        return masked[:, None, :] & at.real[:, :, None], None
-    order = at.place(plan[:, columns["order"]].long()) + at.start
-    moves = at.place(unpack_bits(plan[:, columns["gate"]], steps)) & at.real
-    chosen = unpack_bits(plan[:, columns["features"]], features)
-    return chosen[:, None, :], torch.where(moves, order, at.position)
-
-
-def apply_reference(xs, lengths, seed, ids, plan, chains, front, with_noise) -> list[Tensor]:
-    """:func:`augment_apply` in plain PyTorch: one step after the other, in fp32 or better, rounded once."""
-    batch = xs[0].shape[0]
-    shapes = [tuple(x.shape[1:]) for x in xs]
-    ids = torch.arange(batch, device=plan.device) if ids is None else ids
-    places = [_Positions(n, batch, x.shape[1], front, x.device) for n, x in zip(lengths, xs, strict=True)]
-    wide = [x.double() if x.dtype == torch.float64 else x.float() for x in xs]
-    outs = [[x.clone() for x in wide] for _ in chains.steps_per_view]
-    for i, (view, step, modality, kind, columns) in enumerate(
-        layout(chains.steps_per_view, chains.rows, shapes)
-    ):
-        x, at, (steps, features) = outs[view][modality], places[modality], shapes[modality]
-        fired = plan[:, columns["fired"]].bool()[:, :, None]
-        mean, deviation = chains.amounts[2 * i : 2 * i + 2]
-        if kind in (MASK_STEPS, MASK_FEATURES):
-            masked, _ = _decisions(plan, columns, kind, at, steps, features)
-            new = x.masked_fill(masked, 0)
-        elif kind == RESAMPLE:
-            chosen, source = _decisions(plan, columns, kind, at, steps, features)
-            new = torch.where(chosen, x.gather(1, source[:, :, None].expand_as(x)), x)
-        elif with_noise:
-            tag = random.stream_tag(view, modality, step, random.NOISE)
-            z = random.normals(seed, ids, tag, steps * features).unflatten(1, (steps, features))
-            noisy = x + (mean + deviation * at.place(z).float().to(x.dtype))
-            new = torch.where(at.real[:, :, None], noisy, x)
-        else:
-            continue
-        outs[view][modality] = torch.where(fired, new, x)
-    return [out.to(xs[m].dtype) for view in outs for m, out in enumerate(view)]
-
-
-def adjoint_reference(grads, lengths, plan, chains, front) -> list[Tensor]:
-    """The transposed map of :func:`apply_reference` without its noise, summed over the views."""
-    count = len(lengths)
-    batch = grads[0].shape[0]
-    shapes = [tuple(grad.shape[1:]) for grad in grads[:count]]
-    places = [
-        _Positions(n, batch, shape[0], front, plan.device) for n, shape in zip(lengths, shapes, strict=True)
-    ]
-    wide = [grad.double() if grad.dtype == torch.float64 else grad.float() for grad in grads]
-    for view, _, modality, kind, columns in reversed(
-        list(layout(chains.steps_per_view, chains.rows, shapes))
-    ):
-        at, (steps, features) = places[modality], shapes[modality]
-        grad = wide[view * count + modality]
-        fired = plan[:, columns["fired"]].bool()[:, :, None]
-        if kind in (MASK_STEPS, MASK_FEATURES):
-            masked, _ = _decisions(plan, columns, kind, at, steps, features)
-            new = grad.masked_fill(masked, 0)
-        elif kind == RESAMPLE:
-            chosen, source = _decisions(plan, columns, kind, at, steps, features)
-            stay = grad.masked_fill(chosen, 0)
-            new = stay.scatter_add(1, source[:, :, None].expand_as(grad), grad.masked_fill(~chosen, 0))
-        else:
-            continue
-        wide[view * count + modality] = torch.where(fired, new, grad)
-    views = len(chains.steps_per_view)
-    sums = [sum(wide[v * count + m] for v in range(views)) for m in range(count)]
-    return [total.to(grads[0].dtype) for total in sums]
