@@ -54,11 +54,11 @@ def complete_sample(dataset: MultimodalDataset) -> int:
 
 # arguments ({made} is the folder above, {new} an unused one) and what the sentence must hold
 WRONG = {
-    "no such command": (["trian"], "invalid choice: 'trian'"),
-    "unknown flag": (["pretrain", "--data.pth=x"], "data.pth"),
-    "unknown flag of evaluate": (["evaluate", "x.ckpt", "--fast"], "unrecognized arguments: --fast"),
+    "no such command": (["trian"], "got 'trian'; did you mean pretrain?"),
+    "unknown flag": (["pretrain", "--data.pth=x"], "there is no --data.pth; did you mean --data.path?"),
+    "unknown flag of evaluate": (["evaluate", "x.ckpt", "--fast"], "evaluate: there is no --fast"),
     "missing argument": (["evaluate"], "the following arguments are required: checkpoint"),
-    "wrong type": (["pretrain", "--run.seed=many"], "run.seed"),
+    "wrong type": (["pretrain", "--run.seed=many"], "--run.seed must be a whole number, got 'many'"),
     "out of range": (["pretrain", "--data.label_share=0"], "data.label_share must be in (0, 1], got 0"),
     "batch of one": (["pretrain", "--pretraining.batch_size=1"], "pretraining.batch_size must be at least 2"),
     "negative weight": (["pretrain", "--loss.lambd=-1"], "loss.lambd must be finite and at least 0, got -1"),
@@ -79,7 +79,7 @@ WRONG = {
         ["pretrain", "--augmentation.view_a=[{{name: [noise]}}]"],
         "a step must be one of noise",
     ),
-    "a step that is none": (["pretrain", "--augmentation.view_a=[noise]"], "augmentation.view_a"),
+    "a step that is none": (["pretrain", "--augmentation.view_a=[noise]"], "must be a list of mappings"),
     "an argument that is no number": (
         ["pretrain", "--augmentation.view_a=[{{name: noise, sigma: loud}}]"],
         "GaussianNoise: sigma must be",
@@ -88,9 +88,15 @@ WRONG = {
         ["pretrain", "--augmentation.view_a=[{{name: noise, apply: [all]}}]"],
         "apply must be one of",
     ),
-    "unknown preset": (["pretrain", "--preset=huge"], "preset"),
-    "no such configuration": (["pretrain", "--config=none.yaml"], "none.yaml"),
-    "configuration that is none": (["pretrain", "--config={made}/file.txt"], "config"),
+    "unknown preset": (
+        ["pretrain", "--preset=huge"],
+        "--preset must be one of demo, small, thesis, got 'huge'",
+    ),
+    "no such configuration": (["pretrain", "--config=none.yaml"], "configuration none.yaml: No such file"),
+    "configuration that is none": (
+        ["pretrain", "--config={made}/file.txt"],
+        "file.txt: it must hold settings",
+    ),
     "no such data": (["pretrain", "--data.path={made}/none"], "none does not exist"),
     "foreign data": (["pretrain", "--data.path={made}/file.txt"], "is of no known kind"),
     "truncated data": (["pretrain", "--data.path={made}/truncated.npz"], "truncated"),
@@ -152,8 +158,11 @@ WRONG = {
     ),
     "inspect nothing": (["inspect", "{made}/none"], "does not exist"),
     "inspect something else": (["inspect", "{made}/file.txt"], "is of no known kind"),
-    "unknown accelerator": (["pretrain", "--run.accelerator=abacus"], "abacus"),
-    "unknown precision": (["pretrain", "--run.precision=7"], "precision"),
+    "unknown accelerator": (
+        ["pretrain", "--run.accelerator=abacus"],
+        "must be one of auto, cpu, cuda, mps, got 'abacus'",
+    ),
+    "unknown precision": (["pretrain", "--run.precision=7"], "--run.precision must be one of 32-true"),
     "no such device": (
         ["pretrain", "--run.accelerator=mps"],
         "config: run.accelerator must be a device that this machine has, got mps",

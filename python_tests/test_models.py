@@ -30,7 +30,7 @@ VARIANTS = [
     {"attention": False},
     {"bidirectional": "fusion"},
     {"bidirectional": True},
-    {"pooling": "mean"},
+    {"pooling": "sum"},
     {"pooling": "last"},
     {"bidirectional": True, "pooling": "last"},
 ]
@@ -386,7 +386,7 @@ def test_bad_containers_and_padding():
         ({"hidden": 0}, "hidden must be at least 1, got 0"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
         ({"bidirectional": "both"}, r"one of \[False, 'fusion', True\], got 'both'"),
-        ({"pooling": "max"}, r"one of \['sum', 'mean', 'last'\], got 'max'"),
+        ({"pooling": "max"}, r"one of \['mean', 'sum', 'last'\], got 'max'"),
         ({"masking": 1.5}, r"p must lie in \[0, 1\], got 1.5"),
         ({"masking": 0.2, "masking_mode": "soft"}, r"one of \['step', 'sequence'\], got 'soft'"),
         (

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from mmfast import BarlowTwinsLoss
 from mmfast.errors import UserError
+from mmfast.models import M3Encoder
 from mmfast.training.components import make_views
 from mmfast.training.config import (
     AugmentationConfig,
@@ -114,15 +119,35 @@ def test_first_difference_descends_and_ignores():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_valid(preset):
-    settings = dict(PRESETS[preset])
+    settings = dict(PRESETS[preset].settings)
     check_experiment(ExperimentConfig(**settings.pop("experiment", {})))
     check(config_of(settings))
 
 
 def test_the_small_preset_pretrains_long_enough_on_hundreds_of_samples():
-    settings = config_of({"pretraining": PRESETS["small"].get("pretraining", {})}).pretraining
+    settings = config_of({"pretraining": PRESETS["small"].settings["pretraining"]}).pretraining
     # Inputs of pre-training in each of five folds of ICT-MMMO; the incomplete batch is dropped.
     assert 297 // settings.batch_size * settings.epochs >= 150
+
+
+def test_preset_thesis_is_what_the_thesis_prints():
+    """Sections 7.1 to 7.3, M3's pooling; everything else printed there is a default."""
+    settings = dict(PRESETS["thesis"].settings)
+    assert ExperimentConfig(**settings.pop("experiment")).seeds == [0, 1, 2, 3, 4]
+    config = config_of(settings)
+    assert (config.loss.lambd, config.pretraining.lr, config.model.pooling) == (2e-2, 3e-6, "sum")
+    config.loss.lambd, config.pretraining.lr, config.model.pooling = 5e-3, 1e-3, "mean"
+    assert config == Config()
+
+
+def test_defaults_are_the_same_in_python_and_on_the_command_line():
+    parameters = inspect.signature(M3Encoder).parameters
+    ours = asdict(Config().model)
+    assert {name: ours[name] for name in ours if name in parameters} == {
+        name: parameter.default for name, parameter in parameters.items() if name in ours
+    }
+    assert Config().loss.lambd == BarlowTwinsLoss().lambd
+    assert Config().loss.center is inspect.signature(BarlowTwinsLoss).parameters["center"].default
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -18,7 +18,7 @@ from mmfast.models.rnn import MaskedLSTM
 
 # bidirectional -> (merge of the modality encoders, merge of the fusion LSTM)
 DIRECTIONS = {False: (None, None), "fusion": (None, "cat"), True: ("sum", "cat")}
-POOLING = ("sum", "mean", "last")
+POOLING = ("mean", "sum", "last")
 
 
 class M3Encoder(nn.Module):
@@ -47,9 +47,10 @@ class M3Encoder(nn.Module):
         bidirectional: ``False``: one direction everywhere. ``"fusion"``: two directions, concatenated, in the
             fusion LSTM alone. ``True``: also in the modality encoders, summed there: M3 as published.
         attention: self-attention of the modality encoders (the fusion keeps its own).
-        pooling: ``"sum"`` over real steps (M3). ``"mean"`` over real steps, whose scale does not grow with
-            the length (the later slp library). ``"last"``: no self-attention in the fusion; each direction's
-            LSTM output after its last real step (M3's recurrent layer without attention).
+        pooling: ``"mean"`` over real steps, whose scale does not grow with the length (the later slp library).
+            ``"sum"`` over real steps: M3, which padded all sequences to one length. ``"last"``: no
+            self-attention in the fusion; each direction's LSTM output after its last real step (M3's recurrent
+            layer without attention).
         masking, masking_mode, masking_weights: p, mode and weights of
             :class:`~mmfast.models.masking.ModalityMasking`; 0 switches it off.
 
@@ -64,7 +65,7 @@ class M3Encoder(nn.Module):
         dropout: float = 0.2,
         bidirectional: Literal["fusion"] | bool = False,
         attention: bool = True,
-        pooling: Literal["sum", "mean", "last"] = "sum",
+        pooling: Literal["mean", "sum", "last"] = "mean",
         masking: float = 0.0,
         masking_mode: Literal["step", "sequence"] = "step",
         masking_weights: dict[str, float] | None = None,

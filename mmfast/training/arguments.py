@@ -9,20 +9,21 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from mmfast.errors import UserError
 from mmfast.flags import Parser
-from mmfast.training.config import ExperimentConfig, check_experiment
+from mmfast.training.config import Config, ExperimentConfig, check_experiment
 from mmfast.training.parsing import config_parser, sections
 from mmfast.training.presets import PRESETS
+from mmfast.training.refusals import Settings, in_plain_words, wrong_arguments
 
 SPLITS = ("train", "valid", "test", "unlabelled", "all")
 
 
 def pretrain(argv: list[str]) -> Any:
     """The arguments of ``mmfast pretrain``."""
-    return _parse(_training_parser("pretrain", "Self-supervised pre-training; writes last.ckpt."), argv)
+    line = _Line("pretrain", "Self-supervised pre-training; writes last.ckpt.")
+    line.add_resume()
+    return line.parse(argv)
 
 
 def finetune(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
@@ -30,25 +31,23 @@ def finetune(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
 
     ``argv`` is among them, for another call with a checkpoint's ``defaults``.
     """
-    parser = _training_parser("finetune", "Supervised training; writes best.ckpt and tests it.")
-    parser.add_argument(
-        "--from", type=str | None, help="Checkpoint of a pre-training run; random weights without it."
-    )
-    parser.add_argument(
-        "--freeze", type=bool, default=False, help="Train only the linear head (linear evaluation)."
-    )
-    given = _parse(parser, argv, defaults)
+    line = _Line("finetune", "Supervised training; writes best.ckpt and tests it.")
+    line.add("from", str | None, "Checkpoint of a pre-training run; random weights without it.")
+    line.add("freeze", bool, "Train only the linear head (linear evaluation).", default=False)
+    line.add_resume()
+    given = line.parse(argv, defaults)
     given.argv = argv
     return given
 
 
 def experiment(argv: list[str]) -> Any:
     """The arguments of ``mmfast experiment``."""
-    parser = _training_parser(
-        "experiment", "Methodologies over seeds and folds, with a report.", resume=False
+    line = _Line(
+        "experiment",
+        "Methodologies over seeds and folds, with a report; the same command goes on where it stopped.",
     )
-    parser.add_class_arguments(ExperimentConfig, "experiment")
-    given = _parse(parser, argv)
+    line.add_section("experiment", ExperimentConfig)
+    given = line.parse(argv)
     check_experiment(given.experiment)
     return given
 
@@ -69,36 +68,78 @@ def predict(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _training_parser(command: str, description: str, resume: bool = True) -> ArgumentParser:
-    parser = config_parser(f"mmfast {command}", description)
-    parser.add_argument("--preset", choices=list(PRESETS), help="Settings to start from.")
-    if resume:
-        parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
-    return parser
-
-
-def _parse(parser: ArgumentParser, argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
-    """The arguments, with the checked configuration as ``settings``.
-
-    Flags come before the configuration file before ``defaults`` before the preset.
-    """
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    early.add_argument("--preset")
-    try:
-        preset = early.parse_known_args(argv)[0].preset
-        if preset in PRESETS:
-            known = parser.get_defaults()
-            parser.set_defaults({name: values for name, values in PRESETS[preset].items() if name in known})
-        if defaults:
-            parser.set_defaults(dict(defaults))
-        given = parser.instantiate(parser.parse_args(argv))
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error} (see {parser.prog} --help)") from error
-    given.settings = sections(given)
-    return given
-
-
 def _add_source(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument("checkpoint", help="best.ckpt of a finetune run")
     parser.add_argument("--data", help="file or folder of features; the run's own data when left out")
     parser.add_argument("--split", choices=SPLITS, default=split, help="which samples (default %(default)s)")
+
+
+def _take(flag: str, argv: list[str]) -> tuple[list[str | None], list[str]]:
+    """The values of a flag, None where there is none, and what else is on the line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(f"--{flag}", nargs="?", action="append", default=[])
+    found, rest = parser.parse_known_args(argv)
+    return getattr(found, flag), rest
+
+
+class _Line:
+    """The command line of a command that has settings."""
+
+    def __init__(self, command: str, description: str) -> None:
+        self.command = command
+        self.parser = config_parser(
+            f"mmfast {command}",
+            f"{description} A flag given twice counts as given last; flags go before --config before --preset.",
+        )
+        self.settings = Settings(Config)
+        presets = "; ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items())
+        self.parser.usage = "%(prog)s [--preset NAME] [--config FILE] [--SETTING VALUE ...]"
+        self.parser.add_argument(
+            "--preset", choices=list(PRESETS), help=f"Settings to start from. {presets}.", metavar="NAME"
+        )
+
+    def add(self, name: str, kind: Any, text: str, default: Any = None) -> None:
+        """A setting of this command alone."""
+        self.parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+        self.settings.add(name, kind)
+
+    def add_section(self, name: str, kind: type) -> None:
+        """A dataclass of settings of this command alone."""
+        self.parser.add_class_arguments(kind, name)
+        self.settings.add(name, kind)
+
+    def add_resume(self) -> None:
+        self.parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
+        self.settings.add("resume", bool)
+
+    def parse(self, argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
+        """The arguments, with the checked configuration as ``settings``.
+
+        Flags come before the configuration file before ``defaults`` before the preset.
+        """
+        preset = [None, *_take("preset", argv)[0]][-1]
+        files, rest = _take("config", argv)
+        if None not in files:
+            # In front, for the parser lets the later one win.
+            argv = [*(f"--config={file}" for file in files), *rest]
+        if preset in PRESETS:
+            known, chosen = self.parser.get_defaults(), PRESETS[preset].settings
+            self.parser.set_defaults({name: values for name, values in chosen.items() if name in known})
+        if defaults:
+            self.parser.set_defaults(dict(defaults))
+        try:
+            given = self.parser.parse_args(argv)
+        except argparse.ArgumentError as error:
+            reason = wrong_arguments(self.parser, self.settings, argv) or in_plain_words(error, self.settings)
+            raise self._refusal(reason) from error
+        if given.preset != preset:
+            raise self._refusal("preset must be given as a flag, --preset NAME, not in a file")
+        # The parser lets a None pass where a number must be: what an empty line of a YAML file says.
+        if reason := self.settings.wrong({name: given.as_dict()[name] for name in self.settings.top}):
+            raise self._refusal(wrong_arguments(self.parser, self.settings, argv) or reason)
+        given = self.parser.instantiate(given)
+        given.settings = sections(given)
+        return given
+
+    def _refusal(self, reason: str) -> UserError:
+        return UserError(f"{self.command}: {reason} (see {self.parser.prog} --help)")

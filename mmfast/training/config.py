@@ -85,7 +85,7 @@ class ModelConfig:
     dropout: float = 0.2
     bidirectional: bool | Literal["fusion"] = False
     attention: bool = True
-    pooling: Literal["sum", "mean", "last"] = "mean"
+    pooling: Literal["mean", "sum", "last"] = "mean"
     masking: float = 0.0
     masking_mode: Literal["step", "sequence"] = "step"
     projector: list[int] = field(default_factory=lambda: [1000, 1000, 1000])
@@ -99,7 +99,8 @@ class AugmentationConfig:
         preset: Names joined by ``+``, in order: ``noise``, ``masking``, ``seqaug``, ``feature_masking``, such as
             ``seqaug+noise``; values of thesis table 8.2.1. All chains of table 8.3.2 can be written so.
         view_a: Steps of the first view, each a mapping with ``name`` and the transform's arguments, such as
-            ``{name: masking, p: 0.6, q: 0.7}``; replaces the preset in this view.
+            ``{name: masking, p: 0.6, q: 0.7}``; replaces the preset in this view. Inputs are standardised, so the
+            ``sigma`` of ``noise`` is in standard deviations of each feature over the training samples.
         view_b: The same for the second view.
         apply: Who tosses a step's coin: each ``modality`` (thesis text), the whole ``batch`` (thesis code) or each
             ``sample`` and modality.
@@ -237,6 +238,8 @@ def _distinct(values: list) -> bool:
 
 # (path of the field, what it must be, whether a value is so); types are the parser's business.
 RULES = (
+    ("data.path", "a path or synthetic", bool),
+    ("run.folder", "a path", bool),
     ("data.label_share", "in (0, 1]", lambda v: 0 < v <= 1),
     (
         "data.split",
@@ -292,7 +295,9 @@ def _check(config: Any, rules: tuple, prefix: str) -> None:
     for path, rule, holds in rules:
         value = attrgetter(path)(config)
         if not holds(value):
-            raise UserError(f"config: {prefix}{path} must be {rule}, got {value}")
+            raise UserError(
+                f"config: {prefix}{path} must be {rule}, got {'nothing' if value == '' else value}"
+            )
 
 
 def first_difference(

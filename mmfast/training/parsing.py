@@ -14,11 +14,12 @@ from jsonargparse import ArgumentParser
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
 from mmfast.training.config import Config, check
+from mmfast.training.refusals import Settings, in_plain_words
 
 
 def config_parser(prog: str, description: str = "") -> ArgumentParser:
     """A parser whose flags and YAML keys are the fields of :class:`~mmfast.training.config.Config`."""
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of any of the settings below.")
     parser.add_class_arguments(Config, None)
     return parser
@@ -34,7 +35,8 @@ def config_of(values: Mapping[str, Any]) -> Config:
     try:
         namespace = parser.parse_object(dict(values))
     except Exception as error:
-        raise UserError(f"config: {' '.join(str(error).split())}") from error
+        reason = Settings(Config).wrong(values) or in_plain_words(error, Settings(Config))
+        raise UserError(f"config: {reason}") from error
     return sections(parser.instantiate(namespace))
 
 
