@@ -1,8 +1,9 @@
 """Kernels on a GPU: augmentation against a plain copy, Barlow Twins against eager and compiled PyTorch.
 
 Contenders take turns in the same rounds; times are medians of CUDA events around several calls in a row, so they
-hold whatever Python takes where that is longer than the kernels. A second table has the kernels alone, from the
-profiler, as a share of the floor that the device's own copy and matrix product rates set.
+hold whatever Python takes where that is longer than the kernels; CUDA graphs of the same calls show how much that is.
+Kernels alone, from the profiler, are compared with a copy that moves the same bytes, which like them stay in the
+cache where they fit. Rows that matter most come first.
 
 Usage: python benchmarks/gpu.py [--out results.json] [--seconds 130]
 """
@@ -12,11 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
+import itertools
 import json
 import math
 import statistics
 import subprocess
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -28,17 +32,16 @@ from mmfast.ops.augment import augment_apply
 
 FEATURES = {"text": 300, "audio": 74, "visual": 35}
 ALPHA = {"text": 0.15, "audio": 0.10, "visual": 0.20}
-CHAINS = {
-    "seqaug": [SeqAug(ALPHA)],
-    "masking": [TimeMask()],
-    "seqaug+masking": [SeqAug(ALPHA), TimeMask()],
-    "noise": [GaussianNoise(p=1)],
-    "noise+seqaug+masking": [GaussianNoise(p=1), SeqAug(ALPHA), TimeMask()],
-}
+STEPS = {"seqaug": partial(SeqAug, ALPHA), "masking": TimeMask, "noise": GaussianNoise}
+CHAINS = ("seqaug+masking", "noise+seqaug+masking", *STEPS)
+# Whether steps fire: all of them (the worst case), as often as by default, none.
+CHANCES = {"p = 1": {"p": 1.0}, "default p": {}, "p = 0": {"p": 0.0}}
+SEEDS = 8  # plans that take turns, so that no single draw decides
 KEY_SHAPES = [(170, 1000), (256, 8192), (2048, 8192), (32, 128), (128, 8192), (4096, 1024)]
 GRID = [(b, d) for b in (32, 128, 512, 2048, 4096) for d in (128, 512, 2048, 8192)]
 # Precision: dtype of the embeddings and whether fp32 products may use TF32.
 MODES = {"fp32": (torch.float32, False), "tf32": (torch.float32, True), "bf16": (torch.bfloat16, False)}
+DEVICE = "cuda"
 SAMPLE = 2e-3  # seconds of calls in a row that one event pair spans
 ROUNDS = 7
 
@@ -54,17 +57,26 @@ def milliseconds(call, calls: int) -> float:
 
 
 def race(contenders: dict, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds a call of each, measured in turns."""
+    """Median milliseconds a call of each that works, measured in turns."""
     calls = {}
     for name, call in contenders.items():
-        for _ in range(3):
-            call()
-        calls[name] = max(1, math.ceil(SAMPLE * 1e3 / milliseconds(call, 2)))
-    times = {name: [] for name in contenders}
+        try:
+            for _ in range(3):
+                call()
+            calls[name] = max(1, math.ceil(SAMPLE * 1e3 / milliseconds(call, 2)))
+        except Exception as error:
+            print(f"{name} is left out: {type(error).__name__}: {error}", flush=True)
+    times = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in contenders.items():
-            times[name].append(milliseconds(call, calls[name]))
+        for name, count in calls.items():
+            times[name].append(milliseconds(contenders[name], count))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def late(make):
+    """What ``make()`` returns, made when it is first called: so that a failure costs one contender."""
+    made = functools.cache(make)
+    return lambda *arguments: made()(*arguments)
 
 
 def kernel_times(call, calls: int = 10) -> dict[str, float]:
@@ -108,29 +120,55 @@ def environment() -> dict:
     }
 
 
+@functools.cache
 def machine() -> dict:
     """Bytes read and written a second by a plain copy, and operations a second of matrix products."""
-    source = torch.empty(2**28, device="cuda")
+    source = torch.empty(2**28, device=DEVICE)
     target = torch.empty_like(source)
     copy = race({"copy": lambda: target.copy_(source)})["copy"]
     rates = {"copy_bandwidth": 2 * source.nbytes / copy * 1e3}
     for mode, (dtype, allowed) in MODES.items():
         n = 4096 if mode == "fp32" else 8192
-        x, y = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+        x, y = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
         with tf32(allowed):
             rates[f"matmul_{mode}"] = 2 * n**3 / race({"mm": lambda x=x, y=y: x @ y}, 3)["mm"] * 1e3
     return rates
 
 
-def augmentation(rates: dict, batch: int, dtype: torch.dtype, which: str) -> dict:
+@functools.cache
+def copy_time(nbytes: int) -> float:
+    """Milliseconds of the copying kernel that reads and writes so many bytes in all, again and again the same."""
+    source = torch.empty(max(nbytes // 2, 1), dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return sum(kernel_times(lambda: target.copy_(source)).values())
+
+
+def graphed(call):
+    """Replays of a CUDA graph of ``call``."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def augmentation(batch: int, dtype: torch.dtype, which: str, chance: str, lengths: str) -> dict:
     """Two views of three modalities. apply alone, the whole call, and a copy that moves the same bytes."""
     torch.manual_seed(0)
-    xs = {k: torch.randn(batch, 50, f, device="cuda", dtype=dtype) for k, f in FEATURES.items()}
-    lengths = ((torch.rand(batch) ** 1.2 * 50).long().clamp(min=1)).cuda()
+    xs = {k: torch.randn(batch, 50, f, device=DEVICE, dtype=dtype) for k, f in FEATURES.items()}
+    ragged = ((torch.rand(batch) ** 1.2 * 50).long().clamp(min=1)).to(DEVICE)
+    real = ragged if lengths == "ragged" else torch.full_like(ragged, 50)
     nbytes = 3 * sum(x.nbytes for x in xs.values())
-    views = TwoViews(CHAINS[which])
-    plan = views.draw(xs, lengths, seed=1)
-    arguments = (list(xs.values()), [lengths] * 3, plan.seed, None, plan.words, plan.chains, False)
+    views = TwoViews([STEPS[name](**CHANCES[chance]) for name in which.split("+")])
+    plans = itertools.cycle([views.draw(xs, real, seed=seed) for seed in range(SEEDS)])
+
+    def apply():
+        plan = next(plans)
+        return augment_apply(list(xs.values()), [real] * 3, plan.seed, None, plan.words, plan.chains, False)
 
     def on(backend, call):
         def run():
@@ -140,11 +178,12 @@ def augmentation(rates: dict, batch: int, dtype: torch.dtype, which: str) -> dic
         return run
 
     contenders = {
-        "apply": lambda: augment_apply(*arguments),
-        "draw": lambda: views.draw(xs, lengths),
-        "call": lambda: views(xs, lengths),
-        "apply, triton": on("triton", lambda: augment_apply(*arguments)),
-        "call, reference": on("reference", lambda: views(xs, lengths)),
+        "apply": apply,
+        "draw": lambda: views.draw(xs, real),
+        "call": lambda: views(xs, real),
+        "call, graph": late(lambda: graphed(lambda: views(xs, real))),
+        "apply, triton": on("triton", apply),
+        "call, reference": on("reference", lambda: views(xs, real)),
         "copy": lambda: [(x.clone(), x.clone()) for x in xs.values()],
     }
     if "noise" in which:
@@ -152,17 +191,21 @@ def augmentation(rates: dict, batch: int, dtype: torch.dtype, which: str) -> dic
             (x + 0.1 * torch.randn_like(x), x + 0.1 * torch.randn_like(x)) for x in xs.values()
         ]
     times = race(contenders)
-    kernels = kernel_times(lambda: views(xs, lengths))
-    apply = sum(value for name, value in kernels.items() if "apply_kernel" in name)
+    kernels = kernel_times(lambda: views(xs, real), calls=SEEDS)
+    copies = sum(kernel_times(contenders["copy"]).values())
+    applied = sum(value for name, value in kernels.items() if "apply_kernel" in name)
     return {
         "what": "augmentation",
         "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "chain": which,
+        "chance": chance,
+        "lengths": lengths,
         "bytes": nbytes,
         "times": times,
         "kernels": kernels,
-        "apply_share_of_copy_bandwidth": nbytes / apply * 1e3 / rates["copy_bandwidth"] if apply else None,
+        "copy_kernels": copies,
+        "apply_over_copy": applied / copies if applied and copies else None,
     }
 
 
@@ -191,10 +234,11 @@ def kernel_bytes(name: str, rows: int, columns: int, element: int, gram: bool) -
 _OURS = ("_whole", "_moments", "_chunk", "_kernel", "_products")
 
 
-def loss(rates: dict, rows: int, columns: int, mode: str, compiled: dict) -> dict:
-    dtype, allowed = MODES[mode]
+def loss(rows: int, columns: int, mode: str, compiled: bool) -> dict:
+    """Forward and backward; with ``compiled``, also compiled and in CUDA graphs."""
+    rates, (dtype, allowed) = machine(), MODES[mode]
     torch.manual_seed(0)
-    z_a = torch.randn(rows, columns, device="cuda")
+    z_a = torch.randn(rows, columns, device=DEVICE)
     z_b = (z_a + 0.5 * torch.randn_like(z_a)).to(dtype).requires_grad_()
     z_a = z_a.to(dtype).requires_grad_()
 
@@ -208,9 +252,15 @@ def loss(rates: dict, rows: int, columns: int, mode: str, compiled: dict) -> dic
     gram = 4 * rows < 3 * columns
     flops = 2 * rows * columns * (4 * rows if gram else 3 * columns)
     with tf32(allowed):
-        times = race(
-            {"mmfast": step(barlow_twins), "eager": step(plain), **{k: step(f) for k, f in compiled.items()}}
-        )
+        contenders = {"mmfast": barlow_twins, "eager": plain}
+        if compiled:
+            torch._dynamo.reset()
+            contenders |= {
+                "mmfast, graph": late(lambda: torch.cuda.make_graphed_callables(barlow_twins, (z_a, z_b))),
+                "compiled": torch.compile(plain, dynamic=False),
+                "compiled, graph": torch.compile(plain, dynamic=False, mode="reduce-overhead"),
+            }
+        times = race({name: step(function) for name, function in contenders.items()})
         peaks = {}
         for name, function in {"mmfast": barlow_twins, "eager": plain}.items():
             z_a.grad = z_b.grad = None
@@ -222,14 +272,12 @@ def loss(rates: dict, rows: int, columns: int, mode: str, compiled: dict) -> dic
     own = {}
     for name, value in kernels.items():
         if nbytes := kernel_bytes(name, rows, columns, z_a.element_size(), gram):
-            own[name] = {
-                "ms": value,
-                "share_of_copy_bandwidth": nbytes / value * 1e3 / rates["copy_bandwidth"],
-            }
+            own[name] = {"ms": value, "over_copy": value / copy_time(nbytes)}
     floor = (
         12 * rows * columns * z_a.element_size() / rates["copy_bandwidth"] + flops / rates[f"matmul_{mode}"]
     )
-    best = min(value for name, value in times.items() if name != "mmfast")
+    best = min(value for name, value in times.items() if not name.startswith("mmfast"))
+    ours = min(value for name, value in times.items() if name.startswith("mmfast"))
     return {
         "what": "barlow_twins",
         "rows": rows,
@@ -238,6 +286,7 @@ def loss(rates: dict, rows: int, columns: int, mode: str, compiled: dict) -> dic
         "form": "gram" if gram else "direct",
         "times": times,
         "speedup": best / times["mmfast"],
+        "best_speedup": best / ours,
         "peak_bytes": peaks,
         "kernels": kernels,
         "own_kernels": own,
@@ -248,18 +297,38 @@ def loss(rates: dict, rows: int, columns: int, mode: str, compiled: dict) -> dic
 def show(row: dict) -> str:
     cells = "  ".join(f"{name} {value:.3f}" for name, value in row["times"].items())
     if row["what"] == "augmentation":
-        share = row["apply_share_of_copy_bandwidth"]
-        share = f"{share:.0%} of copy bandwidth" if share else "no kernel times"
-        return f"{row['batch']:5} {row['dtype']:8} {row['chain']:20} apply kernel at {share}; ms: {cells}"
+        over = row["apply_over_copy"]
+        over = f"apply kernel takes {over:.2f} copies" if over else "no kernel times"
+        where = f"{row['batch']:5} {row['dtype']:8} {row['chain']:20} {row['chance']:9} {row['lengths']:6}"
+        return f"{where} {over}; ms: {cells}"
     kernels = "".join(
-        f"\n      {kernel['ms'] * 1e3:8.1f} us, {kernel['share_of_copy_bandwidth']:.0%} of a copy: {name[:80]}"
+        f"\n      {kernel['ms'] * 1e3:8.1f} us, {kernel['over_copy']:.2f} copies: {name[:80]}"
         for name, kernel in row["own_kernels"].items()
         if (row["rows"], row["columns"]) in KEY_SHAPES
     )
+    best = f", {row['best_speedup']:.2f}x in a graph" if "mmfast, graph" in row["times"] else ""
     return (
-        f"{row['rows']:5} x {row['columns']:5} {row['mode']} {row['form']:6} {row['speedup']:6.2f}x the best other, "
-        f"{row['share_of_floor']:.0%} of the floor's speed; ms: {cells}{kernels}"
+        f"{row['rows']:5} x {row['columns']:5} {row['mode']} {row['form']:6} {row['speedup']:6.2f}x the best other"
+        f"{best}, {row['share_of_floor']:.0%} of the floor's speed; ms: {cells}{kernels}"
     )
+
+
+def jobs() -> list:
+    """Calls of :func:`loss` and :func:`augmentation`, what matters most first, the grid last."""
+    dtypes = (torch.float32, torch.bfloat16)
+    key = [(loss, (*shape, mode, True)) for shape in KEY_SHAPES for mode in MODES]
+    grid = [(loss, (*shape, mode, False)) for shape in GRID if shape not in KEY_SHAPES for mode in MODES]
+    views = [
+        (augmentation, (batch, dtype, which, chance, lengths))
+        for which in CHAINS
+        for batch in (170, 4096)
+        for dtype in dtypes
+        for chance in CHANCES
+        for lengths in ("full", "ragged")
+        # Of single steps, the worst case.
+        if "+" in which or (chance, lengths, batch) == ("p = 1", "full", 4096)
+    ]
+    return [*key[: 3 * len(MODES)], *views, *key[3 * len(MODES) :], *grid]
 
 
 def main():
@@ -269,29 +338,14 @@ def main():
     options = parser.parse_args()
     begin = time.perf_counter()
     results = {"environment": environment(), "rates": machine(), "rows": [], "skipped": []}
-    rates = results["rates"]
-    print({name: f"{value / 1e12:.3g}e12" for name, value in rates.items()})
+    print({name: f"{value / 1e12:.3g}e12" for name, value in machine().items()})
 
-    def static(rows, columns, mode):
-        torch._dynamo.reset()
-        return {"compiled": torch.compile(plain, dynamic=False)}
-
-    jobs = [
-        (augmentation, (4096, dtype, which)) for which in CHAINS for dtype in (torch.float32, torch.bfloat16)
-    ]
-    jobs.insert(0, (augmentation, (170, torch.float32, "seqaug+masking")))
-    jobs += [(loss, (*shape, mode, static)) for shape in KEY_SHAPES[:3] for mode in MODES]
-    jobs += [(loss, (*shape, mode, None)) for shape in GRID for mode in MODES]
-    jobs += [(loss, (*shape, mode, static)) for shape in KEY_SHAPES[3:] for mode in MODES]
-    for measure, arguments in jobs:
+    for measure, arguments in jobs():
         if time.perf_counter() - begin > options.seconds:
             results["skipped"].append([str(a) for a in arguments])
             continue
-        if measure is loss:
-            *shape, compile = arguments
-            arguments = (*shape, compile(*shape) if compile else {})
         try:
-            results["rows"].append(measure(rates, *arguments))
+            results["rows"].append(measure(*arguments))
             print(show(results["rows"][-1]), flush=True)
         except Exception as error:  # a row that fails must not cost the others
             print(f"{measure.__name__} {arguments}: {type(error).__name__}: {error}", flush=True)

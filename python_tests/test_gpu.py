@@ -1,5 +1,8 @@
 """What only a real GPU can show: graphs, streams, no waiting, and agreement of all backends with the CPU."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from targets import KERNELS, on
@@ -268,6 +271,15 @@ def test_the_fastest_backend_is_taken_without_asking():
     built = facts["cuda"]["built"]
     for op in ("augment_draw", "augment_apply", "barlow_twins"):
         assert facts["ops"][f"{op} (cuda)"]["uses"] == ("cuda" if built else "triton")
+
+
+def test_a_process_that_asked_for_information_can_be_forked():
+    code = (
+        "import os, mmfast, torch; mmfast.info(); assert not torch.cuda.is_initialized(); pid = os.fork(); "
+        "pid or os._exit(int(torch.ones(2, device='cuda').sum()) - 2); "
+        "assert os.waitpid(pid, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_seed_is_drawn_by_the_generator_of_the_device():
