@@ -3,6 +3,7 @@ import math
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from mmfast.data import MultimodalData, MultimodalDataset, inspect, save
 from mmfast.errors import UserError
@@ -98,19 +99,22 @@ def test_faults_of_single_samples_are_counted_and_named(tmp_path):
         labels=[0.0, 3.5, math.nan, -9.0, 1.0],
         names=list("abcde"),
     )
+    train.flat("audio")[3:8] = torch.tensor([[math.nan, 0.0]])  # the five steps of b
     twin = MultimodalDataset({m: [train[0].values[m]] for m in steps}, [0.0], ids=[9], names=["twin"])
     save(MultimodalData(train, test=twin, label_range=(-3, 3)), tmp_path / "a.npz")
     report = inspect(tmp_path / "a.npz")
     found = report.splits["train"]
     assert (found.outside, found.unaligned, found.empty) == (("b", "d"), ("b", "e"), ("c",))
+    assert found.blank == ("b",)
     assert report.shared == {("train", "test"): ("twin",)}
     test = report.splits["test"]
-    assert (test.outside, test.unaligned, test.empty) == ((), (), ())
+    assert (test.outside, test.unaligned, test.empty, test.blank) == ((), (), (), ())
     text = str(report)
     for line in (
         "  2 samples (b, d) with a label outside [-3, 3]",
         "  2 samples (b, e) with modalities of different lengths, which must be aligned before training",
         "  1 sample (c) without any modality",
+        "  1 sample (b) with a modality that is 0 or no number throughout; what is missing has no steps",
         "train and test share 1 sample (twin) of equal contents",
     ):
         assert text.count(line) == 1, line

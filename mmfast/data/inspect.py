@@ -42,6 +42,7 @@ class SplitReport:
         outside: names of the samples with a label outside the corpus's range.
         unaligned: names of the samples whose modalities differ in length, beside those that they lack.
         empty: names of the samples without any modality.
+        blank: names of the samples with steps of a modality in which no cell is a number other than 0.
     """
 
     samples: int
@@ -53,6 +54,7 @@ class SplitReport:
     outside: tuple[str, ...]
     unaligned: tuple[str, ...]
     empty: tuple[str, ...]
+    blank: tuple[str, ...]
     modalities: dict[str, ModalityReport]
 
 
@@ -168,8 +170,17 @@ def _report(dataset: MultimodalDataset, label_range: tuple[float, float]) -> Spl
         outside=_names(dataset, (dataset.labels < label_range[0]) | (dataset.labels > label_range[1])),
         unaligned=_names(dataset, dataset.unaligned()),
         empty=_names(dataset, dataset.without_steps()),
+        blank=_names(dataset, torch.stack([_blank(dataset, m) for m in dataset.modalities]).any(0)),
         modalities=modalities,
     )
+
+
+def _blank(dataset: MultimodalDataset, modality: str) -> Tensor:
+    """(N,) bool: which samples have steps of the modality that are 0, NaN or inf throughout."""
+    flat, lengths = dataset.flat(modality), dataset.lengths(modality)
+    told = ((flat != 0) & flat.isfinite()).any(1)
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return (lengths > 0) & (torch.bincount(sample[told], minlength=len(lengths)) == 0)
 
 
 def _samples(names: tuple[str, ...], limit: int = 5) -> str:
@@ -197,6 +208,7 @@ def _split_lines(name: str, report: SplitReport, label_range: tuple[float, float
         f"with a label outside [{label_range[0]:g}, {label_range[1]:g}]": report.outside,
         "with modalities of different lengths, which must be aligned before training": report.unaligned,
         "without any modality": report.empty,
+        "with a modality that is 0 or no number throughout; what is missing has no steps": report.blank,
     }
     lines += [f"  {_samples(names)} {what}" for what, names in faults.items() if names]
     return lines

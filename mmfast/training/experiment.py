@@ -25,7 +25,7 @@ from mmfast.training.fitting import LAST
 from mmfast.training.folder import PREDICTIONS, claim, examine, finished, load_result, save_result
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import measure, read_predictions, write_predictions
-from mmfast.training.splits import Splits, check_labels, load_data, make_splits
+from mmfast.training.splits import Splits, load_data, make_splits, require_labels
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +109,6 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
     settings = {**asdict(config), "experiment": asdict(experiment)}
     begun = examine(root, settings, resume=None)
     data = load_data(config.data)
-    check_labels(data, config.data)
     units = units_of(config, experiment, data)
     if not begun:
         _accept(config, experiment, units, data)
@@ -133,6 +132,7 @@ def _accept(config: Config, experiment: ExperimentConfig, units: list[Unit], dat
     for unit in (unit for unit in units if unit.seed == units[0].seed):
         own = unit.config(config)
         splits = make_splits(data, own.data, unit.seed)
+        require_labels({"train": splits.train, "valid": splits.valid, "test": splits.test})
         if any(method.pretrained for method in methods):
             runs.prepare_pretraining(own, splits)
         runs.prepare_finetuning(own, splits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -114,19 +114,6 @@ def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[
     pool = data.unlabelled if data.unlabelled is not None else MultimodalDataset.empty(data.features)
     known = torch.cat([dataset.ids for dataset in named.values()])
     return {**named, "unlabelled": pool.subset(~torch.isin(pool.ids, known))}
-
-
-def check_labels(data: MultimodalData, config: DataConfig) -> None:
-    """Refuse data that some fold could not be trained with, be validated with or tested on, before anything runs.
-
-    Raises:
-        UserError: names the part that would have no labelled samples, and why.
-    """
-    every = 1 if data.cross_validation is None else config.folds
-    for fold in range(every):
-        parts = named_parts(data, replace(config, fold=fold))
-        require_labels({name: parts[name] for name in ("train", "valid", "test")})
-        _check_share(parts["train"], config.label_share)
 
 
 def check_aligned(dataset: MultimodalDataset) -> None:
