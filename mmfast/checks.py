@@ -59,6 +59,11 @@ def check_seed(op: str, name: str, value: Any) -> int:
     return value if value < 2**63 else value - 2**64
 
 
+def numpy_generator(op: str, seed: Any) -> np.random.Generator:
+    """NumPy's generator of any seed that :func:`check_seed` takes; NumPy itself takes no negative ones."""
+    return np.random.default_rng(check_seed(op, "seed", seed) % 2**64)
+
+
 def check_bool(op: str, name: str, value: Any) -> bool:
     """``value`` as a bool: True or False, NumPy's among them.
 

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mmfast.checks import numpy_generator
 from mmfast.errors import UserError
 
 EMOTIONS = ("neutral", "happy", "sad", "angry")
@@ -288,7 +289,7 @@ def bootstrap_interval(
         raise UserError(f"bootstrap_interval: n must be at least 1, got {n}")
     if not 0 < confidence < 1:
         raise UserError(f"bootstrap_interval: confidence must lie in (0, 1), got {confidence}")
-    generator = np.random.default_rng(seed)
+    generator = numpy_generator("bootstrap_interval", seed)
     values = np.empty(n)
     for i in range(n):
         rows = generator.integers(len(p), size=len(p))

@@ -178,7 +178,7 @@ class Plan:
         batch, device = self.words.shape[0], self.words.device
         for name, tensor in [("seed", self.seed), ("ids", self.ids), *(("lengths", n) for n in self.lengths)]:
             if tensor is not None and tensor.device != device:
-                raise UserError(f"Plan: {name} must be on {device}, where words are, got {tensor.device}")
+                raise UserError(f"Plan: {name} must be on {device} like words, got {tensor.device}")
         width = plan_width(self.chains.steps_per_view, self.chains.rows, self.shapes)
         if self.words.dtype != torch.int32 or self.words.shape != (batch, width):
             raise ValueError(

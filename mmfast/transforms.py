@@ -55,7 +55,9 @@ def _of(op: str, name: str, value: float | dict[str, float], modality: str | Non
 def _moved(op: str, name: str, tensor: Tensor, device: torch.device) -> Tensor:
     """int64 on the device of the values."""
     if tensor.device.type == "meta" != device.type:
-        raise UserError(f"{op}: {name} must be on {device}, where values are, or be copied there, got meta")
+        raise UserError(
+            f"{op}: {name} must be on {device} like values, or hold data that can be copied there, got meta"
+        )
     return tensor.to(device, torch.int64)
 
 

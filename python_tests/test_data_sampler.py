@@ -155,7 +155,7 @@ def test_an_empty_data_set_has_no_batches():
     [
         (dict(batch_size=0), "batch_size must be an integer >= 1, got 0"),
         (dict(batch_size=2.5), "batch_size must be an integer >= 1, got 2.5"),
-        (dict(seed=-1), "seed must be an integer >= 0, got -1"),
+        (dict(seed=2**64), "seed must have 64 bits at most, got 18446744073709551616"),
         (dict(rank=2, world_size=2), r"rank must lie in \[0, world_size = 2\), got 2"),
         (dict(batch_size=9, drop_last=True), "drop_last leaves no batch, 5 samples are fewer than .* = 9"),
         (dict(batch_size=1, world_size=2), "5 samples cannot give each of 2 ranks"),

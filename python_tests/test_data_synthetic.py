@@ -133,7 +133,7 @@ def test_is_fast():
     [
         (dict(samples=5), "samples must be an integer >= 10, got 5"),
         (dict(samples=20.5), "samples must be an integer >= 10, got 20.5"),
-        (dict(seed=-1), "seed must be an integer >= 0, got -1"),
+        (dict(seed=2**64), "seed must have 64 bits at most, got 18446744073709551616"),
         (dict(labelled=1.1), r"labelled must lie in \[0, 1\], got 1.1"),
         (dict(missing=-0.5), r"missing must lie in \[0, 1\], got -0.5"),
         (dict(corrupt=float("nan")), r"corrupt must lie in \[0, 1\], got nan"),

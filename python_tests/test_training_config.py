@@ -81,7 +81,7 @@ def test_yaml_round_trip(tmp_path):
         ("pretraining", "lr", 0.0),
         ("supervised", "patience", 0),
         ("supervised", "plateau_factor", 1.0),
-        ("run", "seed", -1),
+        ("run", "seed", 2**64),
         ("run", "threads", 0),
     ],
 )
@@ -93,7 +93,14 @@ def test_settings_out_of_range_are_named(section, name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("methods", []), ("methods", ["FS", "FS"]), ("seeds", [-1]), ("workers", 0)]
+    ("name", "value"),
+    [
+        ("methods", []),
+        ("methods", ["FS", "FS"]),
+        ("seeds", [2**64]),
+        ("seeds", [-1, 2**64 - 1]),
+        ("workers", 0),
+    ],
 )
 def test_experiment_settings_out_of_range_are_named(name, value):
     with pytest.raises(UserError, match=rf"experiment\.{name} must be"):

@@ -129,7 +129,7 @@ def collate(samples: Sequence[Sample], padding: str = "back") -> MultimodalBatch
     values, lengths = {}, {}
     for modality in modalities:
         steps = [sample.values[modality] for sample in samples]
-        lengths[modality] = torch.tensor([len(s) for s in steps], dtype=torch.int64)
+        lengths[modality] = torch.tensor([len(s) for s in steps], dtype=torch.int64, device="cpu")
         for sample, step in zip(samples, steps, strict=True):
             if step.shape[1] != steps[0].shape[1]:
                 raise UserError(
@@ -137,14 +137,14 @@ def collate(samples: Sequence[Sample], padding: str = "back") -> MultimodalBatch
                     f"{step.shape[1]} in sample {sample.name!r} (id {sample.id})"
                 )
         values[modality] = _pad(steps, padding)
-    labels = torch.tensor([sample.label for sample in samples], dtype=torch.float32)
-    ids = torch.tensor([sample.id for sample in samples], dtype=torch.int64)
+    labels = torch.tensor([sample.label for sample in samples], dtype=torch.float32, device="cpu")
+    ids = torch.tensor([sample.id for sample in samples], dtype=torch.int64, device="cpu")
     return MultimodalBatch(values, lengths, labels, ids, padding)
 
 
 def _pad(steps: list[Tensor], padding: str) -> Tensor:
     longest, features = max(len(s) for s in steps), steps[0].shape[1]
-    out = torch.zeros(len(steps), longest, features)
+    out = torch.zeros(len(steps), longest, features, device="cpu")
     for row, real in zip(out, steps, strict=True):
         start = longest - len(real) if padding == "front" else 0
         row[start : start + len(real)] = real

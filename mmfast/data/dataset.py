@@ -86,7 +86,7 @@ class MultimodalDataset(Dataset):
                     f"MultimodalDataset: lengths[{modality!r}][{i}]{_named(names, i)} must be at most the {steps} "
                     f"steps of its values, got {int(count[i])}"
                 )
-            position = torch.arange(steps)
+            position = torch.arange(steps, device="cpu")
             real = position < count[:, None] if padding == "back" else position >= steps - count[:, None]
             flat[modality] = value[real]
         return cls.from_flat(flat, counts, labels, ids, names)
@@ -94,7 +94,9 @@ class MultimodalDataset(Dataset):
     @classmethod
     def empty(cls, features: Mapping[str, int]):
         """No samples, with the given feature sizes."""
-        return cls.from_flat({m: torch.empty(0, f) for m, f in features.items()}, {m: [] for m in features})
+        return cls.from_flat(
+            {m: torch.empty(0, f, device="cpu") for m, f in features.items()}, {m: [] for m in features}
+        )
 
     @classmethod
     def concatenate(cls, datasets: Sequence[MultimodalDataset]):
@@ -208,7 +210,7 @@ class MultimodalDataset(Dataset):
         if len(flat) == int(count.sum()) and torch.equal(packed, self._starts[modality]):
             return flat
         shift = torch.repeat_interleave(self._starts[modality] - packed, count)
-        return flat[shift + torch.arange(len(shift))]
+        return flat[shift + torch.arange(len(shift), device="cpu")]
 
     def subset(self, indices) -> MultimodalDataset:
         """The samples at `indices` (or of a boolean mask), in that order, sharing this data set's memory."""
@@ -391,7 +393,7 @@ def _named(names: Sequence[str] | None, i: int) -> str:
 
 def _labels(labels, size: int, names: Sequence[str] | None) -> Tensor:
     if labels is None:
-        return torch.full((size,), float("nan"))
+        return torch.full((size,), float("nan"), device="cpu")
     try:
         labels = torch.from_numpy(np.asarray(labels).astype(np.float32))
     except (TypeError, ValueError) as error:
@@ -428,7 +430,7 @@ def _range_of(datasets: Sequence[MultimodalDataset]) -> tuple[float, float]:
 
 
 def _ids(ids, size: int | None) -> Tensor:
-    ids = torch.arange(size) if ids is None else _integers(ids, "ids", size)
+    ids = torch.arange(size, device="cpu") if ids is None else _integers(ids, "ids", size)
     if (twice := _repeated(ids)) is not None:
         raise UserError(f"MultimodalDataset: ids must be unique, got {twice} twice")
     return ids

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from mmfast.checks import check_seed
 from mmfast.data.batch import collate
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.errors import UserError
@@ -53,18 +54,18 @@ class BucketSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("world_size", world_size, 1),
-            ("seed", seed, 0),
-        ):
+        for name, value, least in (("batch_size", batch_size, 1), ("world_size", world_size, 1)):
             if not isinstance(value, Integral) or value < least:
                 raise UserError(f"BucketSampler: {name} must be an integer >= {least}, got {value!r}")
         if rank not in range(world_size):
             raise UserError(f"BucketSampler: rank must lie in [0, world_size = {world_size}), got {rank!r}")
         self._key = _sort_key(dataset)
         self._step = batch_size * world_size
-        self._shuffle, self._drop_last, self._seed = shuffle, drop_last, seed
+        self._shuffle, self._drop_last, self._seed = (
+            shuffle,
+            drop_last,
+            check_seed("BucketSampler", "seed", seed),
+        )
         self._rank, self._world_size = rank, world_size
         self._epoch = 0
         self._sizes = self._step_sizes(len(dataset), batch_size)
@@ -108,10 +109,12 @@ class BucketSampler(Sampler[list[int]]):
 
     def batches(self, epoch: int) -> list[list[int]]:
         """This rank's batches of an epoch, as indices into the data set."""
-        generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
+        generator = torch.Generator("cpu").manual_seed(_mix(self._seed, epoch))
 
         def permutation(n: int) -> Tensor:
-            return torch.randperm(n, generator=generator) if self._shuffle else torch.arange(n)
+            if self._shuffle:
+                return torch.randperm(n, generator=generator, device="cpu")
+            return torch.arange(n, device="cpu")
 
         # Cut before sorting: any sample may be left out, not only the longest.
         order = permutation(len(self._key))[: sum(self._sizes)]
@@ -148,7 +151,7 @@ def make_loader(
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         # DataLoader draws a number per epoch: from here, so that the global random state stays as it is.
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator("cpu").manual_seed(check_seed("make_loader", "seed", seed)),
     )
 
 

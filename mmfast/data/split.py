@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from mmfast.checks import numpy_generator
 from mmfast.data.dataset import MultimodalData, MultimodalDataset
 from mmfast.errors import UserError
 from mmfast.shares import are_shares
@@ -26,7 +27,7 @@ def label_share(dataset: MultimodalDataset, share: float, seed: int, least: int 
         raise UserError(f"label_share: share must lie in [0, 1], got {share}")
     labelled = torch.nonzero(~torch.isnan(dataset.labels)).flatten().numpy()
     kept = max(round(share * len(labelled)), least)
-    chosen = np.random.default_rng(seed).permutation(labelled)[:kept]
+    chosen = numpy_generator("label_share", seed).permutation(labelled)[:kept]
     labels = torch.full_like(dataset.labels, float("nan"))
     labels[chosen] = dataset.labels[chosen]
     return dataset.with_labels(labels)
@@ -72,7 +73,7 @@ def random_split(data: MultimodalData, shares: Sequence[float], seed: int = 0) -
         )
     # Parts are filled one after another by groups in random order: test, valid, and what is left is train.
     groups, group = np.unique(whole.fingerprints().numpy()[labelled], return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(groups))
+    order = numpy_generator("random_split", seed).permutation(len(groups))
     sizes = np.bincount(group, minlength=len(groups))[order]
     part = np.empty(len(groups), dtype=np.int64)
     part[order] = np.searchsorted([test, test + valid], np.cumsum(sizes) - sizes, side="right")
@@ -125,7 +126,7 @@ def folds(
         )
     if not 0 < valid_share < 1:
         raise UserError(f"folds: valid_share must lie in (0, 1), got {valid_share}")
-    return _folds(dataset, n_folds, np.random.default_rng(seed), valid_share)
+    return _folds(dataset, n_folds, numpy_generator("folds", seed), valid_share)
 
 
 def _folds(dataset, n_folds, rng, valid_share) -> Iterator[Fold]:

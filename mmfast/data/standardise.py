@@ -183,7 +183,9 @@ def _count(flat: Tensor) -> NonFinite:
 
 def _moments(flat: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and 1 / std of the finite cells of each column, in two passes."""
-    count, total, square = (torch.zeros(flat.shape[1], dtype=torch.float64) for _ in range(3))
+    count, total, square = (
+        torch.zeros(flat.shape[1], dtype=torch.float64, device=flat.device) for _ in range(3)
+    )
     for block in flat.split(BLOCK):
         finite = torch.isfinite(block)
         count += finite.sum(0)

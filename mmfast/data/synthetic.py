@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from mmfast.checks import numpy_generator
 from mmfast.data.dataset import MultimodalData, MultimodalDataset
 from mmfast.data.split import label_share
 from mmfast.errors import UserError
@@ -63,7 +64,7 @@ def synthetic(
     """
     features = dict(FEATURES if features is None else features)
     _check(samples, seed, labelled, missing, corrupt, max_length, features)
-    rng = np.random.default_rng(seed)
+    rng = numpy_generator("synthetic", seed)
     words = np.exp(rng.normal(np.log(MEDIAN_WORDS), SPREAD_WORDS, samples))
     lengths = np.clip(np.round(words), 1, max_length).astype(np.int64)
     steps = _Steps(lengths)
@@ -158,7 +159,7 @@ def _weight(table: dict[str, float], modality: str) -> float:
 
 
 def _check(samples, seed, labelled, missing, corrupt, max_length, features) -> None:
-    whole = {"samples": (samples, 10), "seed": (seed, 0), "max_length": (max_length, 1)}
+    whole = {"samples": (samples, 10), "max_length": (max_length, 1)}
     whole |= {f"features[{m!r}]": (f, 1) for m, f in features.items()}
     for name, (value, least) in whole.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

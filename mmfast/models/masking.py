@@ -57,7 +57,9 @@ class ModalityMasking(nn.Module):
             rule = "finite, non-negative and not all zero"
             raise UserError(f"ModalityMasking: weights must be {rule}, got {values}")
         self.p, self.mode = p, mode
-        self.register_buffer("weights", torch.tensor(values), persistent=False)
+        self.register_buffer(
+            "weights", torch.tensor(values, device=torch.get_default_device()), persistent=False
+        )
 
     def forward(self, values: list[Tensor], lengths: list[Tensor]) -> list[Tensor]:
         if not self.training or self.p == 0:

@@ -231,7 +231,7 @@ def _check_devices(op, source, device, ids, lengths, seed=None, plan=None, value
     named |= {f"{source} of modality {m}": value for m, value in enumerate(values)}
     for name, tensor in named.items():
         if tensor is not None and tensor.device != device:
-            raise UserError(f"{op}: {name} must be on {device}, where {source} is, got {tensor.device}")
+            raise UserError(f"{op}: {name} must be on {device} like {source}, got {tensor.device}")
 
 
 class LengthsError(UserError):

@@ -95,6 +95,10 @@ class ModelConfig:
 class AugmentationConfig:
     """The two chains of augmentations that make the two views of pre-training.
 
+    They act on standardised inputs. So ``mu`` and ``sigma`` of ``noise`` count in standard deviations of each
+    feature: the preset's 0.1 adds a hundredth to the variance of every one, whatever its scale in the data. What is
+    masked takes the mean of its feature.
+
     Args:
         preset: Names joined by ``+``, in order: ``noise``, ``masking``, ``seqaug``, ``feature_masking``, such as
             ``seqaug+noise``; values of thesis table 8.2.1. All chains of table 8.3.2 can be written so.
@@ -236,6 +240,9 @@ def _distinct(values: list) -> bool:
     return len(values) > 0 and len(set(values)) == len(values)
 
 
+# Wrapped as torch.manual_seed wraps it, see mmfast.checks.check_seed.
+SEED = "of 64 bits", lambda v: -(2**63) <= v < 2**64
+
 # (path of the field, what it must be, whether a value is so); types are the parser's business.
 RULES = (
     ("data.path", "a path or synthetic", bool),
@@ -246,7 +253,7 @@ RULES = (
         "shares of train, valid and test that add up to 1, the first above 0 and below 1",
         lambda v: v is None or are_shares(v),
     ),
-    ("data.split_seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
+    ("data.split_seed", *SEED),
     ("data.folds", "at least 2", lambda v: v >= 2),
     ("data.fold", "at least 0", lambda v: v >= 0),
     ("loss.lambd", "finite and at least 0", lambda v: 0 <= v < inf),
@@ -263,15 +270,15 @@ RULES = (
     ("run.checkpoint_seconds", "at least 0", lambda v: v >= 0),
     # Far more than any machine has: OpenMP ends the process where it cannot allocate its threads.
     ("run.threads", "in [1, 4096]", lambda v: v is None or 1 <= v <= 4096),
-    ("run.seed", "in [0, 2^63)", lambda v: 0 <= v < 2**63),
+    ("run.seed", *SEED),
 )
 
 EXPERIMENT_RULES = (
     ("methods", "at least one, each once", _distinct),
     (
         "seeds",
-        "at least one, each once and in [0, 2^63)",
-        lambda v: _distinct(v) and all(0 <= s < 2**63 for s in v),
+        "at least one, each once and of 64 bits",
+        lambda v: _distinct([s % 2**64 for s in v]) and all(SEED[1](s) for s in v),
     ),
     ("workers", "positive", lambda v: v is None or v > 0),
 )

@@ -40,7 +40,7 @@ def _in_order(
     module.eval()
     rows = torch.cat([function(batch.to(device)).float().cpu() for batch in loader])
     module.train(training)
-    return rows[torch.argsort(torch.tensor(order))]
+    return rows[torch.argsort(torch.tensor(order, device="cpu"))]
 
 
 def measure(predictions: Tensor, truths: Tensor, label_range: tuple[float, float]) -> dict[str, float]:

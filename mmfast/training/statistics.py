@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from mmfast.checks import numpy_generator
+
 RESAMPLES = 2000
 LEVEL = 0.95
 # Metrics of which less is better; of all others more is.
@@ -78,7 +80,7 @@ def bootstrap(
     Returns:
         (RESAMPLES,).
     """
-    generator = np.random.default_rng(seed)
+    generator = numpy_generator("bootstrap", seed)
     n = len(truths)
     rows = (generator.integers(n, size=n) for _ in range(RESAMPLES))
     return np.array([np.mean(metric(predictions[:, row], truths[row])) for row in rows])

@@ -413,7 +413,11 @@ class Table(NamedTuple):
 
 
 def _bits(value: float, dtype: torch.dtype) -> int:
-    return int(torch.tensor(value, dtype=dtype).view(torch.int64 if dtype == torch.float64 else torch.int32))
+    return int(
+        torch.tensor(value, dtype=dtype, device="cpu").view(
+            torch.int64 if dtype == torch.float64 else torch.int32
+        )
+    )
 
 
 @functools.lru_cache(maxsize=256)
@@ -494,7 +498,7 @@ class _Tables:
     @staticmethod
     def _copy(chains, shapes, device):
         rows, views = _host_tables(chains, shapes)
-        flat = torch.tensor([row for modality in rows for row in modality], dtype=torch.int64)
+        flat = torch.tensor([row for modality in rows for row in modality], dtype=torch.int64, device="cpu")
         if device.type == "cuda":
             flat = flat.pin_memory().to(device, non_blocking=True)
         parts = flat.reshape(-1, COLUMNS.value).split([len(modality) for modality in rows])
