@@ -25,6 +25,7 @@ from mmfast.training.document import Code, Figure, Heading, Table, Text, to_html
 from mmfast.training.predictions import read_predictions
 from mmfast.training.splits import make_splits
 from mmfast.training.statistics import bootstrap, corr, interval, mae, summarise
+from mmfast.training.verdict import verdict
 
 QUICK = [
     "--supervised.epochs=3",
@@ -186,12 +187,130 @@ def test_ridge_is_sklearn_on_standardised_means():
 
 def test_summary():
     s = summarise("mae", [1.0, 2.0, 3.0])
-    assert (s.mean, s.std, s.n, s.best) == (2.0, 1.0, 3, 1.0)
-    # Student's t with 2 degrees of freedom: 4.302653.
-    assert s.high - s.mean == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
-    assert summarise("corr", [0.1, 0.3]).best == 0.3
-    one = summarise("corr", [0.5])
-    assert (one.n, one.mean) == (1, 0.5) and np.isnan([one.std, one.low, one.high]).all()
+    assert (s.mean, s.std, s.n) == (2.0, 1.0, 3)
+    # Student's t with 2 degrees of freedom: 4.302653; on the logarithm, whose slope at the mean is 1 / 2.
+    reach = 4.302653 / 3**0.5 / 2
+    assert (s.low, s.high) == pytest.approx((2 * np.exp(-reach), 2 * np.exp(reach)), rel=1e-6)
+    z = summarise("corr", [0.1, 0.3, 0.5])
+    reach = 4.302653 * 0.2 / 3**0.5 / (1 - 0.3**2)
+    assert (z.low, z.high) == pytest.approx(
+        tuple(np.tanh(np.arctanh(0.3) + np.array([-reach, reach]))), rel=1e-6
+    )
+    for few in ([0.5], [0.1, 0.3]):
+        assert np.isnan([summarise("corr", few).low, summarise("corr", few).high]).all(), (
+            "few runs say nothing"
+        )
+    assert (summarise("corr", [0.1, 0.3]).mean, summarise("corr", [0.5]).n) == (0.2, 1)
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high"),
+    [("corr", -1, 1), ("ccc", -1, 1), ("acc2", 0, 1), ("f1_has0", 0, 1), ("mae", 0, np.inf)],
+)
+def test_intervals_over_seeds_stay_in_the_range_of_their_metric(metric, low, high):
+    top = min(high, 9.0)
+    for values in (
+        [low, top, top],
+        [low, low, top],
+        [top - 1e-9, top, top],
+        [low + 1e-12, low, low],
+        [top] * 4,
+    ):
+        s = summarise(metric, values)
+        assert low <= s.low <= s.mean <= s.high <= high, values
+    narrow = summarise(metric, [0.300, 0.301, 0.302])
+    reach = 4.302653 * 0.001 / 3**0.5
+    assert (narrow.low, narrow.high) == pytest.approx((0.301 - reach, 0.301 + reach), rel=1e-3), (
+        "where values are close, all scales are straight"
+    )
+
+
+def test_mean_curves_do_not_jump_where_a_run_stops():
+    from mmfast.training import plots
+
+    _, axes = plots._figure(1, 1, 3, 3)
+    plots._curves(axes[0][0], [[4.0, 3.0, 2.0, 2.0], [8.0, 6.0]], "#000000", "-", "x")
+    *_, mean = axes[0][0].get_lines()
+    assert mean.get_ydata().tolist() == [6.0, 4.5, 4.0, 4.0]
+
+
+def test_the_best_run_is_one_run_chosen_by_validation(whole):
+    table = results(whole)
+    text = (whole / "report.md").read_text()
+    for row in ("FS", "SLE", "SSL", "LE"):
+        losses = {
+            seed: json.loads((whole / f"seed{seed}" / row / "result.json").read_text())["valid_loss"]
+            for seed in (0, 5)
+        }
+        seed = min(losses, key=losses.get)
+        assert table[row]["best"] == {"seed": seed, "valid_loss": losses[seed]}
+        metrics = next(run["metrics"] for run in table[row]["runs"] if run["seed"] == seed)
+        expected = (
+            f"| {row}, seed {seed} | {losses[seed]:.3f} | {metrics['corr']:.3f} | {metrics['mae']:.3f} | "
+        )
+        assert expected + f"{100 * metrics['acc2']:.1f} |" in text
+    assert table["ridge"]["best"] is None
+    assert "(best)" not in text
+
+
+def test_the_report_begins_with_what_it_is_about(whole, folded):
+    lines = (whole / "report.md").read_text().splitlines()
+    assert lines[0] == "# Experiment on synthetic" and lines[2].startswith("**") and lines[2].endswith(".**")
+    facts = dict(re.findall(r"- \*\*(.+?)\*\*: (.+)", (whole / "report.md").read_text()))
+    assert (
+        facts["Data"] == "synthetic (synthetic); 57 train (28 labelled), 7 valid, 16 test; labels in [-3, 3]"
+    )
+    assert facts["Test"] == "16 test samples, 2 seeds"
+    # 57 inputs in batches of 16, the last one dropped; 28 labels in batches of 8.
+    assert facts["Pre-training"].startswith("57 samples, 6 steps in 2 epochs")
+    assert facts["Training of FS"].startswith("12 steps in 3 epochs")
+    assert facts["Model"].startswith("5,760 parameters in the encoder, 9 in the head, 416 in the projector")
+    assert facts["Command"].startswith("mmfast experiment --data.synthetic.samples=80 ")
+    assert "'--data.synthetic.features={text: 8, audio: 6, visual: 4}'" in facts["Command"]
+    assert re.match(time.strftime("%Y-"), facts["Written"])
+    facts = dict(re.findall(r"- \*\*(.+?)\*\*: (.+)", (folded / "report.md").read_text()))
+    assert "25 to cross-validate" in facts["Data"] and "40 in the unlabelled pool" in facts["Data"]
+
+
+def test_the_table_on_a_terminal_fits_80_columns():
+    six = ["0.123 ± 0.004"] * 6
+    text = Table(["", "n", "Corr", "MAE", "Acc2", "F1", "Acc5", "Acc7"], [["constant", "10", *six]]).text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.splitlines()[0].split() == ["n", "Corr", "MAE", "Acc2", "F1"]
+    assert Table(["", "n"], [["FS", "1"]]).text() == "    n\nFS  1"
+
+
+def test_the_verdict_fits_the_numbers():
+    generator = np.random.default_rng(0)
+    truths = generator.normal(size=500)
+
+    def verdict_on(**noise: float) -> str:
+        rows = {name: (truths + s * generator.normal(size=500))[None] for name, s in noise.items()}
+        rows["constant"] = np.zeros((1, 500))
+        metrics = {"corr": corr, "mae": mae}
+        means = {
+            key: {name: float(f(p, truths).mean()) for name, p in rows.items()} for key, f in metrics.items()
+        }
+        resampled = {
+            key: {name: bootstrap(p, truths, f) for name, p in rows.items()} for key, f in metrics.items()
+        }
+        return verdict([name for name in noise if name != "ridge"], means, resampled)
+
+    worse = verdict_on(FS=0.6, SSL=0.6, ridge=0.2)
+    assert (
+        worse.startswith("Ridge regression beats the networks (") and "pre-training shows no effect" in worse
+    )
+    better = verdict_on(FS=0.5, SSL=0.2, ridge=0.5)
+    assert better.startswith("SSL beats ridge regression (SSL - ridge: correlation +0.")
+    assert "pre-training helps (SSL - FS: " in better
+    assert "pre-training harms" in verdict_on(FS=0.2, SSL=0.5, ridge=0.9)
+    assert "are not told apart" in verdict_on(FS=0.3, SSL=0.3, ridge=0.3)
+    assert verdict_on(FS=3.0, ridge=0.2).startswith(
+        "No network is shown to be better than the median label ("
+    )
+    assert verdict_on(FS=0.2).startswith("FS beats the median label (")
+    for sentence in (worse, better):
+        assert sentence.count(".") == len(re.findall(r"\d\.\d", sentence)) + 1, "one sentence"
 
 
 def test_bootstrap_covers_and_pairs():
@@ -249,7 +368,7 @@ def test_report_is_complete(whole):
         "supervised:",
         "torch:",
         "16 test samples, 2 seeds",
-        "took over 49 tensors",
+        "49 tensors (5,760 parameters) of the pre-trained encoder",
     ):
         assert word in page and word in text, word
     assert not re.search(r"src=\"(?!data:)|href=", page)

@@ -41,7 +41,7 @@ def finetune(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
 
 
 def experiment(argv: list[str]) -> Any:
-    """The arguments of ``mmfast experiment``."""
+    """The arguments of ``mmfast experiment``, ``argv`` among them, for the report."""
     line = _Line(
         "experiment",
         "Methodologies over seeds and folds, with a report; the same command goes on where it stopped.",
@@ -49,6 +49,7 @@ def experiment(argv: list[str]) -> Any:
     line.add_section("experiment", ExperimentConfig)
     given = line.parse(argv)
     check_experiment(given.experiment)
+    given.argv = argv
     return given
 
 

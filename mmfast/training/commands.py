@@ -7,6 +7,7 @@ import contextlib
 import logging
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -79,8 +80,9 @@ def experiment(given: Any) -> None:
 
     with _sitting("experiment", config.run):
         outcomes = run_experiment(config, settings)
-        report = write_report(config, settings, outcomes)
-    print(f"{report.table}\nreport: {report.path}")
+        report = write_report(config, settings, outcomes, shlex.join(["mmfast", "experiment", *given.argv]))
+    says = textwrap.fill(report.verdict, 80)
+    print(f"{says}\n\n{report.table}\n\nall metrics, intervals and plots: {report.path}")
 
 
 def evaluate(given: argparse.Namespace) -> None:

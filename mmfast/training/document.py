@@ -6,6 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,27 @@ class Heading:
 @dataclass(frozen=True)
 class Text:
     text: str
+    style: str = ""
 
     def markdown(self) -> str:
-        return self.text
+        return f"**{self.text}**" if self.style else self.text
 
     def html(self) -> str:
-        return f"<p>{html.escape(self.text)}</p>"
+        return f"<p{f' class={self.style!r}' if self.style else ''}>{html.escape(self.text)}</p>"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and what is to be known of each."""
+
+    rows: Sequence[tuple[str, str]]
+
+    def markdown(self) -> str:
+        return "\n".join(f"- **{name}**: {text}" for name, text in self.rows)
+
+    def html(self) -> str:
+        rows = (f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in self.rows)
+        return f"<dl>{''.join(rows)}</dl>"
 
 
 @dataclass(frozen=True)
@@ -64,10 +80,13 @@ class Table:
         head = row(self.header, "th")
         return f"<figure><table><thead>{head}</thead><tbody>{body}</tbody></table>{caption}</figure>"
 
-    def text(self) -> str:
-        """Aligned columns for a terminal."""
+    def text(self, width: int = 80) -> str:
+        """Aligned columns for a terminal, as many of them as fit its width."""
         lines = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        ends = accumulate(widths, lambda end, column: end + 2 + column)
+        fitting = sum(end <= width for end in ends)
+        lines, widths = [line[:fitting] for line in lines], widths[:fitting]
         return "\n".join(
             "  ".join(
                 cell.rjust(width) if i else cell.ljust(width)
@@ -95,7 +114,7 @@ class Figure:
         return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-Block = Heading | Text | Code | Table | Figure
+Block = Heading | Text | Facts | Code | Table | Figure
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 68rem; margin: 2rem auto; padding: 0 1.5rem; }
@@ -105,6 +124,9 @@ img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .93em; }
 th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e6e9ee; }
 th { border-bottom: 2px solid #98a3b3; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; }
+dt { color: #5a6675; } dd { margin: 0; overflow-wrap: anywhere; }
+.verdict { font-size: 1.1em; border-left: 4px solid #0072B2; padding-left: .8rem; }
 pre { background: #f4f6f8; padding: .9rem 1.1rem; font-size: .85em; line-height: 1.4; overflow-x: auto; }
 """
 

@@ -159,11 +159,14 @@ def _figure(rows: int, columns: int, width: float, height: float, **options) -> 
 
 
 def _curves(ax: Axes, runs: Sequence[Sequence[float]], colour: str, style: str, label: str) -> None:
-    """Each run thin, and their mean over those that reached the epoch."""
+    """Each run thin, and their mean; a run that has stopped stays in it with its last value.
+
+    Without it the mean would jump where one stops.
+    """
     for run in runs:
         ax.plot(range(1, len(run) + 1), run, color=colour, linestyle=style, linewidth=0.6, alpha=0.35)
     longest = max(map(len, runs))
-    mean = [np.mean([run[epoch] for run in runs if len(run) > epoch]) for epoch in range(longest)]
+    mean = np.mean([[*run, *[run[-1]] * (longest - len(run))] for run in runs], axis=0)
     ax.plot(range(1, longest + 1), mean, color=colour, linestyle=style, linewidth=1.8, label=label)
     ax.xaxis.get_major_locator().set_params(integer=True)
 

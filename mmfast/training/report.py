@@ -19,13 +19,15 @@ from mmfast.metrics import MetricSet, metrics_for, shown
 from mmfast.training import plots
 from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.correlation import before_and_after
-from mmfast.training.document import Block, Code, Figure, Heading, Table, Text, to_html, to_markdown
+from mmfast.training.document import Block, Code, Facts, Figure, Heading, Table, Text, to_html, to_markdown
 from mmfast.training.experiment import METHODS, PRETRAINED, TITLES, Outcome, Unit, units_of
+from mmfast.training.facts import facts
 from mmfast.training.fitting import LAST
 from mmfast.training.folder import ENVIRONMENT, load_result
 from mmfast.training.parsing import load_yaml
 from mmfast.training.splits import load_data, make_splits
 from mmfast.training.statistics import bootstrap, corr, interval, mae, summarise
+from mmfast.training.verdict import Means, Resampled, difference, verdict
 
 # key -> (heading, factor, decimals) of the metrics that a main table may have.
 COLUMNS = {
@@ -50,29 +52,37 @@ Outcomes = Mapping[str, Sequence[Outcome]]
 
 
 class Report(NamedTuple):
-    """Where the report is, and its main table as text."""
+    """Where the report is, and for a terminal its verdict and what of its main table fits 80 columns."""
 
     path: Path
+    verdict: str
     table: str
 
 
-def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcomes) -> Report:
-    """Write ``report.html`` (self-contained), ``report.md`` with ``plots/``, ``results.json`` and ``results.csv``."""
+def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcomes, command: str) -> Report:
+    """Write ``report.html`` (self-contained), ``report.md`` with ``plots/``, ``results.json`` and ``results.csv``.
+
+    ``command`` is the line that ran the experiment.
+    """
     root = Path(config.run.folder)
     data = load_data(config.data)
     units = units_of(config, experiment, data)
     metrics = metrics_for(data.label_range)
     main = main_table(outcomes, metrics)
     resampled = _resampled(outcomes)
+    means = _means(outcomes)
+    says = verdict([name for name in outcomes if name in METHODS], means, resampled)
     title = f"Experiment on {data.name}"
     blocks: list[Block] = [
         Heading(title, 1),
-        Text(_summary(config, data, units, outcomes, root)),
+        Text(says, "verdict"),
+        Facts(facts(config, data, units, outcomes, command)),
         Heading("Results"),
         main,
         Text("; ".join(f"{name}: {TITLES[name]}" for name in outcomes) + "."),
+        *_best_table(outcomes, metrics),
         _interval_table(outcomes, resampled),
-        *_differences(outcomes, resampled),
+        *_differences(outcomes, means, resampled),
         *_figures(config, data, outcomes, resampled, units, root),
         Heading("All metrics"),
         *_appendix(outcomes, metrics),
@@ -88,62 +98,66 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
     write_atomically(root / "report.html", to_html(title, blocks))
     write_json(root / "results.json", _results(outcomes))
     write_atomically(root / "results.csv", _csv(outcomes))
-    return Report(root / "report.html", main.text())
+    return Report(root / "report.html", says, main.text())
 
 
 def main_table(outcomes: Outcomes, metrics: MetricSet) -> Table:
-    """Mean, standard deviation and best run of the main metrics."""
+    """Mean and standard deviation of the main metrics."""
     keys = metrics.main
     rows = [[name, str(len(runs)), *(_cell(key, runs) for key in keys)] for name, runs in outcomes.items()]
     percent = " Accuracies and F1 in percent." if any(COLUMNS[key][1] == 100 for key in keys) else ""
     return Table(
         ["", "n", *(COLUMNS[key][0] for key in keys)],
         rows,
-        f"Mean ± standard deviation (best) over n seeds; - where undefined.{percent} {metrics.note}".rstrip(),
+        f"Mean ± standard deviation over n seeds; - where undefined.{percent} {metrics.note}".rstrip(),
     )
 
 
 def _cell(key: str, runs: Sequence[Outcome]) -> str:
     _, factor, decimals = COLUMNS[key]
     summary = summarise(key, [run.metrics[key] for run in runs])
-    mean, std, best = (shown(x, decimals, factor) for x in (summary.mean, summary.std, summary.best))
-    return mean if summary.n == 1 or mean == "-" else f"{mean} ± {std} ({best})"
+    mean, std = (shown(x, decimals, factor) for x in (summary.mean, summary.std))
+    return mean if summary.n == 1 or mean == "-" else f"{mean} ± {std}"
 
 
-def _summary(config: Config, data: MultimodalData, units: list[Unit], outcomes: Outcomes, root: Path) -> str:
-    seeds = len({unit.seed for unit in units})
-    samples = len(next(iter(outcomes.values()))[0].truths)
-    if units[0].fold is None:
-        how = f"{samples} test samples, {seeds} seeds."
-    else:
-        how = (
-            f"{samples} samples in {config.data.folds}-fold cross-validation, {seeds} seeds. Metrics are computed "
-            "once per seed, on the pooled predictions for the folds that a run did not train on; the folds are the "
-            "same for all seeds and rows."
-        )
-    seconds = sum(r["seconds"] for runs in outcomes.values() for run in runs for r in run.results)
-    pretraining = [load_result(unit.folder(root) / PRETRAINED) for unit in units]
-    seconds += sum(r["seconds"] for r in pretraining if r)
-    handovers = {
-        "{tensors} tensors ({parameters:,} parameters)".format(**taken)
-        for runs in outcomes.values()
-        for run in runs
-        for result in run.results
-        if (taken := result.get("handover"))
+def _best_table(outcomes: Outcomes, metrics: MetricSet) -> list[Block]:
+    keys = metrics.main
+    rows = []
+    for name, runs in outcomes.items():
+        if (best := best_run(runs)) is not None:
+            numbers = (
+                shown(best.metrics[key], decimals, factor)
+                for key in keys
+                for _, factor, decimals in [COLUMNS[key]]
+            )
+            rows.append([f"{name}, seed {best.seed}", f"{_valid_loss(best):.3f}", *numbers])
+    caption = (
+        "The best run of each network, chosen by its validation loss (MAE, mean over folds), not by any of the test "
+        "metrics beside it, which are all of that one run."
+    )
+    header = ["", "validation MAE", *(COLUMNS[key][0] for key in keys)]
+    return [Table(header, rows, caption)] if rows else []
+
+
+def best_run(runs: Sequence[Outcome]) -> Outcome | None:
+    """The run of lowest validation loss; None for a single run, and for baselines, which have no such loss."""
+    if len(runs) < 2 or any("valid_loss" not in result for run in runs for result in run.results):
+        return None
+    return min(runs, key=_valid_loss)
+
+
+def _valid_loss(run: Outcome) -> float:
+    return float(np.mean([result["valid_loss"] for result in run.results]))
+
+
+def _means(outcomes: Outcomes) -> Means:
+    return {
+        key: {name: float(np.mean([run.metrics[key] for run in runs])) for name, runs in outcomes.items()}
+        for key in RESAMPLED
     }
-    handed = (
-        f"Every SSL and LE run took over {' or '.join(handovers)} of the pre-trained encoder. "
-        if handovers
-        else ""
-    )
-    return (
-        f"Data {data.name} ({config.data.path}): {how} Networks are tested at the epoch of lowest validation loss; "
-        "inputs are standardised on what pre-training may see, never on validation or test samples; ridge regression "
-        f"is fitted on training and validation samples. {handed}Work in all: {seconds:.0f} s."
-    )
 
 
-def _resampled(outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
+def _resampled(outcomes: Outcomes) -> Resampled:
     """metric -> row -> its bootstrap distribution over test samples, mean over seeds; rows share the resamples."""
     # Test samples and folds are the same for all rows and seeds, in one order.
     truths = next(iter(outcomes.values()))[0].truths.astype(float)
@@ -156,7 +170,7 @@ def _resampled(outcomes: Outcomes) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
-def _interval_table(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.ndarray]]) -> Table:
+def _interval_table(outcomes: Outcomes, resampled: Resampled) -> Table:
     header, rows = [""], [[name] for name in outcomes]
     for key in RESAMPLED:
         header += [f"{COLUMNS[key][0]}, over samples", f"{COLUMNS[key][0]}, over seeds"]
@@ -167,21 +181,19 @@ def _interval_table(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.
         header,
         rows,
         "95 % intervals of the mean. Over samples: bootstrap of the test samples, what another test set of this size "
-        "might give. Over seeds: Student's t, what other seeds might give on these samples.",
+        "might give. Over seeds: what other seeds might give on these samples, by Student's t, on Fisher's z for "
+        "correlations and the logarithm for errors, lest an interval leave the metric's range; - below 3 seeds.",
     )
 
 
-def _differences(outcomes: Outcomes, resampled: Mapping[str, Mapping[str, np.ndarray]]) -> list[Block]:
+def _differences(outcomes: Outcomes, means: Means, resampled: Resampled) -> list[Block]:
     rows = []
     for a, b in PAIRS:
         if a in outcomes and b in outcomes:
             row = [f"{a} - {b}"]
             for key in RESAMPLED:
-                means = [np.mean([run.metrics[key] for run in outcomes[name]]) for name in (a, b)]
-                row += [
-                    shown(means[0] - means[1], 3, sign="+"),
-                    _interval(*interval(resampled[key][a] - resampled[key][b])),
-                ]
+                found = difference(key, a, b, means, resampled)
+                row += [shown(found.mean, 3, sign="+"), _interval(found.low, found.high)]
             rows.append(row)
     header = ["", *(cell for key in RESAMPLED for cell in (COLUMNS[key][0], "95 % interval"))]
     caption = (
@@ -199,7 +211,7 @@ def _figures(
     config: Config,
     data: MultimodalData,
     outcomes: Outcomes,
-    resampled: Mapping[str, Mapping[str, np.ndarray]],
+    resampled: Resampled,
     units: list[Unit],
     root: Path,
 ) -> list[Block]:
@@ -227,7 +239,7 @@ def _figures(
         Figure(
             "plots/supervised.png",
             plots.supervised_curves(networks),
-            "Supervised phase: each run thin, thick their mean over the runs that reached the epoch.",
+            "Supervised phase: each run thin, thick their mean, where a run that has stopped keeps its last value.",
         ),
     ]
     pretraining = [r for unit in units if (r := load_result(unit.folder(root) / PRETRAINED))]
@@ -292,6 +304,7 @@ def _results(outcomes: Outcomes) -> dict[str, Any]:
     return {
         name: {
             "runs": [{"seed": run.seed, "metrics": run.metrics} for run in runs],
+            "best": (best := best_run(runs)) and {"seed": best.seed, "valid_loss": _valid_loss(best)},
             "summary": {
                 key: asdict(summarise(key, [run.metrics[key] for run in runs])) for key in runs[0].metrics
             },

@@ -5,16 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from mmfast.checks import numpy_generator
 
 RESAMPLES = 2000
 LEVEL = 0.95
+# Runs without which an interval over them says nothing.
+FEWEST = 3
 # Metrics of which less is better; of all others more is.
 LOWER = ("mae",)
+
+
+class Scale(NamedTuple):
+    """Where a bounded metric has no bounds: its ends, y = f(x) between them, the derivative, and the way back."""
+
+    ends: tuple[float, ...]
+    to: Callable[[float], float]
+    slope: Callable[[float], float]
+    back: Callable[[float], float]
+
+
+FISHER = Scale((-1, 1), math.atanh, lambda r: 1 / (1 - r * r), math.tanh)
+LOGIT = Scale(
+    (0, 1),
+    lambda p: math.log(p / (1 - p)),
+    lambda p: 1 / (p * (1 - p)),
+    lambda y: float(special.expit(y)),
+)
+LOG = Scale((0,), math.log, lambda x: 1 / x, math.exp)
+# All others are accuracies and F1.
+SCALES = {"corr": FISHER, "ccc": FISHER, "mae": LOG}
 
 
 @dataclass(frozen=True)
@@ -23,15 +47,14 @@ class Summary:
 
     Attributes:
         mean, std: ``std`` is the sample standard deviation (n - 1), NaN for one run.
-        best: the best single run.
-        low, high: 95 % interval of the mean by Student's t, NaN for one run. It covers the luck of the seed, not that
-            of the test samples.
+        low, high: 95 % interval of the mean, which leaves the metric's range as little as the mean does: Student's t
+            on Fisher's z for correlations, on the logit for accuracies and F1, on the logarithm for errors. NaN for
+            fewer than three runs. It covers the luck of the seed, not that of the test samples.
     """
 
     mean: float
     std: float
     n: int
-    best: float
     low: float
     high: float
 
@@ -41,9 +64,14 @@ def summarise(metric: str, values: Sequence[float]) -> Summary:
     x = np.asarray(values, dtype=float)
     n, mean = len(x), float(x.mean())
     std = float(x.std(ddof=1)) if n > 1 else math.nan
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * std / math.sqrt(n) if n > 1 else math.nan
-    best = x.min() if metric in LOWER else x.max()
-    return Summary(mean, std, n, float(best), mean - reach, mean + reach)
+    low = high = math.nan
+    scale = SCALES.get(metric, LOGIT)
+    if n >= FEWEST and (std == 0 or mean in scale.ends):  # all values are the same, or as good as
+        low = high = mean
+    elif n >= FEWEST and not math.isnan(mean):
+        reach = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * std / math.sqrt(n) * scale.slope(mean)
+        low, high = (scale.back(scale.to(mean) + side * reach) for side in (-1, 1))
+    return Summary(mean, std, n, low, high)
 
 
 def mae(predictions: np.ndarray, truths: np.ndarray) -> np.ndarray:
