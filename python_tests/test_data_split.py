@@ -95,6 +95,15 @@ def test_folds_name_bad_sizes_at_the_call(n, arguments, message):
         folds(dataset(n), **arguments)
 
 
+def test_folds_and_shares_follow_the_ids_and_not_the_order_of_the_samples():
+    data = dataset(40)
+    shuffled = data.subset(np.random.default_rng(5).permutation(40))
+    for ours, theirs in zip(folds(data, 4), folds(shuffled, 4), strict=True):
+        assert [ids(part) for part in ours] == [ids(part) for part in theirs]
+    shares = [label_share(d, 0.3, 0) for d in (data, shuffled)]
+    assert len({frozenset(d.ids[~d.labels.isnan()].tolist()) for d in shares}) == 1
+
+
 def test_folds_need_labels():
     with pytest.raises(UserError, match="every sample must have a label, 1 of 3 have none"):
         folds(dataset(3, [1.0, math.nan, 2.0]), 2)

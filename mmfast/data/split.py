@@ -18,14 +18,16 @@ from mmfast.shares import are_shares
 def label_share(dataset: MultimodalDataset, share: float, seed: int, least: int = 0) -> MultimodalDataset:
     """Keep the labels of round(share * n) of the n labelled samples, of `least` if there are; others become NaN.
 
-    Nested: with one seed, the samples of a smaller share are among those of a larger one.
+    Nested: with one seed, the samples of a smaller share are among those of a larger one. Which ones follows the ids,
+    not the order of the samples.
 
     Raises:
         UserError: share outside [0, 1].
     """
     if not 0 <= share <= 1:
         raise UserError(f"label_share: share must lie in [0, 1], got {share}")
-    labelled = torch.nonzero(~torch.isnan(dataset.labels)).flatten().numpy()
+    by_id = np.argsort(dataset.ids.numpy())
+    labelled = by_id[~torch.isnan(dataset.labels).numpy()[by_id]]
     kept = max(round(share * len(labelled)), least)
     chosen = numpy_generator("label_share", seed).permutation(labelled)[:kept]
     labels = torch.full_like(dataset.labels, float("nan"))
@@ -111,7 +113,7 @@ def folds(
     Every sample is tested in exactly one fold. `valid` is `valid_share` of what remains (at least one), for
     early stopping and the choice of settings. Test and valid sets follow the label distribution: of every
     `n_folds` neighbours in the order of labels each fold tests one, and valid samples are spread evenly over
-    that order.
+    that order. Equal labels are ordered at random by ids, so that the folds do not follow the order of the samples.
 
     Raises:
         UserError: samples without a label, or too few samples for n_folds folds with three parts.
@@ -131,8 +133,9 @@ def folds(
 
 def _folds(dataset, n_folds, rng, valid_share) -> Iterator[Fold]:
     n, labels = len(dataset), dataset.labels.numpy()
-    # Equal labels in random order.
-    by_label = np.lexsort((rng.random(n), labels))
+    draws = np.empty(n)
+    draws[np.argsort(dataset.ids.numpy())] = rng.random(n)
+    by_label = np.lexsort((draws, labels))
     fold = np.empty(n, dtype=np.int64)
     for start in range(0, n, n_folds):
         neighbours = by_label[start : start + n_folds]
