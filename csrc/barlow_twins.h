@@ -24,19 +24,29 @@ struct BarlowTwinsDefinition {
 namespace MMFAST_NS {
 using namespace mmfast;
 
+// What c is drawn to.
+template <class C>
+MMFAST_HD C target_of(const BarlowTwinsDefinition& definition, int64_t rows) {
+  return definition.divide ? 1 : (C)(1.0 / rows);
+}
+
 // How columns of B rows are scaled: by r = 1 / (sqrt(kappa v + inner) + outer), or by 1.
 template <class C>
 struct Scaling {
   C inner, outer;   // one of them is eps, the other 0
   C kappa, excess;  // excess: 1 - 1 / kappa
   C known;          // 1 if columns are standardised, so that their lengths are known, or 0
+  C target;         // what c is drawn to: 1, or 1 / B where C is not divided by B
+  C near;           // 1 if gaps come from the distance of both views, or 0
 
   MMFAST_HD Scaling(const BarlowTwinsDefinition& definition, int64_t rows)
       : inner(definition.eps_outside ? 0 : (C)definition.eps),
         outer(definition.eps_outside ? (C)definition.eps : 0),
         kappa(definition.unbiased ? (C)((double)rows / (rows - 1)) : 1),
         excess(definition.unbiased ? (C)(1.0 / rows) : 0),
-        known(definition.normalise) {}
+        known(definition.normalise),
+        target(target_of<C>(definition, rows)),
+        near(definition.normalise && definition.divide) {}
 
   // r; 0 for a column without any variance where eps is 0, NaN where v is not finite.
   MMFAST_HD C inverse_deviation(C v) const {
@@ -44,15 +54,15 @@ struct Scaling {
     const C inverse = known == 0 ? 1 : deviation > 0 ? 1 / deviation : 0;
     return deviation - deviation == 0 ? inverse : deviation - deviation;
   }
-  // Of elements of both views, for one_minus_c: (â - b̂)^2 if lengths are known, else -â b̂.
+  // Of elements of both views, for gap: (â - b̂)^2 if `near`, else -â b̂.
   template <class X>
-  static MMFAST_HD X term(const X& a, const X& b, const X& known) {
-    return (a - known * b) * (known * a - b);
+  static MMFAST_HD X term(const X& a, const X& b, const X& near) {
+    return (a - near * b) * (near * a - b);
   }
-  // 1 - c from the mean of terms, if it can be without the cancellation of 1 - mean(â b̂) where views nearly
-  // agree.
-  MMFAST_HD C one_minus_c(C mean_term, C r_a, C r_b) const {
-    return known ? (mean_term + shrinkage(r_a) + shrinkage(r_b)) / 2 : 1 + mean_term;
+  // target - c from the mean of terms: without cancellation where c is near its target. For a target of 1,
+  // where the views agree, that takes lengths that are known; 1 / B is near 0 as it is.
+  MMFAST_HD C gap(C mean_term, C r_a, C r_b) const {
+    return near ? (mean_term + shrinkage(r_a) + shrinkage(r_b)) / 2 : target + mean_term;
   }
   // 1 - mean(â^2): the length that eps and kappa take from a standardised column.
   MMFAST_HD C shrinkage(C r) const {
@@ -70,12 +80,12 @@ struct Scaling {
 // C by B it is B^2 times as large, and c is drawn to 1 / B.
 template <class C>
 struct Objective {
-  C lambd, scale, lack;  // 1 - target
+  C lambd, scale, target;
 
   MMFAST_HD Objective(const BarlowTwinsDefinition& definition, int64_t rows)
       : lambd((C)definition.lambd),
         scale((C)(definition.divide ? definition.scale : definition.scale * rows * rows)),
-        lack(definition.divide ? 0 : (C)(1 - 1.0 / rows)) {}
+        target(target_of<C>(definition, rows)) {}
 };
 
 // Mean and sum of squared deviations of `count` rows of a column.
@@ -102,7 +112,7 @@ struct ColumnGradient {
 // The numbers of one backward pass, for the upstream gradient u of the loss.
 template <class C>
 struct Pull {
-  C alpha, beta, diagonal, lack;
+  C alpha, beta, diagonal, target;
 
   // with_diagonal: m contains the diagonal of the correlation matrix.
   Pull(const BarlowTwinsDefinition& definition, int64_t rows, bool with_diagonal, double u) {
@@ -110,12 +120,12 @@ struct Pull {
     alpha = (C)(2 * objective.lambd * objective.scale * u / rows / rows);
     beta = (C)(2 * objective.scale * u / rows);
     diagonal = with_diagonal ? (C)objective.lambd : 0;
-    lack = (C)objective.lack;
+    target = (C)objective.target;
   }
 
-  // deficit: 1 - c.
-  MMFAST_HD ColumnGradient<C> column(C mean_own_m, C deficit, C projection) const {
-    const C c = 1 - deficit, weight = beta * (deficit - lack + diagonal * c);
+  // gap: target - c.
+  MMFAST_HD ColumnGradient<C> column(C mean_own_m, C gap, C projection) const {
+    const C c = target - gap, weight = beta * (gap + diagonal * c);
     return {weight, projection * (alpha * mean_own_m - weight * c)};
   }
 };

@@ -11,8 +11,12 @@ import numpy as np
 from mmfast.errors import UserError
 
 
-def check_number(op: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+def check_number(
+    op: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf, ends: str = "[]"
+) -> float:
     """``value`` as a float: any real number but a bool, finite and in [low, high].
+
+    ``ends``: "(" or ")" in the place of a bracket leaves that end out.
 
     Raises:
         TypeError: no number; strings and tensors are none.
@@ -25,8 +29,11 @@ def check_number(op: str, name: str, value: Any, low: float = -math.inf, high: f
             number = float(value)
         except OverflowError:
             number = value = math.inf if value > 0 else -math.inf
-    if not (math.isfinite(number) and low <= number <= high):
-        raise UserError(f"{op}: {name} must be {_range(low, high)}, got {value}")
+    inside = low <= number <= high and not (
+        (number == low and ends[0] == "(") or (number == high and ends[1] == ")")
+    )
+    if not (inside and math.isfinite(number)):
+        raise UserError(f"{op}: {name} must be {_range(low, high, ends)}, got {value}")
     return number
 
 
@@ -41,7 +48,7 @@ def check_integer(op: str, name: str, value: Any, low: float = -math.inf, high: 
         _check_kind(op, name, value, numbers.Integral, "an integer")
         value = int(value)
     if not low <= value <= high:
-        raise UserError(f"{op}: {name} must be {_range(low, high, finite='')}, got {value}")
+        raise UserError(f"{op}: {name} must be {_range(low, high, '[]', '')}, got {value}")
     return value
 
 
@@ -89,11 +96,12 @@ def _check_kind(op: str, name: str, value: Any, kind: type, words: str) -> None:
         raise TypeError(f"{op}: {name} must be {words}, got {told(value)}")
 
 
-def _range(low: float, high: float, finite: str = "finite") -> str:
+def _range(low: float, high: float, ends: str, finite: str = "finite") -> str:
     least, most = (f"{x:g}" if isinstance(x, float) else str(x) for x in (low, high))
     if math.isinf(low) and math.isinf(high):
         return finite
     if math.isinf(low) or math.isinf(high):
-        bound = f"at least {least}" if math.isinf(high) else f"at most {most}"
+        above, below = "above" if ends[0] == "(" else "at least", "below" if ends[1] == ")" else "at most"
+        bound = f"{above} {least}" if math.isinf(high) else f"{below} {most}"
         return f"{finite} and {bound}" if finite else bound
-    return f"in [{least}, {most}]"
+    return f"in {ends[0]}{least}, {most}{ends[1]}"

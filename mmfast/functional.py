@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfast import backends
+from mmfast.checks import check_bool, check_number, told
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins import barlow_twins as _two_views
 from mmfast.ops.barlow_twins import gram_is_cheaper
-from mmfast.ops.barlow_twins_checks import check_views, compute_dtype, not_finite, too_large
+from mmfast.ops.barlow_twins_checks import (
+    OP,
+    check_dense,
+    check_views,
+    compute_dtype,
+    stacked_present,
+    unusable,
+)
 from mmfast.ops.barlow_twins_many import Sharing, barlow_twins_many
 from mmfast.ops.barlow_twins_passes import Definition
 from mmfast.ops.native import dtype_code
@@ -66,14 +73,21 @@ BARLOW_TWINS_VARIANTS: dict[str, dict[str, float | bool]] = {
 _NOBODY = Sharing(stats=None)
 
 
+def _check_weight(op: str, name: str, value: float) -> float:
+    return check_number(op, name, value, 0)
+
+
+_OPTIONS = {"lambd": _check_weight, "eps": _check_weight, "scale": _check_weight, "center": check_bool}
+
+
 def barlow_twins_options(variant: str, **given: float | bool | None) -> dict[str, float | bool]:
     """Arguments of the op: those of the variant, where they are not given."""
     chosen = BARLOW_TWINS_VARIANTS.get(variant) if isinstance(variant, str) else None
     if chosen is None:
         names = ", ".join(BARLOW_TWINS_VARIANTS)
         raise UserError(f"barlow_twins: variant must be one of {names}, got {variant!r}")
-    given = {name: value for name, value in given.items() if value is not None}
-    return {**BARLOW_TWINS_VARIANTS["official"], **chosen, **given}
+    checked = {name: _OPTIONS[name](OP, name, value) for name, value in given.items() if value is not None}
+    return {**BARLOW_TWINS_VARIANTS["official"], **chosen, **checked}
 
 
 def evaluate_barlow_twins(
@@ -83,21 +97,34 @@ def evaluate_barlow_twins(
     debias: bool = False,
     sharing: Sharing = _NOBODY,
     gram: bool | None = None,
+    op: str = OP,
+    names: tuple[str, str] = ("z_a", "z_b"),
 ) -> tuple[Tensor, Tensor]:
-    """The loss, and its components (5,), by the op for what is asked."""
+    """The loss, and its components (5,), by the op for what is asked.
+
+    ``op`` and ``names``: who asks, and what the views are called there, in errors.
+    """
     pooled = options.get("pooled", False)
-    if not (pooled or debias) and sharing.across() is None:
+    views = dict(zip(names, (z_a, z_b), strict=True))
+    if not (pooled or check_bool(OP, "debias", debias)) and sharing.across() is None:
         sharing.check()
-        return _two_views(z_a, z_b, **options, gram=gram)
+        if op == OP:
+            return _two_views(z_a, z_b, **options, gram=gram)
+        check_views(views, corresponding=True, op=op)
+        try:
+            return _two_views(z_a, z_b, **options, gram=gram)
+        except UserError:
+            raise unusable(views, op) from None
     definition = Definition(**{name: value for name, value in options.items() if name != "pooled"})
     loss, components = barlow_twins_many(
-        {"z_a": z_a, "z_b": z_b},
+        views,
         definition=definition,
         pooled=pooled,
         debias=debias,
         sharing=sharing,
         corresponding=True,
         gram=gram,
+        op=op,
     )
     return loss, components[0]
 
@@ -106,6 +133,7 @@ def barlow_twins(
     z_a: Tensor,
     z_b: Tensor,
     lambd: float | None = None,
+    *,
     center: bool = True,
     eps: float | None = None,
     variant: str = "official",
@@ -152,7 +180,8 @@ def barlow_twins(
             rounded to the half type, as tensor cores multiply those, and their results are float32. On CPUs with
             AVX512-BF16 bfloat16 operands are split into two where one would cost more than the rounding of the
             gradient itself.
-        lambd: weight of the off-diagonal term, finite and >= 0; the variant's if None.
+        lambd: weight of the off-diagonal term, finite and >= 0; the variant's if None. A number, as eps and scale
+            are: no tensor or parameter, which would never get a gradient.
         center: False leaves the mean in: c_ij = a_i . b_j / (|a_i| |b_j|) where eps is added to |a_i|^2 / B.
         eps: added to the variance or deviation, finite and >= 0; the variant's if None. A column without variance
             correlates with nothing: c = 0.
@@ -183,7 +212,7 @@ def barlow_twins(
             of range. On the CPU also NaN or infinite embeddings, with the view, their number and the first
             position; on GPUs, which nobody waits for, these make the loss NaN, and compiled they do in
             what is composed of PyTorch's operations (more than two views, ``debias``, "vissl").
-        TypeError: unequal or unsupported dtypes.
+        TypeError: unequal or unsupported dtypes, tensors that are sparse or nested, options of another type.
         Of several processes all raise the error of the lowest rank that has one, with that rank; also where
         arguments differ that must not: D, dtype, options, whether a gradient is required.
     """
@@ -196,6 +225,7 @@ def barlow_twins_components(
     z_a: Tensor,
     z_b: Tensor,
     lambd: float | None = None,
+    *,
     center: bool = True,
     eps: float | None = None,
     variant: str = "official",
@@ -217,6 +247,7 @@ Pair = tuple[str, str] | tuple[int, int]
 def multi_view_barlow_twins(
     views: Views,
     present: Tensor | Mapping[str, Tensor] | None = None,
+    *,
     weights: Mapping[Pair, float] | None = None,
     lambd: float | None = None,
     center: bool = True,
@@ -237,9 +268,9 @@ def multi_view_barlow_twins(
     On CPUs pairs go one by one where that is faster: complete samples, and few views or small batches.
 
     Args:
-        views: M >= 2 matrices (B, D_m), by name or in order, of one dtype and device. Where D_m differs from D_n no
-            feature corresponds to another: the pair's loss is ``lambd`` times the sum of all squares of C, which
-            only keeps the views from repeating each other.
+        views: M >= 2 matrices (B, D_m), by name (any mapping) or in order, of one dtype and device. Where D_m differs
+            from D_n no feature corresponds to another: the pair's loss is ``lambd`` times the sum of all squares of
+            C, which only keeps the views from repeating each other.
         present: None if all samples have all views; or bool (B, M), or (B,) by name: whether a sample has a view.
             What it does not have is not looked at (it may be NaN) and gets a zero gradient. Means and variances of
             a view are those of the samples that have it, C_mn is the mean over the samples that have both; pairs
@@ -261,7 +292,13 @@ def evaluate_multi_view(
 ) -> tuple[Tensor, dict[Pair, Tensor]]:
     """The loss, and its components (5,) by pair."""
     if not isinstance(views, Mapping):
-        views = dict(enumerate(views))
+        if not isinstance(views, Iterable) or isinstance(views, (str, bytes)):
+            raise TypeError(
+                "multi_view_barlow_twins: views must be a mapping or a sequence of tensors, "
+                f"got {told(views)}"
+            )
+        views = enumerate(views)
+    views = dict(views)
     names = list(views)
     if len(names) < 2:
         raise UserError(f"multi_view_barlow_twins: there must be at least 2 views, got {len(names)}")
@@ -269,13 +306,13 @@ def evaluate_multi_view(
         raise UserError(
             'multi_view_barlow_twins: variant must not be "vissl", whose statistics are those of two views'
         )
-    if debias and present is not None:
+    if check_bool(OP, "debias", debias) and present is not None:
         raise UserError("multi_view_barlow_twins: debias must be False where present is given, got True")
     pairs = _pairs(names, weights)
-    if isinstance(present, Mapping):
-        present = _present(present, names)
     definition = Definition(**options)
     named = {f"views[{name!r}]": z for name, z in views.items()}
+    if isinstance(present, Mapping):
+        present = _present(present, names, named)
     if present is None and not debias and sharing.across() is None and _pair_by_pair(views, len(pairs)):
         sharing.check()
         check_views(named, 2)
@@ -284,7 +321,7 @@ def evaluate_multi_view(
         try:
             terms = {(m, n): _two_views(views[m], views[n], **options) for m, n in pairs}
         except UserError:
-            raise (not_finite(named) or too_large(named)) from None
+            raise unusable(named) from None
         loss = sum(weight * terms[pair][0] for pair, weight in pairs.items())
         return loss, {pair: components for pair, (_, components) in terms.items()}
     positions = [(names.index(m), names.index(n), weight) for (m, n), weight in pairs.items()]
@@ -310,34 +347,42 @@ def _pair_by_pair(views: Mapping[Any, Tensor], pairs: int) -> bool:
     return shared <= 1 or shared * min(z.shape) <= _PAIR_BY_PAIR[form]
 
 
+def checked_weights(weights: Mapping[Pair, float]) -> dict[Pair, float]:
+    """Weights that are finite and at least 0, of whatever pairs."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"multi_view_barlow_twins: weights must be a mapping pair -> number, got {told(weights)}"
+        )
+    return {
+        pair: check_number("multi_view_barlow_twins", f"weights[{pair!r}]", weight, 0)
+        for pair, weight in weights.items()
+    }
+
+
 def _pairs(names: list, weights: Mapping[Pair, float] | None) -> dict[Pair, float]:
     if weights is None:
         return dict.fromkeys(itertools.combinations(names, 2), 1.0)
     pairs = {}
-    for pair, weight in weights.items():
+    for pair, weight in checked_weights(weights).items():
         known = isinstance(pair, tuple) and len(pair) == 2 and pair[0] != pair[1] and set(pair) <= set(names)
         if not known or pair[::-1] in pairs:
             rule = "must name each pair of different views once"
             raise UserError(
                 f"multi_view_barlow_twins: weights {rule} ({', '.join(map(repr, names))}), got {pair!r}"
             )
-        if not 0 <= weight < math.inf:
-            raise UserError(
-                f"multi_view_barlow_twins: weights must be finite and at least 0, got {weight} for {pair!r}"
-            )
-        pairs[pair] = float(weight)
+        pairs[pair] = weight
     if not pairs:
         raise UserError("multi_view_barlow_twins: weights must name at least one pair, got none")
     return pairs
 
 
-def _present(present: Mapping[str, Tensor], names: list) -> Tensor:
+def _present(present: Mapping[str, Tensor], names: list, views: Mapping[str, Tensor]) -> Tensor:
     if set(present) != set(names):
         raise UserError(
             f"multi_view_barlow_twins: present must name the views ({', '.join(map(repr, names))}), "
             f"got {', '.join(map(repr, present))}"
         )
-    return torch.stack([present[name] for name in names], dim=1)
+    return stacked_present({name: present[name] for name in names}, views)
 
 
 @torch.no_grad()
@@ -369,8 +414,7 @@ def effective_rank(z: Tensor) -> Tensor:
         ValueError: a shape other than (B, D), B < 2 or D < 1.
         TypeError: no tensor, or an unsupported dtype.
     """
-    if not isinstance(z, Tensor):
-        raise TypeError(f"effective_rank: z must be a tensor, got {type(z).__name__}")
+    check_dense("effective_rank", "z", z)
     if z.dim() != 2 or z.shape[0] < 2 or z.shape[1] < 1:
         raise UserError(f"effective_rank: z must have shape (B, D), B >= 2 and D >= 1, got {tuple(z.shape)}")
     dtype_code("effective_rank", "z", z)

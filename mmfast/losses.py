@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_bool
 from mmfast.functional import (
     BarlowTwinsComponents,
     Pair,
     Views,
     barlow_twins_options,
+    checked_weights,
     evaluate_barlow_twins,
     evaluate_multi_view,
 )
-from mmfast.ops.barlow_twins_checks import check_options
+from mmfast.ops.barlow_twins_checks import OP
 from mmfast.ops.barlow_twins_many import Sharing
 
 
@@ -26,6 +28,7 @@ class _BarlowTwins(nn.Module):
     def __init__(
         self,
         lambd: float | None = None,
+        *,
         center: bool = True,
         eps: float | None = None,
         variant: str = "official",
@@ -37,9 +40,10 @@ class _BarlowTwins(nn.Module):
     ):
         super().__init__()
         options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
-        self.variant, self.center, self.debias = variant, center, debias
-        self.lambd, self.eps, self.scale = (options[name] for name in ("lambd", "eps", "scale"))
-        check_options(lambd=self.lambd, eps=self.eps, scale=self.scale)
+        self.variant, self.debias = variant, check_bool(OP, "debias", debias)
+        self.lambd, self.center, self.eps, self.scale = (
+            options[name] for name in ("lambd", "center", "eps", "scale")
+        )
         self.stats, self.grad_convention, self.group = stats, grad_convention, group
         Sharing(stats, grad_convention).check()
 
@@ -55,7 +59,22 @@ class _BarlowTwins(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-class BarlowTwinsLoss(_BarlowTwins):
+class TwoViewLoss(nn.Module):
+    """A loss of two views that keeps the components of its latest call."""
+
+    _last: Tensor | None = None
+
+    @property
+    def last(self) -> BarlowTwinsComponents | None:
+        """Components of the latest call (None before the first), already computed, without its graph."""
+        return None if self._last is None else BarlowTwinsComponents(*self._last.unbind())
+
+    def _kept(self, loss: Tensor, components: Tensor) -> Tensor:
+        self._last = components
+        return loss
+
+
+class BarlowTwinsLoss(_BarlowTwins, TwoViewLoss):
     """Barlow Twins loss of two views' embeddings (B, D), defined in :func:`mmfast.functional.barlow_twins`.
 
     >>> loss = BarlowTwinsLoss()
@@ -67,16 +86,8 @@ class BarlowTwinsLoss(_BarlowTwins):
     the loss is that of all their rows: every process must call it (``stats=None``: each has its own).
     """
 
-    _last: Tensor | None = None
-
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        loss, self._last = evaluate_barlow_twins(z_a, z_b, self._options(), self.debias, self._sharing())
-        return loss
-
-    @property
-    def last(self) -> BarlowTwinsComponents | None:
-        """Components of the latest call (None before the first), already computed, without its graph."""
-        return None if self._last is None else BarlowTwinsComponents(*self._last.unbind())
+        return self._kept(*evaluate_barlow_twins(z_a, z_b, self._options(), self.debias, self._sharing()))
 
     @torch.no_grad()
     def components(self, z_a: Tensor, z_b: Tensor) -> BarlowTwinsComponents:
@@ -100,7 +111,7 @@ class MultiViewBarlowTwinsLoss(_BarlowTwins):
 
     def __init__(self, weights: Mapping[Pair, float] | None = None, **options: Any):
         super().__init__(**options)
-        self.weights = None if weights is None else dict(weights)
+        self.weights = None if weights is None else checked_weights(weights)
 
     def forward(self, views: Views, present: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
         options, sharing = self._options(), self._sharing()

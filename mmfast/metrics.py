@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from mmfast.checks import numpy_generator
+from mmfast.checks import check_integer, check_number, numpy_generator
 from mmfast.errors import UserError
 
 EMOTIONS = ("neutral", "happy", "sad", "angry")
@@ -269,7 +269,13 @@ def weighted_accuracy(predictions, truths) -> float:
 
 
 def bootstrap_interval(
-    metric: Callable[..., float], predictions, truths, n: int = 2000, seed: int = 0, confidence: float = 0.95
+    metric: Callable[..., float],
+    predictions,
+    truths,
+    *,
+    n: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (Efron 1979) of ``metric(predictions, truths)``: its lower and upper end.
 
@@ -285,10 +291,8 @@ def bootstrap_interval(
         confidence: coverage, in (0, 1).
     """
     p, y = _checked("bootstrap_interval", predictions, truths)
-    if n < 1:
-        raise UserError(f"bootstrap_interval: n must be at least 1, got {n}")
-    if not 0 < confidence < 1:
-        raise UserError(f"bootstrap_interval: confidence must lie in (0, 1), got {confidence}")
+    n = check_integer("bootstrap_interval", "n", n, 1)
+    confidence = check_number("bootstrap_interval", "confidence", confidence, 0, 1, ends="()")
     generator = numpy_generator("bootstrap_interval", seed)
     values = np.empty(n)
     for i in range(n):

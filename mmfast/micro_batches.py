@@ -25,6 +25,7 @@ def backward_in_micro_batches(
     loss: Callable[..., Tensor],
     embed: Embed,
     micro_batches: Iterable[Batch],
+    *,
     scale: float | Tensor = 1.0,
     model: nn.Module | None = None,
 ) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
 from mmfast.functional import barlow_twins_components
-from mmfast.ops.barlow_twins_checks import check_embeddings, compute_dtype
+from mmfast.ops.barlow_twins_checks import check_views, compute_dtype
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def plot_cross_correlation(z_a: Tensor, z_b: Tensor, to: str | os.PathLike | Axe
             that cannot be written, or no matplotlib.
         TypeError: unequal or unsupported dtypes.
     """
-    check_embeddings(z_a, z_b)
+    check_views({"z_a": z_a, "z_b": z_b}, corresponding=True, op="plot_cross_correlation")
     if shown < 1:
         raise UserError(f"plot_cross_correlation: shown must be at least 1, got {shown}")
     z_a, z_b = (z.detach().to(compute_dtype(z)) for z in (z_a, z_b))

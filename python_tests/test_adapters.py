@@ -106,6 +106,9 @@ CRITERION = vissl.BarlowTwinsCriterion(0.0051, 0.024, embedding_dim=6)
 LIFESTREAM = lifestream.BarlowTwinsLoss(0.005)
 Z = torch.arange(24.0).view(4, 6)
 ROWS = "lifestream.BarlowTwinsLoss: model_outputs and target must have one even number of rows, got "
+FEW = "must have at least 2 rows (a correlation over one sample is undefined), got (1, 6)"
+VISSL, SOLO = "vissl.BarlowTwinsCriterion: ", "solo.barlow_loss_func: "
+MONAI, LIGHTLY = "monai.BarlowTwinsLoss: ", "lightly.BarlowTwinsLoss: "
 INVALID = [
     (lambda: CRITERION(Z[:3]), "embedding must have an even number of rows and 6 columns, got (3, 6)"),
     (lambda: CRITERION(Z[:, :5]), "embedding must have an even number of rows and 6 columns, got (4, 5)"),
@@ -116,15 +119,75 @@ INVALID = [
         lambda: LIFESTREAM(Z, torch.tensor([1, 1, 2, 3])),
         "target must be the same in rows 2 i and 2 i + 1, got 2 and 3 in rows 2 and 3",
     ),
-    (
-        lambda: monai.BarlowTwinsLoss()(Z, Z[:3]),
-        "barlow_twins: z_b must have the shape of z_a (4, 6), got (3, 6)",
-    ),
-]
+    (lambda: CRITERION(Z.log()), "embedding[:2] must be finite, got 1 NaN or infinite values of 12, the first (-inf) "
+     "in row 0, column 0"),
+    (lambda: CRITERION(Z[:2]), f"embedding[:1] {FEW}"),
+    (lambda: CRITERION([Z]), f"{VISSL}embedding must be a tensor, got list"),
+    (lambda: vissl.BarlowTwinsCriterion("0.1", 1.0, 6), f"{VISSL}lambda_ must be a number, got '0.1'"),
+    (lambda: vissl.BarlowTwinsCriterion(0.1, -1, 6), f"{VISSL}scale_loss must be finite and at least 0, got -1"),
+    (lambda: vissl.BarlowTwinsCriterion(0.1, 1.0, 6.0), f"{VISSL}embedding_dim must be an integer, got 6.0"),
+    (lambda: LIFESTREAM(Z / 0, torch.zeros(4)), "model_outputs[::2] must be finite, got 12 "
+     "NaN or infinite values of 12, the first (nan) in row 0, column 0"),
+    (lambda: LIFESTREAM(Z.to_sparse(), torch.zeros(4)), "lifestream.BarlowTwinsLoss: model_outputs must be a dense "
+     "tensor (torch.strided), got a tensor that is torch.sparse_coo"),
+    (lambda: lifestream.BarlowTwinsLoss(None), "lifestream.BarlowTwinsLoss: lambd must be a number, got None"),
+    (lambda: monai.BarlowTwinsLoss()(Z, Z[:3]), f"{MONAI}target must have the shape of input (4, 6), got (3, 6)"),
+    (lambda: monai.BarlowTwinsLoss()(input=Z, target=Z.half()),
+     f"{MONAI}target must have the dtype of input (torch.float32), got torch.float16"),
+    (lambda: monai.BarlowTwinsLoss()(Z, Z / 0), f"{MONAI}target must be finite, got 24 NaN or infinite values of 24, "
+     "the first (nan) in row 0, column 0"),
+    (lambda: monai.BarlowTwinsLoss(lambd=-1), f"{MONAI}lambd must be finite and at least 0, got -1"),
+    (lambda: solo.barlow_loss_func(Z, Z[:3]), f"{SOLO}z2 must have the shape of z1 (4, 6), got (3, 6)"),
+    (lambda: solo.barlow_loss_func(Z[:1], Z[:1]), f"{SOLO}z1 {FEW}"),
+    (lambda: solo.barlow_loss_func(Z, Z, lamb="1"), f"{SOLO}lamb must be a number, got '1'"),
+    (lambda: solo.barlow_loss_func(Z, Z, scale_loss=float("nan")),
+     f"{SOLO}scale_loss must be finite and at least 0, got nan"),
+    (lambda: official.BarlowTwins(torch.nn.Identity(), torch.nn.Flatten(0))(Z, Z),
+     "official.BarlowTwins: z1 must have shape (B, D), got (24,)"),
+    (lambda: lightly.BarlowTwinsLoss()(Z, None), f"{LIGHTLY}z_b must be a tensor, got None"),
+    (lambda: lightly.BarlowTwinsLoss("0.1"), f"{LIGHTLY}lambda_param must be a number, got '0.1'"),
+    (lambda: lightly.BarlowTwinsLoss(gather_distributed=2),
+     f"{LIGHTLY}gather_distributed must be True or False, got 2"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "message"), INVALID, ids=[x[1] for x in INVALID])
-def test_invalid_arguments(call, message):
-    with pytest.raises(ValueError) as caught:
+def test_invalid_arguments_have_the_names_of_the_other_library(call, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
         call()
     assert str(caught.value).endswith(message)
+
+
+def test_lightly_gathers_only_where_there_is_torch_distributed(monkeypatch):
+    """lightly's own two tests: ValueError at construction without it, and one look."""
+    for available in (True, False):
+        looks = []
+        monkeypatch.setattr(torch.distributed, "is_available", lambda a=available, n=looks: n.append(1) or a)
+        if available:
+            lightly.BarlowTwinsLoss(gather_distributed=True)
+        else:
+            with pytest.raises(ValueError, match="gather_distributed must be False"):
+                lightly.BarlowTwinsLoss(gather_distributed=True)
+        assert len(looks) == 1
+
+
+MODULES = {
+    "lightly": (lightly.BarlowTwinsLoss(), lambda f, a, b: f(a, b)),
+    "monai": (monai.BarlowTwinsLoss(), lambda f, a, b: f(a, b)),
+    "official": (official.BarlowTwins(torch.nn.Identity(), torch.nn.Identity()), lambda f, a, b: f(a, b)),
+    "vissl": (vissl.BarlowTwinsCriterion(0.0051, 0.024, 30), lambda f, a, b: f(torch.cat((a, b)))),
+    "lifestream": (
+        lifestream.BarlowTwinsLoss(0.01),
+        lambda f, a, b: f(torch.stack((a, b), 1).flatten(0, 1), torch.zeros(2 * len(a))),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_keep_the_components_of_the_latest_call(name):
+    module, call = MODULES[name]
+    z_a, z_b = views(12, 30)
+    loss = call(module, z_a.requires_grad_(), z_b)
+    assert float(module.last.loss) == float(loss.detach()) and not module.last.loss.requires_grad
+    assert module.last.mean_diagonal.isfinite() and module.last.off_diagonal_rms > 0
+    assert not module.state_dict()

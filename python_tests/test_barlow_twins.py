@@ -1,7 +1,9 @@
 """The Barlow Twins loss: definition, gradients, invariances, components and refusals."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from barlow_twins_formulas import relative_error
@@ -17,10 +19,11 @@ from barlow_twins_help import (
     views,
 )
 from targets import ALL_BACKENDS, BACKENDS
+from torch import nn
 
 import mmfast
 from mmfast import functional as F
-from mmfast.losses import BarlowTwinsLoss
+from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss
 from mmfast.ops import barlow_twins as ops
 from mmfast.ops.barlow_twins_passes import Definition
 from mmfast.ops.products import gram_matrices, product
@@ -278,7 +281,7 @@ def test_module():
     assert mmfast.BarlowTwinsLoss is BarlowTwinsLoss
     assert loss.last is None
     value = loss(z_a.requires_grad_(), z_b)
-    assert torch.equal(value, F.barlow_twins(z_a, z_b, 0.02, False, 1e-3))
+    assert torch.equal(value, F.barlow_twins(z_a, z_b, 0.02, center=False, eps=1e-3))
     assert loss.last == loss.components(z_a, z_b) and torch.equal(loss.last.loss, value.detach())
     assert not loss.last.on_diagonal.requires_grad
     assert not loss.state_dict() and not list(loss.parameters())
@@ -292,9 +295,10 @@ def test_module():
 A = torch.arange(24.0).view(4, 6)
 ROWS = "z_a must have at least 2 rows (a correlation over one sample is undefined), got "
 TYPES = "z_a must be one of float32, float64, bfloat16, float16, got "
+DENSE = "{} must be a dense tensor (torch.strided), got a tensor that is {}"
 INVALID = [
     (TypeError, ([[1.0]], A), {}, "z_a must be a tensor, got list"),
-    (TypeError, (A, None), {}, "z_b must be a tensor, got NoneType"),
+    (TypeError, (A, None), {}, "z_b must be a tensor, got None"),
     (ValueError, (A[0], A), {}, "z_a must have shape (B, D), got (6,)"),
     (ValueError, (A[None], A[None]), {}, "z_a must have shape (B, D), got (1, 4, 6)"),
     (ValueError, (A, A[:, :5]), {}, "z_b must have the shape of z_a (4, 6), got (4, 5)"),
@@ -309,6 +313,24 @@ INVALID = [
     (ValueError, (A, A), {"lambd": math.nan}, "lambd must be finite and at least 0, got nan"),
     (ValueError, (A, A), {"eps": -1e-5}, "eps must be finite and at least 0, got -1e-05"),
     (ValueError, (A, A), {"eps": math.inf}, "eps must be finite and at least 0, got inf"),
+    (TypeError, (A, A), {"lambd": "0.1"}, "lambd must be a number, got '0.1'"),
+    (TypeError, (A, A), {"lambd": nn.Parameter(torch.ones(()))}, "lambd must be a number, got Parameter"),
+    (TypeError, (A, A), {"lambd": torch.tensor(0.1)}, "lambd must be a number, got Tensor"),
+    (TypeError, (A, A), {"lambd": True}, "lambd must be a number, got True"),
+    (TypeError, (A, A), {"eps": "1e-5"}, "eps must be a number, got '1e-5'"),
+    (TypeError, (A, A), {"scale": "1"}, "scale must be a number, got '1'"),
+    (TypeError, (A, A), {"center": "no"}, "center must be True or False, got 'no'"),
+    (TypeError, (A, A), {"center": 0.025}, "center must be True or False, got 0.025"),
+    (TypeError, (A, A), {"debias": "no"}, "debias must be True or False, got 'no'"),
+    (TypeError, (A, A), {"debias": 0}, "debias must be True or False, got 0"),
+    (TypeError, (A.to_sparse(), A), {}, DENSE.format("z_a", "torch.sparse_coo")),
+    (TypeError, (A.to_mkldnn(), A), {}, DENSE.format("z_a", "torch._mkldnn")),
+    (
+        TypeError,
+        (A, torch.nested.nested_tensor([*A], layout=torch.jagged)),
+        {},
+        DENSE.format("z_b", "nested"),
+    ),
 ]
 
 
@@ -319,9 +341,34 @@ def test_invalid_arguments(error, arguments, options, message):
     assert str(caught.value) == f"barlow_twins: {message}"
 
 
-def test_invalid_options_of_the_module():
-    with pytest.raises(ValueError, match="barlow_twins: lambd must be finite and at least 0, got nan"):
-        BarlowTwinsLoss(lambd=math.nan)
+OPTIONS = [
+    ({"lambd": math.nan}, "lambd must be finite and at least 0, got nan"),
+    ({"lambd": "0.1"}, "lambd must be a number, got '0.1'"),
+    ({"debias": "no"}, "debias must be True or False, got 'no'"),
+    ({"center": "no"}, "center must be True or False, got 'no'"),
+]
+
+
+@pytest.mark.parametrize("module", [BarlowTwinsLoss, MultiViewBarlowTwinsLoss])
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[x[1] for x in OPTIONS])
+def test_invalid_options_of_the_modules(module, options, message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        module(**options)
+    assert str(caught.value) == f"barlow_twins: {message}"
+
+
+def test_numbers_of_any_kind_are_options():
+    z_a, z_b = views(6, 9)
+    ours = F.barlow_twins(z_a, z_b, np.float32(0.5), eps=Fraction(1, 4), scale=np.int64(2))
+    assert torch.equal(ours, F.barlow_twins(z_a, z_b, 0.5, eps=0.25, scale=2.0))
+    assert BarlowTwinsLoss(np.float64(0.5)).lambd == 0.5 and BarlowTwinsLoss(center=np.False_).center is False
+
+
+def test_an_option_that_is_set_later_is_looked_at():
+    loss = BarlowTwinsLoss()
+    loss.lambd = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(TypeError, match="barlow_twins: lambd must be a number, got Parameter"):
+        loss(*views(6, 9))
 
 
 @ALL_BACKENDS

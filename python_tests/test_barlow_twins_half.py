@@ -161,6 +161,74 @@ def test_constant_columns(eps):
     assert all(x.isfinite().all() for x in ours)
 
 
+def with_constant_columns(kind, rows, columns):
+    z_a, z_b = views("correlated", rows, columns)
+    dead = slice(0, 5)
+    if kind == "mean 100":
+        z_a, z_b = z_a + 100, z_b + 100
+    value = {"mean 100": 101.0, "large": 1e15, "small": 1e-20}.get(kind, 3.3)
+    if kind in ("all", "all, of their own"):
+        z_a, z_b = z_a[:1].expand(rows, columns).clone(), z_b[:1].expand(rows, columns).clone()
+        if kind == "all":
+            z_a[:], z_b[:] = value, -value
+    else:
+        z_a[:, dead] = value
+        if kind != "in one view":
+            z_b[:, dead] = value
+    if kind == "nearly":
+        z_a[0, dead], z_b[1, dead] = 3.328125, 3.328125
+    if kind == "but for an outlier":
+        z_a[0, dead], z_b[1, dead] = 0.1234, 0.1234
+    return z_a, z_b
+
+
+CONSTANT = ["in both views", "mean 100", "in one view", "all", "all, of their own", "nearly", "but for an outlier",
+            "large", "small"]  # fmt: skip
+
+
+@ISAS
+@pytest.mark.parametrize("kind", CONSTANT)
+@pytest.mark.parametrize(
+    "variant", ["official", "monai", "catalyst", "stable-pretraining", "lightning", "thesis"]
+)
+def test_constant_columns_get_no_gradient(variant, kind, isa):
+    """However much 1 / eps magnifies the rounding of sums; and the others get theirs."""
+    options = F.barlow_twins_options(variant)
+    z = with_constant_columns(kind, 52, 200)
+    truth = gradients(ops.reference, *z, dtype=torch.float64, **options)
+    plain = gradients(narrow_loss, *z, narrow=False, **options)
+    ours = gradients(narrow_loss, *z, **options)
+    # Columns of which one row alone differs are all one feature: see above.
+    assert relative_error(ours[0], truth[0]) < (3e-6 if kind == "nearly" else 1e-6)
+    dead = [z[0].std(0) == 0, z[1].std(0) == 0]
+    for x, y, t in zip(ours[1:], plain[1:], truth[1:], strict=True):
+        assert not x[:, dead[0] & dead[1]].any()
+        assert (x - t).norm() <= 1.5 * (y - t).norm()
+
+
+def test_constant_columns_with_an_eps_that_is_next_to_nothing():
+    """1 / eps squared is infinite."""
+    z = with_constant_columns("in both views", 52, 200)
+    ours = gradients(narrow_loss, *z, eps=1e-30, eps_outside=True)
+    assert all(x.isfinite().all() for x in ours) and not ours[1][:, :5].any()
+
+
+def test_a_layer_with_dead_units_gets_the_gradient_of_fp32(fast):
+    """Through the public function, with fp32 where the narrow kernel is not."""
+    torch.manual_seed(0)
+    x, grads = torch.randn(64, 16), []
+    for half in (True, False):
+        torch.manual_seed(1)
+        layer = torch.nn.Linear(16, 128)
+        torch.nn.init.zeros_(layer.weight[:9])
+        torch.nn.init.constant_(layer.bias, 3.0)
+        y_a, y_b = (layer(x + 0.1 * i * torch.randn(64, 16)).to(BF16) for i in (1, 2))
+        z = (y_a, y_b) if half else (y_a.float(), y_b.float())
+        F.barlow_twins(*z, variant="catalyst").backward()
+        grads.append(layer.weight.grad)
+    assert relative_error(grads[0], grads[1]) < 1e-2
+
+
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 def test_more_than_65536_rows(dtype):
     """The direct form, whose products would overflow fp16 and whose sums stop growing in it."""

@@ -279,7 +279,37 @@ BAD = [
         r"weights must name each pair of different views once .* got \(0, 0\)",
     ),
     (ValueError, {"weights": {(0, 1): 1, (1, 0): 1}}, r"weights must name each pair .* once .* got \(1, 0\)"),
-    (ValueError, {"weights": {(0, 1): -1}}, r"weights must be finite and at least 0, got -1 for \(0, 1\)"),
+    (ValueError, {"weights": {(0, 1): -1}}, r"weights\[\(0, 1\)\] must be finite and at least 0, got -1"),
+    (TypeError, {"weights": {(0, 1): "1"}}, r"weights\[\(0, 1\)\] must be a number, got '1'"),
+    (TypeError, {"weights": 5e-3}, "weights must be a mapping pair -> number, got 0.005"),
+    (TypeError, {"views": 2}, "views must be a mapping or a sequence of tensors, got 2"),
+    (TypeError, {"views": [A, A.to_sparse()]}, r"views\[1\] must be a dense tensor"),
+    (TypeError, {"debias": "no"}, "debias must be True or False, got 'no'"),
+    (
+        TypeError,
+        {"present": {0: A[:, 0] > 0, 1: [True] * 4}},
+        r"present\[1\] must be a bool tensor, got list",
+    ),
+    (
+        ValueError,
+        {"present": {0: A[:, 0] > 0, 1: A[:3, 0] > 0}},
+        r"present\[1\] must have shape \(4,\), got \(3,\)",
+    ),
+    (
+        ValueError,
+        {"present": {0: A[:, 0] > 0, 1: (A[:, 0] > 0).to("meta")}},
+        r"present\[1\] must be on the device of the views \(cpu\), got meta",
+    ),
+    (
+        ValueError,
+        {"present": (A[:, :2] > 0).to("meta")},
+        r"present must be on the device of the views \(cpu\), got meta",
+    ),
+    (
+        ValueError,
+        {"views": [A, A.to("meta")]},
+        r"views\[1\] must be on the device of views\[0\] \(cpu\), got meta",
+    ),
     (ValueError, {"weights": {}}, "weights must name at least one pair, got none"),
     (TypeError, {"present": A[:, :2]}, "present must be a bool tensor, got torch.float32"),
     (ValueError, {"present": A > 0}, r"present must have shape \(4, 2\), rows by views, got \(4, 3\)"),
@@ -343,7 +373,7 @@ def test_views_that_share_little_go_pair_by_pair(shape, views, weights, fused, m
     multi_view_barlow_twins(z, weights=weights)
     assert bool(calls) == fused
     calls.clear()
-    multi_view_barlow_twins(z, torch.ones(shape[0], views, dtype=torch.bool), weights)
+    multi_view_barlow_twins(z, torch.ones(shape[0], views, dtype=torch.bool), weights=weights)
     multi_view_barlow_twins([*z, torch.randn(shape[0], 7)])
     assert not calls
 

@@ -113,6 +113,32 @@ def test_constant_columns_correlate_with_nothing(variant, gram, backend):
     assert all(relative_error(x, y) < 2e-2 for x, y in zip(ours[1:], truth[1:], strict=True))
 
 
+@ALL_BACKENDS
+@FORMS
+@pytest.mark.parametrize("dead", ["some", "all"])
+def test_thesis_is_exact_where_its_target_is_met(dead, gram, backend):
+    """1 / B, which is nearly nothing: c = 0 of constant columns must not come out of a difference of ones."""
+    z_a, z_b = views(600, 8)
+    z_a[:, 3], z_b[:, 5] = 1234.5, 0
+    if dead == "all":
+        z_a, z_b = z_a[:1].expand(600, 8), z_b[:1].expand(600, 8)
+    truth = gradients(FORMULAS["thesis"], z_a, z_b)
+    ours = gradients(op("thesis", gram), z_a, z_b, dtype=torch.float32)
+    assert float(ours[0]) == pytest.approx(float(truth[0]), rel=2e-6)
+    if dead == "all":
+        assert not ours[1].any() and not ours[2].any()
+    else:
+        assert all(relative_error(x, y) < 4e-6 for x, y in zip(ours[1:], truth[1:], strict=True))
+
+
+@pytest.mark.parametrize("present", [False, True], ids=["complete", "present"])
+def test_thesis_is_exact_where_its_target_is_met_by_many_views(present):
+    z = [torch.ones(600, 8), torch.ones(600, 8), torch.zeros(600, 8)]
+    has = torch.ones(600, 3, dtype=torch.bool) if present else None
+    assert float(F.multi_view_barlow_twins(z, has, variant="thesis")) == pytest.approx(3 * 8, rel=1e-7)
+    assert float(F.barlow_twins(*z[:2], variant="thesis", debias=True)) == pytest.approx(8, rel=1e-7)
+
+
 def changed(name, z_a, z_b):
     if name == "shifted":
         return z_a, z_b + 5

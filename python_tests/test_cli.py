@@ -64,7 +64,7 @@ WRONG = {
     "negative weight": (["pretrain", "--loss.lambd=-1"], "loss.lambd must be finite and at least 0, got -1"),
     "no number": (["pretrain", "--pretraining.lr=nan"], "pretraining.lr"),
     "no width": (["pretrain", "--model.hidden=0"], "hidden must be at least 1, got 0"),
-    "all dropped": (["finetune", "--model.dropout=1"], "dropout must lie in [0, 1), got 1"),
+    "all dropped": (["finetune", "--model.dropout=1"], "dropout must be in [0, 1), got 1"),
     "no projector": (["pretrain", "--model.projector=[]"], "Projector: "),
     "too few to split": (
         ["pretrain", "--data.synthetic.samples=3"],

@@ -320,7 +320,7 @@ def test_bootstrap_interval_is_reproducible_and_edges_are_defined():
         assert metrics.bootstrap_interval(metrics.corr, [1.0, 2.0], [1.0, 2.0], n=20)[1] == pytest.approx(1.0)
     with pytest.raises(UserError, match="n must be at least 1, got 0"):
         metrics.bootstrap_interval(metrics.mae, p, y, n=0)
-    with pytest.raises(UserError, match=r"confidence must lie in \(0, 1\), got 95"):
+    with pytest.raises(UserError, match=r"confidence must be in \(0, 1\), got 95"):
         metrics.bootstrap_interval(metrics.mae, p, y, confidence=95)
     with pytest.raises(UserError, match="bootstrap_interval: predictions must be finite, got 1"):
         metrics.bootstrap_interval(metrics.mae, [math.nan], [1.0])

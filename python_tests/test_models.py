@@ -380,20 +380,20 @@ def test_bad_containers_and_padding():
     ("arguments", "message"),
     [
         ({"features": {}}, "at least one modality"),
-        ({"features": {"text": 0}}, "features of text must be a positive integer, got 0"),
+        ({"features": {"text": 0}}, "features of text must be at least 1, got 0"),
         ({"features": {"a.b": 3}}, "modality 'a.b' must be an identifier"),
         ({"features": {"values": 3}}, "modality 'values' must be an identifier"),
         ({"hidden": 0}, "hidden must be at least 1, got 0"),
-        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"bidirectional": "both"}, r"one of \[False, 'fusion', True\], got 'both'"),
         ({"pooling": "max"}, r"one of \['mean', 'sum', 'last'\], got 'max'"),
-        ({"masking": 1.5}, r"p must lie in \[0, 1\], got 1.5"),
+        ({"masking": 1.5}, r"p must be in \[0, 1\], got 1.5"),
         ({"masking": 0.2, "masking_mode": "soft"}, r"one of \['step', 'sequence'\], got 'soft'"),
         (
             {"masking": 0.2, "masking_weights": {"text": 1.0}},
             "weights must have the modalities text, audio, visual",
         ),
-        ({"masking": 0.2, "masking_weights": {"text": 0, "audio": 0, "visual": 0}}, "not all zero"),
+        ({"masking": 0.2, "masking_weights": {"text": 0, "audio": 0, "visual": 0}}, "must not be all zero"),
         ({"masking": 0.2, "features": {"text": 3}}, "fewer than two modalities"),
     ],
 )
@@ -441,7 +441,7 @@ def test_lstm_of_length_zero_is_zero():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_attention_without_keys_or_queries_is_zero_with_finite_gradients(dtype, dropout):
     torch.manual_seed(0)
-    layer = Attention(8, dropout).to(dtype)
+    layer = Attention(8, dropout=dropout).to(dtype)
     queries = torch.randn(4, 5, 8, dtype=dtype, requires_grad=True)
     keys = torch.randn(4, 3, 8, dtype=dtype, requires_grad=True)
     n_queries, n_keys = torch.tensor([5, 2, 0, 4]), torch.tensor([3, 0, 2, 1])
@@ -496,7 +496,7 @@ def masked_choice(masking, lengths, steps=6):
 @pytest.mark.parametrize("mode", ["step", "sequence"])
 def test_masking_takes_one_modality_by_its_weight(mode):
     torch.manual_seed(0)
-    masking = ModalityMasking(["t", "a", "v"], 1.0, mode, {"t": 0.6, "a": 0.2, "v": 0.2})
+    masking = ModalityMasking(["t", "a", "v"], 1.0, mode=mode, weights={"t": 0.6, "a": 0.2, "v": 0.2})
     choice = masked_choice(masking, [torch.full((3000,), 6)] * 3)
     assert (choice >= 0).all()
     draws = choice if mode == "step" else choice[:, :1]
@@ -580,8 +580,12 @@ def test_projector_refuses_what_batch_norm_cannot_do():
         projector(torch.zeros(1, 6))
     assert projector.eval()(torch.zeros(1, 6)).shape == (1, 3)
     assert Projector(6, (3,))(torch.zeros(1, 6)).shape == (1, 3)
-    for bad in ((6, ()), (0, (3,)), (6, (3, 0))):
-        with pytest.raises(UserError, match="sizes must be positive"):
+    for bad, message in (
+        ((6, ()), r"widths must be a sequence of one integer or more, got tuple"),
+        ((0, (3,)), "in_features must be at least 1, got 0"),
+        ((6, (3, 0)), r"widths\[1\] must be at least 1, got 0"),
+    ):
+        with pytest.raises(UserError, match=message):
             Projector(*bad)
 
 
@@ -591,9 +595,9 @@ def test_head_is_linear_with_dropout_before_it():
     assert head(x).shape == (5,) and not torch.equal(head(x), head(x))
     torch.testing.assert_close(head.eval()(x), x @ head.linear.weight[0] + head.linear.bias)
     assert parameter_count(head) == 7
-    for bad in ((0,), (6, 1.0)):
+    for in_features, dropout in ((0, 0.0), (6, 1.0)):
         with pytest.raises(UserError, match="RegressionHead: "):
-            RegressionHead(*bad)
+            RegressionHead(in_features, dropout=dropout)
 
 
 def test_parameter_count_takes_shared_parameters_once_and_no_buffers():

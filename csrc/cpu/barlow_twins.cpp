@@ -65,14 +65,14 @@ MMFAST_HD Row<C> centred(const T* z, int64_t stride, int64_t rows, Extent extent
   return Row<C>::of(r);
 }
 
-// deficit: 1 - c, here and below.
+// gap: what c is drawn to less c, here and below.
 template <class C, class T>
 struct Standardise {
   const T *z_a, *z_b;
   int64_t stride_a, stride_b, rows, columns;
   bool center;
   Scaling<C> scaling;
-  C *hat_a, *hat_b, *r_a, *r_b, *deficit, *mean_a, *mean_b;
+  C *hat_a, *hat_b, *r_a, *r_b, *gap, *mean_a, *mean_b;
 
   Standardise(const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b, int64_t rows,
               int64_t columns, const BarlowTwinsDefinition& definition, void* hat, void* statistics)
@@ -88,8 +88,8 @@ struct Standardise {
         hat_b(hat_a + rows * columns),
         r_a((C*)statistics),
         r_b(r_a + columns),
-        deficit(r_b + columns),
-        mean_a(deficit + columns),
+        gap(r_b + columns),
+        mean_a(gap + columns),
         mean_b(mean_a + columns) {}
 
   template <class Extent>
@@ -102,14 +102,14 @@ struct Standardise {
   template <class Extent>
   MMFAST_HD Row<C> scale(int64_t j, Extent extent, const C* a, const C* b, const Row<C> (&r)[2],
                          int64_t first, int64_t last) const {
-    const Row<C> known = Row<C>::all(scaling.known);
+    const Row<C> near = Row<C>::all(scaling.near);
     return sum_rows<C>(last - first, [&](int64_t row) {
       const int64_t i = first + row;
       Row<C> x = Row<C>::of(a + i * kWidth<C>) * r[0];
       Row<C> y = Row<C>::of(b + i * kWidth<C>) * r[1];
       store(x, hat_a + i * columns + j, extent);
       store(y, hat_b + i * columns + j, extent);
-      return scaling.term(x, y, known);
+      return scaling.term(x, y, near);
     });
   }
 
@@ -119,10 +119,10 @@ struct Standardise {
     terms.to(d);
     r[0].to(p);
     r[1].to(q);
-    for (int k = 0; k < kWidth<C>; ++k) d[k] = scaling.one_minus_c(d[k] / (C)rows, p[k], q[k]);
+    for (int k = 0; k < kWidth<C>; ++k) d[k] = scaling.gap(d[k] / (C)rows, p[k], q[k]);
     store(r[0], r_a + j, extent);
     store(r[1], r_b + j, extent);
-    store(Row<C>::of(d), deficit + j, extent);
+    store(Row<C>::of(d), gap + j, extent);
   }
 
   // Where all columns are one block, threads share views and rows; the parts are the same for any number of
@@ -281,7 +281,7 @@ struct View {
 template <class C, class T>
 struct Backward {
   View<C, T> a, b;
-  const C* deficit;
+  const C* gap;
   int64_t rows, columns;
   Scaling<C> scaling;
   Pull<C> pull;
@@ -295,7 +295,7 @@ struct Backward {
     const Row<C> scale = load<C>(r + j, extent);
     C p[kWidth<C>], w[kWidth<C>], q[kWidth<C>];
     products.to(p);
-    load<C>(deficit + j, extent).to(w);
+    load<C>(gap + j, extent).to(w);
     scale.to(q);
     const Scaling<C> scaling = this->scaling;
     const Pull<C> pull = this->pull;
@@ -406,7 +406,7 @@ int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const
     const Standardise<decltype(compute), decltype(element)> pass(z_a, stride_a, z_b, stride_b, rows, columns,
                                                                  definition, hat, statistics);
     if (!pass.run(threads_for(pass.cost(), threads))) return kNoMemory;
-    return finite(pass.deficit, columns) ? 0 : kNotFinite;
+    return finite(pass.gap, columns) ? 0 : kNotFinite;
   });
 }
 
@@ -423,9 +423,9 @@ int barlow_twins_gram_forward(int dtype, const void* z_a, int64_t stride_a, cons
     threads = threads_for(pass.cost() + grams.cost(), threads);
     double energy;
     if (!pass.run(threads)) return kNoMemory;
-    if (!finite(pass.deficit, columns)) return kNotFinite;
+    if (!finite(pass.gap, columns)) return kNotFinite;
     if (!grams.run(threads, energy)) return kNoMemory;
-    finish(pass.deficit, rows, columns, energy, true, definition, (C*)loss, (C*)components);
+    finish(pass.gap, rows, columns, energy, true, definition, (C*)loss, (C*)components);
     return 0;
   });
 }

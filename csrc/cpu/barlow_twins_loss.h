@@ -13,13 +13,13 @@ inline bool finite(const C* x, int64_t n) {
 
 // The loss and its components; `energy` is the sum of the squares of B C, with_diagonal or not.
 template <class C>
-inline void finish(const C* deficit, int64_t rows, int64_t columns, double energy, bool with_diagonal,
+inline void finish(const C* gap, int64_t rows, int64_t columns, double energy, bool with_diagonal,
                    const BarlowTwinsDefinition& definition, C* loss, C* components) {
   const Objective<double> objective(definition, rows);
   double on = 0, trace = 0, diagonal = 0;
   for (int64_t j = 0; j < columns; ++j) {
-    double d = deficit[j], c = 1 - d;
-    on += (d - objective.lack) * (d - objective.lack);
+    const double d = gap[j], c = objective.target - d;
+    on += d * d;
     trace += c;
     diagonal += c * c;
   }

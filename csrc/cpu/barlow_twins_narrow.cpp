@@ -3,9 +3,12 @@
 // Embeddings are exact operands, hats are not. With column means mu, â = (z - mu) r and y = r â:
 //   ÂÂ' = ZY' - 1 (Y mu)'             y is split into the sum of two bf16 numbers, 16 bits together
 //   (B̂B̂')Â = (B̂B̂'Z - B̂B̂'1 mu') r   B̂B̂' is rounded to bf16, less its diagonal, and B̂B̂'1 is that of it
-// Rounding B̂B̂' costs the gradient about as much as its own rounding to bf16 does, unless most of the product
-// cancels in the projection on â (few directions in the features, B << D). So blocks of columns are tried
-// first, and where the error is seen to be larger, B̂B̂' is split, too.
+// Where mu is large against 1 / r, these are differences of large numbers, and r magnifies their rounding
+// without end as a column becomes constant: there z and mu are both taken relative to a number near mu, from
+// which the embeddings differ by numbers of bf16, too (exact_shift). Rounding B̂B̂' costs the gradient about as
+// much as its own rounding to bf16 does, unless most of the product cancels in the projection on â (few
+// directions in the features, B << D). So blocks of columns are tried first, and where the error is seen to
+// be larger, B̂B̂' is split, too.
 //
 // As in barlow_twins.cpp, results depend neither on the number of threads nor on chance.
 #include <omp.h>
@@ -94,13 +97,43 @@ MMFAST_HD void pack(const Row<float>& x, Pairs (&to)[kBlockSteps]) {
   for (int i = 0; i < kBlockSteps; ++i) to[i] = (Pairs)x.v[2 * i] >> 16 | (Pairs)x.v[2 * i + 1];
 }
 
+// Near the mean in columns that are constant or whose mean is large against 1 / r, so that value(i) less this
+// is exact in bf16 for all rows i; else 0. All numbers from half the shift to twice it are so (Sterbenz
+// 1974), and if a number lies beyond, the deviation is at least the mean's part of 2 sqrt(rows).
+template <class Value>
+MMFAST_HD Row<float> exact_shift(int64_t rows, const Row<float>& mean, const Row<float>& r,
+                                 const Scaling<float>& scaling, Value value) {
+  constexpr float kLarge = 2;
+  const float r_of_constant = scaling.inverse_deviation(0);
+  float m[kColumns], q[kColumns];
+  mean.to(m);
+  r.to(q);
+  bool any = false;
+  for (int k = 0; k < kColumns; ++k) {
+    const float ratio = m[k] * q[k];
+    if (ratio > kLarge || ratio < -kLarge || q[k] == r_of_constant)
+      any = true;
+    else
+      m[k] = 0;
+  }
+  if (!any) return Row<float>::all(0);
+  Row<float> shift = rounded(Row<float>::of(m));
+  Pairs rest[kVectors] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    const Row<float> d = value(i) - shift;
+    for (int k = 0; k < kVectors; ++k) rest[k] |= (Pairs)d.v[k] & 0xFFFFu;
+  }
+  for (int k = 0; k < kVectors; ++k) shift.v[k] = (Vector<float>)((Pairs)shift.v[k] & (Pairs)(rest[k] == 0));
+  return shift;
+}
+
 template <bool native>
 struct Forward {
   const bfloat16* z[2];
   int64_t stride[2], rows, columns;
   bool center;
   Scaling<float> scaling;
-  float *r[2], *mean[2], *deficit, *gram[2];  // gram: (B, B), null if not wanted
+  float *r[2], *mean[2], *gap, *gram[2];  // gram: (B, B), null if not wanted
   int threads;
 
   float *offsets[2], *offset[2];
@@ -129,7 +162,7 @@ struct Forward {
   MMFAST_HD void standardise(int64_t j, int64_t b, int64_t steps, Extent extent, bfloat16* block) const {
     const auto row = [&](int v, int64_t i) { return block + (v * rows + i) * kColumns; };
     // Sums are relative to the first row: an offset costs no precision.
-    Row<float> shift[2], rest[2], scale[2];
+    Row<float> shift[2], rest[2], scale[2], zero[2];
     for (int v = 0; v < 2; ++v) {
       shift[v] = center ? load<float>(z[v] + j, extent) : Row<float>::all(0);
       rest[v] = sum_rows<float>(rows, [&](int64_t i) {
@@ -149,17 +182,19 @@ struct Forward {
       scale[v] = Row<float>::of(s);
       store(scale[v], r[v] + j, extent);
       store(shift[v] + rest[v], mean[v] + j, extent);
+      zero[v] = exact_shift(rows, shift[v] + rest[v], scale[v], scaling,
+                            [&](int64_t i) { return load<float>(row(v, i), Whole{}); });
     }
-    const Row<float> known = Row<float>::all(scaling.known);
+    const Row<float> near = Row<float>::all(scaling.near);
     const Row<float> terms = sum_rows<float>(rows, [&](int64_t i) {
       Row<float> hat[2];
       for (int v = 0; v < 2; ++v) {
         const Row<float> value = load<float>(row(v, i), Whole{});
         hat[v] = (value - shift[v] - rest[v]) * scale[v];
         const Row<float> y = hat[v] * scale[v], high = rounded(y), low = rounded(y - high);
-        offsets[v][b * rows + i] = sum_of((shift[v] + rest[v]) * (high + low));
+        offsets[v][b * rows + i] = sum_of((shift[v] - zero[v] + rest[v]) * (high + low));
         Pairs whole[kBlockSteps], parts[2][kBlockSteps];
-        pack(value, whole);
+        pack(value - zero[v], whole);
         pack(high, parts[0]);
         pack(low, parts[1]);
         for (int s = 0; s < kBlockSteps; ++s) {
@@ -172,14 +207,14 @@ struct Forward {
           *(Pairs*)(to_y + kPairs) = parts[1][s];
         }
       }
-      return scaling.term(hat[0], hat[1], known);
+      return scaling.term(hat[0], hat[1], near);
     });
     float w[kColumns], p[kColumns], q[kColumns];
     terms.to(w);
     scale[0].to(p);
     scale[1].to(q);
-    for (int k = 0; k < kColumns; ++k) w[k] = scaling.one_minus_c(w[k] / (float)rows, p[k], q[k]);
-    store(Row<float>::of(w), deficit + j, extent);
+    for (int k = 0; k < kColumns; ++k) w[k] = scaling.gap(w[k] / (float)rows, p[k], q[k]);
+    store(Row<float>::of(w), gap + j, extent);
   }
 
   // Adds the panel's products of all rows with those of y's tile u that do not come after them.
@@ -272,7 +307,7 @@ struct Gradient {
     bfloat16* grad;                // null if not wanted
   };
   View view[2];
-  const float* deficit;
+  const float* gap;
   int64_t rows, columns;
   Scaling<float> scaling;
   Pull<float> pull;
@@ -329,10 +364,13 @@ struct Gradient {
                        float* m) const {
     const View &own = view[v], &partner = view[1 - v];
     const Operand& g = operand[v];
+    const Row<float> r = load<float>(own.r + j, extent), true_mean = load<float>(own.mean + j, extent);
+    const auto value = [&](int64_t i) { return load<float>(own.z + i * own.stride + j, extent); };
+    // Below, z and its mean are relative to this.
+    const Row<float> zero = exact_shift(rows, true_mean, r, scaling, value), mean = true_mean - zero;
     for (int64_t i = 0; i < depth(); ++i) {
-      const bfloat16* row = own.z + 2 * i * own.stride + j;
-      const Row<float> first = load<float>(row, extent);
-      const Row<float> second = 2 * i + 1 < rows ? load<float>(row + own.stride, extent) : Row<float>::all(0);
+      const Row<float> first = value(2 * i) - zero;
+      const Row<float> second = 2 * i + 1 < rows ? value(2 * i + 1) - zero : Row<float>::all(0);
       for (int k = 0; k < kVectors; ++k)
         *(Pairs*)(right + i * kColumns + k * kPairs) = (Pairs)first.v[k] >> 16 | (Pairs)second.v[k];
     }
@@ -340,7 +378,6 @@ struct Gradient {
       const Pairs both = *(const Pairs*)(right + i / 2 * kColumns + k * kPairs);
       return (Vector<float>)(i % 2 ? both & 0xFFFF0000u : both << 16);
     };
-    const Row<float> r = load<float>(own.r + j, extent), mean = load<float>(own.mean + j, extent);
     const Row<float> none = Row<float>::all(0);
     if (both) {
       Row<float> squares = none;
@@ -364,23 +401,26 @@ struct Gradient {
         });
     float p[kColumns], w[kColumns], q[kColumns];
     sums.to(p);
-    load<float>(deficit + j, extent).to(w);
+    load<float>(gap + j, extent).to(w);
     r.to(q);
     for (int k = 0; k < kColumns; ++k) {
       const ColumnGradient<float> c = pull.column(p[k] / (float)rows, w[k], scaling.projection(q[k]));
       p[k] = c.own;
       w[k] = c.weight;
     }
-    const Row<float> x = r * Row<float>::all(pull.alpha);
-    const Row<float> y = r * Row<float>::of(w) * load<float>(partner.r + j, extent);
-    const Row<float> s = r * Row<float>::of(p) * r, mu = load<float>(partner.mean + j, extent);
+    // r may be so large that its square is not finite.
+    const Row<float> x = r * Row<float>::all(pull.alpha), y = r * Row<float>::of(w),
+                     s = r * Row<float>::of(p);
+    const Row<float> other_r = load<float>(partner.r + j, extent);
+    const Row<float> mu = load<float>(partner.mean + j, extent);
     Row<float> squares = none;
     for (int64_t i = 0; i < rows; ++i) {
       Row<float> z;
       for (int k = 0; k < kVectors; ++k) z.v[k] = z_of(i, k);
-      const Row<float> gradient = x * Row<float>::of(m + i * kColumns) -
-                                  y * (load<float>(partner.z + i * partner.stride + j, extent) - mu) -
-                                  s * (z - mean);
+      const Row<float> gradient =
+          x * Row<float>::of(m + i * kColumns) -
+          y * ((load<float>(partner.z + i * partner.stride + j, extent) - mu) * other_r) -
+          s * ((z - mean) * r);
       store(gradient, own.grad + i * columns + j, extent);
       if (v) {
         prefetch(own.z + i * own.stride + j + kColumns);
@@ -441,7 +481,7 @@ int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, 
                                 const BarlowTwinsDefinition& definition, bool grad_a, bool grad_b, void* kept,
                                 void* statistics, void* loss, void* components, int threads) {
   const auto with = [&](auto pass) {
-    float *s = (float*)statistics, *deficit = s + 2 * columns, *matrix = (float*)kept;
+    float *s = (float*)statistics, *gap = s + 2 * columns, *matrix = (float*)kept;
     pass.z[0] = (const bfloat16*)z_a;
     pass.z[1] = (const bfloat16*)z_b;
     pass.stride[0] = stride_a;
@@ -453,7 +493,7 @@ int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, 
       pass.r[v] = s + v * columns;
       pass.mean[v] = s + (3 + v) * columns;
     }
-    pass.deficit = deficit;
+    pass.gap = gap;
     pass.gram[0] = matrix;
     pass.gram[1] = matrix + grad_b * rows * rows;
     pass.threads = threads_for((1.0 + 0.015 * rows) * rows * columns, threads);
@@ -461,8 +501,8 @@ int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, 
     double energy;
     if (!with_memory([&](Arena& arena) { pass.lay_out(arena, wanted); }, [&] { energy = pass.run(wanted); }))
       return kNoMemory;
-    if (!finite(deficit, columns)) return kNotFinite;
-    finish(deficit, rows, columns, energy, true, definition, (float*)loss, (float*)components);
+    if (!finite(gap, columns)) return kNotFinite;
+    finish(gap, rows, columns, energy, true, definition, (float*)loss, (float*)components);
     return 0;
   };
   const Scaling<float> scaling(definition, rows);

@@ -95,8 +95,8 @@ struct Weights {
 
   template <class Call>
   __device__ __forceinline__ Weights(const Call& call, int64_t column, C r, C products) {
-    const C u = *call.upstream, deficit = call.statistics[2 * call.columns + column];
-    const ColumnGradient<C> g = call.pull.column(products / call.rows, deficit, call.scaling.projection(r));
+    const C u = *call.upstream, gap = call.statistics[2 * call.columns + column];
+    const ColumnGradient<C> g = call.pull.column(products / call.rows, gap, call.scaling.projection(r));
     of_m = r * call.pull.alpha * u;
     of_partner = r * g.weight * u;
     of_own = r * g.own * u;

@@ -56,8 +56,8 @@ __device__ __forceinline__ void finish(C energy, const C* statistics, int64_t ro
   C sums[4] = {energy, 0, 0, 0};
 #pragma unroll 4
   for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) {
-    const C deficit = statistics[2 * columns + j], c = 1 - deficit;
-    sums[1] += (deficit - objective.lack) * (deficit - objective.lack);
+    const C gap = statistics[2 * columns + j], c = objective.target - gap;
+    sums[1] += gap * gap;
     sums[2] += c;
     sums[3] += c * c;
   }

@@ -49,10 +49,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps)
   for (int k = 0; k < kHeld<C>; ++k) {
     x[0][k] *= r[0];
     x[1][k] *= r[1];
-    terms[0] += scaling.term(x[0][k], x[1][k], scaling.known);
+    terms[0] += scaling.term(x[0][k], x[1][k], scaling.near);
   }
   sum_warps(terms);
-  if (tells) to_statistics[2 * columns] = scaling.one_minus_c(terms[0] * weight, r[0], r[1]);
+  if (tells) to_statistics[2 * columns] = scaling.gap(terms[0] * weight, r[0], r[1]);
   if (!at.inside) return;
   H* to = hat + at.warp * columns + at.column;
 #pragma unroll
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(32 * kChunkWarps)
     for (int k = 0; k < kAhead<C>; ++k, to += kChunkWarps * columns) {
       x[k] = (x[k] - mean[0]) * r[0];
       y[k] = (y[k] - mean[1]) * r[1];
-      sum[0] += k < count ? scaling.term(x[k], y[k], scaling.known) : 0;
+      sum[0] += k < count ? scaling.term(x[k], y[k], scaling.near) : 0;
       if (k < stored) {
         to[0] = Scalar<H>::store(x[k]);
         to[chunks.rows * columns] = Scalar<H>::store(y[k]);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(128)
 #pragma unroll 8
   for (int c = 0; c < chunks.count; ++c) sum += terms[c * columns + column];
   statistics[2 * columns + column] =
-      scaling.one_minus_c(sum / chunks.rows, statistics[column], statistics[columns + column]);
+      scaling.gap(sum / chunks.rows, statistics[column], statistics[columns + column]);
 }
 
 template <class T, class H>

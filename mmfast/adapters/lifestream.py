@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmfast.checks import check_number
 from mmfast.errors import UserError
-from mmfast.ops.barlow_twins import barlow_twins
+from mmfast.functional import evaluate_barlow_twins
+from mmfast.losses import TwoViewLoss
+from mmfast.ops.barlow_twins_checks import check_dense
+
+OP = "lifestream.BarlowTwinsLoss"
+NAMES = ("model_outputs[::2]", "model_outputs[1::2]")
 
 
-class BarlowTwinsLoss(nn.Module):
+class BarlowTwinsLoss(TwoViewLoss):
     """pytorch-lifestream's Barlow Twins loss of interleaved rows: 0, 2, 4, ... are one view, 1, 3, 5, ... the other.
 
-    Embeddings are taken as they are: to standardise them is the model's task.
+    Embeddings are taken as they are: to standardise them is the model's task. ``last`` are the components of the
+    latest call.
 
     Raises:
         UserError: rows or targets that are not pairs. On GPUs, which nobody waits for, targets are not looked at.
@@ -20,20 +27,26 @@ class BarlowTwinsLoss(nn.Module):
 
     def __init__(self, lambd: float):
         super().__init__()
-        self.lambd = lambd
+        self.lambd = check_number(OP, "lambd", lambd, 0)
 
     def forward(self, model_outputs: Tensor, target: Tensor) -> Tensor:
         """The loss of the embeddings (2 B, D), given whose they are (2 B)."""
+        check_dense(OP, "model_outputs", model_outputs)
+        check_dense(OP, "target", target)
+        for name, x in (("model_outputs", model_outputs), ("target", target)):
+            if x.dim() < 1:
+                raise UserError(f"{OP}: {name} must have rows, got the shape ()")
         if len(model_outputs) % 2 or len(target) != len(model_outputs):
             raise UserError(
-                "lifestream.BarlowTwinsLoss: model_outputs and target must have one even number of rows, "
+                f"{OP}: model_outputs and target must have one even number of rows, "
                 f"got {len(model_outputs)} and {len(target)}"
             )
         if not target.is_cuda and not torch.equal(target[::2], target[1::2]):
             row = 2 * int((target[::2] != target[1::2]).nonzero()[0])
             raise UserError(
-                "lifestream.BarlowTwinsLoss: target must be the same in rows 2 i and 2 i + 1, "
+                f"{OP}: target must be the same in rows 2 i and 2 i + 1, "
                 f"got {target[row].item()} and {target[row + 1].item()} in rows {row} and {row + 1}"
             )
-        options = {"center": False, "normalise": False}
-        return barlow_twins(model_outputs[::2], model_outputs[1::2], self.lambd, **options)[0]
+        options = {"lambd": self.lambd, "center": False, "normalise": False}
+        a, b = model_outputs[::2], model_outputs[1::2]
+        return self._kept(*evaluate_barlow_twins(a, b, options, op=OP, names=NAMES))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmfast.functional import barlow_twins
+from mmfast.checks import check_number
+from mmfast.functional import barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses import TwoViewLoss
+
+OP = "monai.BarlowTwinsLoss"
 
 
-class BarlowTwinsLoss(nn.Module):
-    """MONAI's Barlow Twins loss, of each process for itself."""
+class BarlowTwinsLoss(TwoViewLoss):
+    """MONAI's Barlow Twins loss, of each process for itself; ``last`` are the components of the latest call."""
 
     def __init__(self, lambd: float = 5e-3):
         super().__init__()
-        self.lambd = lambd
+        self.lambd = check_number(OP, "lambd", lambd, 0)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of two views' embeddings (B, D)."""
-        return barlow_twins(input, target, self.lambd, variant="monai", stats=None)
+        options = barlow_twins_options("monai", lambd=self.lambd)
+        names = ("input", "target")
+        return self._kept(*evaluate_barlow_twins(input, target, options, op=OP, names=names))

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmfast.functional import barlow_twins
+from mmfast.checks import check_number
+from mmfast.functional import barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses import TwoViewLoss
+from mmfast.ops.barlow_twins_many import Sharing
+
+OP = "official.BarlowTwins"
 
 
-class BarlowTwins(nn.Module):
+class BarlowTwins(TwoViewLoss):
     """``loss = model(y1, y2)``: both views through backbone and projector, and the loss of the projections.
 
     The official model builds its ResNet-50 and projector from ``args``; here they are given. Parameters have the
@@ -16,14 +21,18 @@ class BarlowTwins(nn.Module):
     does not change the loss.
 
     With several processes statistics and C are those of all rows (the official BatchNorm is synchronised), and
-    gradients are divided by the number of processes, as the official learning rates want it.
+    gradients are divided by the number of processes, as the official learning rates want it. ``last`` are the
+    components of the latest call. In errors z1 and z2 are the projections of y1 and y2.
     """
 
     def __init__(self, backbone: nn.Module, projector: nn.Module, lambd: float = 0.0051):
         super().__init__()
-        self.backbone, self.projector, self.lambd = backbone, projector, lambd
+        self.backbone, self.projector = backbone, projector
+        self.lambd = check_number(OP, "lambd", lambd, 0)
 
     def forward(self, y1: Tensor, y2: Tensor) -> Tensor:
         """The loss of two views of a batch."""
         z1, z2 = (self.projector(self.backbone(y)) for y in (y1, y2))
-        return barlow_twins(z1, z2, self.lambd, grad_convention="legacy")
+        options, sharing = barlow_twins_options("official", lambd=self.lambd), Sharing("global", "legacy")
+        result = evaluate_barlow_twins(z1, z2, options, sharing=sharing, op=OP, names=("z1", "z2"))
+        return self._kept(*result)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mmfast.functional import barlow_twins
+from mmfast.checks import check_number
+from mmfast.functional import barlow_twins_options, evaluate_barlow_twins
+from mmfast.ops.barlow_twins_many import Sharing
+
+OP = "solo.barlow_loss_func"
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
@@ -13,5 +17,6 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
     With several processes C is the mean over all, each with the statistics of its own rows, and gradients are divided
     by the number of processes.
     """
-    options = {"variant": "solo", "stats": "local", "grad_convention": "legacy"}
-    return barlow_twins(z1, z2, lamb, scale=scale_loss, **options)
+    lambd, scale = check_number(OP, "lamb", lamb, 0), check_number(OP, "scale_loss", scale_loss, 0)
+    options, sharing = barlow_twins_options("solo", lambd=lambd, scale=scale), Sharing("local", "legacy")
+    return evaluate_barlow_twins(z1, z2, options, sharing=sharing, op=OP, names=("z1", "z2"))[0]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from mmfast.checks import check_integer, check_number
 from mmfast.errors import UserError
-from mmfast.functional import barlow_twins
+from mmfast.functional import barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses import TwoViewLoss
+from mmfast.ops.barlow_twins_checks import check_dense
+from mmfast.ops.barlow_twins_many import Sharing
+
+OP = "vissl.BarlowTwinsCriterion"
 
 
-class BarlowTwinsCriterion(nn.Module):
+class BarlowTwinsCriterion(TwoViewLoss):
     """VISSL's Barlow Twins loss of one tensor: all rows of the first view, then all rows of the second.
 
     Statistics are those of both views together and of all processes, which is wrong for views of different
-    modalities. Gradients are divided by the number of processes.
+    modalities. Gradients are divided by the number of processes. ``last`` are the components of the latest call.
 
     Raises:
         UserError: an embedding that is not (2 B, ``embedding_dim``).
@@ -20,16 +26,23 @@ class BarlowTwinsCriterion(nn.Module):
 
     def __init__(self, lambda_: float, scale_loss: float, embedding_dim: int):
         super().__init__()
-        self.lambda_, self.scale_loss, self.embedding_dim = lambda_, scale_loss, embedding_dim
+        self.lambda_ = check_number(OP, "lambda_", lambda_, 0)
+        self.scale_loss = check_number(OP, "scale_loss", scale_loss, 0)
+        self.embedding_dim = check_integer(OP, "embedding_dim", embedding_dim, 1)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """The loss of the embeddings (2 B, D) of both views."""
+        check_dense(OP, "embedding", embedding)
         shape = tuple(embedding.shape)
         if len(shape) != 2 or shape[0] % 2 or shape[1] != self.embedding_dim:
             raise UserError(
-                f"vissl.BarlowTwinsCriterion: embedding must have an even number of rows and {self.embedding_dim} "
+                f"{OP}: embedding must have an even number of rows and {self.embedding_dim} "
                 f"columns, got {shape}"
             )
-        z_a, z_b = embedding.chunk(2)
-        options = {"variant": "vissl", "grad_convention": "legacy"}
-        return barlow_twins(z_a, z_b, self.lambda_, scale=self.scale_loss, **options)
+        rows = shape[0] // 2
+        options = barlow_twins_options("vissl", lambd=self.lambda_, scale=self.scale_loss)
+        sharing, names = Sharing("global", "legacy"), (f"embedding[:{rows}]", f"embedding[{rows}:]")
+        result = evaluate_barlow_twins(
+            embedding[:rows], embedding[rows:], options, sharing=sharing, op=OP, names=names
+        )
+        return self._kept(*result)

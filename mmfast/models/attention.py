@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmfast.checks import check_number
 from mmfast.models.lengths import real_steps
 
 
@@ -20,9 +21,9 @@ class Attention(nn.Module):
     gradients, at padded queries and wherever there is no key at all.
     """
 
-    def __init__(self, size: int, dropout: float = 0.0):
+    def __init__(self, size: int, *, dropout: float = 0.0):
         super().__init__()
-        self.dropout = dropout
+        self.dropout = check_dropout("Attention", dropout)
         self.query = nn.Linear(size, size, bias=False)
         self.key = nn.Linear(size, size, bias=False)
         self.value = nn.Linear(size, size, bias=False)
@@ -53,10 +54,15 @@ class SymmetricAttention(nn.Module):
     Shapes and arguments as in :class:`Attention`; ``x`` and ``y`` share one time axis.
     """
 
-    def __init__(self, size: int, dropout: float = 0.0):
+    def __init__(self, size: int, *, dropout: float = 0.0):
         super().__init__()
-        self.xy = Attention(size, dropout)
-        self.yx = Attention(size, dropout)
+        self.xy = Attention(size, dropout=dropout)
+        self.yx = Attention(size, dropout=dropout)
 
     def forward(self, x: Tensor, y: Tensor, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
         return self.xy(y, x, y_lengths, x_lengths) + y + self.yx(x, y, x_lengths, y_lengths) + x
+
+
+def check_dropout(op: str, value: float) -> float:
+    """A probability in [0, 1)."""
+    return check_number(op, "dropout", value, 0, 1, ends="[)")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmfast.errors import UserError
+from mmfast.checks import check_integer
+from mmfast.models.attention import check_dropout
 from mmfast.models.projector import check_vectors
 
 
@@ -18,13 +19,10 @@ class RegressionHead(nn.Module):
     Call: (B, in_features) -> (B,).
     """
 
-    def __init__(self, in_features: int, dropout: float = 0.0):
+    def __init__(self, in_features: int, *, dropout: float = 0.0):
         super().__init__()
-        if in_features < 1:
-            raise UserError(f"RegressionHead: in_features must be at least 1, got {in_features}")
-        if not 0 <= dropout < 1:
-            raise UserError(f"RegressionHead: dropout must lie in [0, 1), got {dropout}")
-        self.dropout = nn.Dropout(dropout)
+        in_features = check_integer("RegressionHead", "in_features", in_features, 1)
+        self.dropout = nn.Dropout(check_dropout("RegressionHead", dropout))
         self.linear = nn.Linear(in_features, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_bool, check_integer
 from mmfast.errors import UserError
-from mmfast.models.attention import Attention, SymmetricAttention
+from mmfast.models.attention import Attention, SymmetricAttention, check_dropout
 from mmfast.models.lengths import back_padded, check_lengths, check_values
 from mmfast.models.masking import ModalityMasking
 from mmfast.models.rnn import MaskedLSTM
@@ -62,6 +63,7 @@ class M3Encoder(nn.Module):
         self,
         features: dict[str, int],
         hidden: int = 100,
+        *,
         dropout: float = 0.2,
         bidirectional: Literal["fusion"] | bool = False,
         attention: bool = True,
@@ -72,11 +74,10 @@ class M3Encoder(nn.Module):
     ):
         super().__init__()
         check_features(features)
-        if hidden < 1:
-            raise UserError(f"M3Encoder: hidden must be at least 1, got {hidden}")
-        if not 0 <= dropout < 1:
-            raise UserError(f"M3Encoder: dropout must lie in [0, 1), got {dropout}")
-        if bidirectional not in DIRECTIONS:
+        hidden = check_integer("M3Encoder", "hidden", hidden, 1)
+        dropout = check_dropout("M3Encoder", dropout)
+        attention = check_bool("M3Encoder", "attention", attention)
+        if bidirectional != "fusion" and not isinstance(bidirectional, bool):
             raise UserError(f"M3Encoder: bidirectional must be one of {[*DIRECTIONS]}, got {bidirectional!r}")
         if pooling not in POOLING:
             raise UserError(f"M3Encoder: pooling must be one of {[*POOLING]}, got {pooling!r}")
@@ -85,20 +86,28 @@ class M3Encoder(nn.Module):
         self.pooling = pooling
 
         self.recurrent = nn.ModuleDict(
-            {name: MaskedLSTM(size, hidden, dropout, encoder_merge) for name, size in features.items()}
+            {
+                name: MaskedLSTM(size, hidden, dropout=dropout, merge=encoder_merge)
+                for name, size in features.items()
+            }
         )
-        self.attention = nn.ModuleDict({name: Attention(hidden, dropout) for name in features if attention})
-        self.masking = ModalityMasking(tuple(features), masking, masking_mode, masking_weights)
+        self.attention = nn.ModuleDict(
+            {name: Attention(hidden, dropout=dropout) for name in features if attention}
+        )
+        self.masking = ModalityMasking(tuple(features), masking, mode=masking_mode, weights=masking_weights)
         self.pairs = nn.ModuleDict(
-            {"-".join(pair): SymmetricAttention(hidden, dropout) for pair in combinations(features, 2)}
+            {
+                "-".join(pair): SymmetricAttention(hidden, dropout=dropout)
+                for pair in combinations(features, 2)
+            }
         )
         self.triples = nn.ModuleDict(
-            {"-".join(triple): Attention(hidden, dropout) for triple in combinations(features, 3)}
+            {"-".join(triple): Attention(hidden, dropout=dropout) for triple in combinations(features, 3)}
         )
         parts = len(features) + len(self.pairs) + len(self.triples)
-        self.fusion = MaskedLSTM(parts * hidden, hidden, dropout, fusion_merge)
+        self.fusion = MaskedLSTM(parts * hidden, hidden, dropout=dropout, merge=fusion_merge)
         self.out_features = self.fusion.out_features
-        self.fusion_attention = None if pooling == "last" else Attention(self.out_features, dropout)
+        self.fusion_attention = None if pooling == "last" else Attention(self.out_features, dropout=dropout)
 
     def forward(
         self, values: Mapping[str, Tensor], lengths: Mapping[str, Tensor], padding: str = "back"
@@ -171,5 +180,4 @@ def check_features(features: Mapping[str, int]) -> None:
             raise UserError(
                 f"M3Encoder: modality {name!r} must be an identifier and no attribute of a module"
             )
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise UserError(f"M3Encoder: features of {name} must be a positive integer, got {size!r}")
+        check_integer("M3Encoder", f"features of {name}", size, 1)

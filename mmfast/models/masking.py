@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import check_number
 from mmfast.errors import UserError
 
 MODES = ("step", "sequence")
@@ -37,12 +38,12 @@ class ModalityMasking(nn.Module):
         self,
         modalities: Sequence[str],
         p: float = 0.0,
+        *,
         mode: str = "step",
         weights: Mapping[str, float] | None = None,
     ):
         super().__init__()
-        if not 0 <= p <= 1:
-            raise UserError(f"ModalityMasking: p must lie in [0, 1], got {p}")
+        p = check_number("ModalityMasking", "p", p, 0, 1)
         if p > 0 and len(modalities) < 2:
             raise UserError(f"ModalityMasking: p must be 0 with fewer than two modalities, got {p}")
         if mode not in MODES:
@@ -52,10 +53,11 @@ class ModalityMasking(nn.Module):
         if set(weights) != set(modalities):
             wanted, got = ", ".join(modalities), ", ".join(weights)
             raise UserError(f"ModalityMasking: weights must have the modalities {wanted}, got {got}")
-        values = [float(weights[name]) for name in modalities]
-        if not all(0 <= value < float("inf") for value in values) or sum(values) == 0:
-            rule = "finite, non-negative and not all zero"
-            raise UserError(f"ModalityMasking: weights must be {rule}, got {values}")
+        values = [
+            check_number("ModalityMasking", f"weights[{name!r}]", weights[name], 0) for name in modalities
+        ]
+        if sum(values) == 0:
+            raise UserError(f"ModalityMasking: weights must not be all zero, got {values}")
         self.p, self.mode = p, mode
         self.register_buffer(
             "weights", torch.tensor(values, device=torch.get_default_device()), persistent=False

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from mmfast.checks import check_integer, told
 from mmfast.errors import UserError
 
 
@@ -23,9 +24,12 @@ class Projector(nn.Sequential):
     """
 
     def __init__(self, in_features: int, widths: Sequence[int] = (1000, 1000, 1000)):
-        sizes = [in_features, *widths]
-        if len(sizes) < 2 or min(sizes) < 1:
-            raise UserError(f"Projector: sizes must be positive, with one width or more, got {sizes}")
+        if not isinstance(widths, Sequence) or isinstance(widths, str) or not widths:
+            raise UserError(
+                f"Projector: widths must be a sequence of one integer or more, got {told(widths)}"
+            )
+        named = {"in_features": in_features} | {f"widths[{i}]": width for i, width in enumerate(widths)}
+        sizes = [check_integer("Projector", name, size, 1) for name, size in named.items()]
         layers: list[nn.Module] = []
         for size, width in pairwise(sizes[:-1]):
             layers += [nn.Linear(size, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]

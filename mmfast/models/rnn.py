@@ -26,7 +26,7 @@ class MaskedLSTM(nn.Module):
     the host, and on a CPU oneDNN's padded kernel beats packed sequences even with half of the steps padding.
     """
 
-    def __init__(self, in_features: int, hidden: int, dropout: float = 0.0, merge: str | None = None):
+    def __init__(self, in_features: int, hidden: int, *, dropout: float = 0.0, merge: str | None = None):
         super().__init__()
         if merge not in (None, "sum", "cat"):
             raise UserError(f"MaskedLSTM: merge must be None, 'sum' or 'cat', got {merge!r}")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.ops.barlow_twins_checks import check_embeddings, check_options, compute_dtype, refuse
+from mmfast.ops.barlow_twins_checks import check_options, check_views, compute_dtype, unusable
 from mmfast.ops.barlow_twins_passes import Cpu, Definition, NarrowCpu, passes_for
 from mmfast.ops.products import gram_matrices, matmul, product
 
@@ -48,8 +48,11 @@ def reference(
         d = z - z.mean(0) if center else z
         if not normalise:
             return d
-        v = d.square().sum(0) / (len(z) - unbiased)
-        return d / (v.sqrt() + eps if eps_outside else (v + eps).sqrt())
+        inner, outer = (0.0, eps) if eps_outside else (eps, 0.0)
+        w = d.square().sum(0) / (len(z) - unbiased) + inner
+        # A root has no derivative at zero; a constant column correlates with nothing, and gets no gradient.
+        deviation = torch.where(w > 0, torch.where(w > 0, w, 1).sqrt(), 0) + outer
+        return d / torch.where(deviation > 0, deviation, 1)
 
     rows = len(z_a)
     if pooled:
@@ -85,7 +88,7 @@ def barlow_twins(
     ``gram`` forces a form; by default it is the cheaper one.
     """
     definition = Definition(lambd, center, eps, eps_outside, unbiased, divide, scale, normalise)
-    check_embeddings(z_a, z_b)
+    check_views({"z_a": z_a, "z_b": z_b}, corresponding=True)
     check_options(lambd=lambd, eps=eps, scale=scale)
     if gram is None:
         gram = gram_is_cheaper(*z_a.shape)
@@ -138,7 +141,7 @@ def _check_narrow(narrow: bool, z: Tensor) -> None:
 
 def _forward(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
     definition = Definition(*definition)
-    check_embeddings(z_a, z_b)
+    check_views({"z_a": z_a, "z_b": z_b}, corresponding=True)
     definition.check()
     _check_narrow(narrow, z_a)
     return _evaluate(z_a, z_b, gram, narrow, grad_a, grad_b, definition)
@@ -152,7 +155,7 @@ def _evaluate(z_a, z_b, gram, narrow, grad_a, grad_b, definition):
     hat, statistics = passes.standardise(*views, definition, narrow)
     # Asking any other device would wait for it: there the loss becomes NaN.
     if passes is not Cpu and not z_a.is_cuda and not statistics.isfinite().all():
-        refuse(z_a=z_a, z_b=z_b)
+        raise unusable({"z_a": z_a, "z_b": z_b})
     if not gram:
         hat_a, hat_b = hat.unbind()
         matrices = product(hat_a.t(), hat_b.t())
@@ -167,7 +170,7 @@ def _evaluate(z_a, z_b, gram, narrow, grad_a, grad_b, definition):
 
 
 def _forward_fake(z_a, z_b, gram, narrow, grad_a, grad_b, *definition):
-    check_embeddings(z_a, z_b)
+    check_views({"z_a": z_a, "z_b": z_b}, corresponding=True)
     Definition(*definition).check()
     _check_narrow(narrow, z_a)
     rows, columns = z_a.shape

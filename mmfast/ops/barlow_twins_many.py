@@ -24,7 +24,14 @@ from torch.autograd.function import once_differentiable
 
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins import gram_is_cheaper
-from mmfast.ops.barlow_twins_checks import check_present, check_views, compute_dtype, not_finite, too_large
+from mmfast.ops.barlow_twins_checks import (
+    OP,
+    check_present,
+    check_views,
+    compute_dtype,
+    not_finite,
+    too_large,
+)
 from mmfast.ops.barlow_twins_passes import Definition
 from mmfast.ops.barlow_twins_statistics import Standardise
 from mmfast.ops.collectives import Ranks, agree, check_group, raise_together, world
@@ -83,6 +90,7 @@ def barlow_twins_many(
     sharing: Sharing = _ALONE,
     corresponding: bool = False,
     gram: bool | None = None,
+    op: str = OP,
 ) -> tuple[Tensor, Tensor]:
     """The loss, and detached components (pairs, 5) of its terms, which are those of two views: see
     ``barlow_twins``.
@@ -105,13 +113,14 @@ def barlow_twins_many(
     the U-statistic of Song et al., JMLR 13 (2012), eq. 5, for Gram matrices whose rows sum to zero; of either the
     same of c_ii^2 is subtracted for every column.
 
-    ``gram`` forces a form; by default it is the cheaper one. Every process raises the same error.
+    ``gram`` forces a form; by default it is the cheaper one. Every process raises the same error, in which views
+    have their names and ``op`` is whose they are.
     """
     group, problem = sharing.across(), None
     try:
         sharing.check()
         definition.check()
-        check_views(views, 2 if group is None else 0, corresponding)
+        check_views(views, 2 if group is None else 0, corresponding, op)
         if present is not None:
             check_present(present, views)
     except (TypeError, ValueError) as error:
@@ -145,7 +154,7 @@ def barlow_twins_many(
             views = {
                 name: torch.where(present[:, m, None], z, 0) for m, (name, z) in enumerate(views.items())
             }
-        for wrong in (not_finite(views), too_large(views)):
+        for wrong in (not_finite(views, op), too_large(views, op)):
             raise_together(group, wrong)
     return loss, components
 
@@ -189,13 +198,13 @@ def _loss(
     count = len(views)
     outputs = Standardise.apply(setting, ranks, present, *views)
     hats, shrinkages = outputs[:count], outputs[count:]
-    energies, *lacks = _Pairs.apply(setting, ranks, present, views[0].dtype, *hats, *shrinkages)
+    energies, *gaps = _Pairs.apply(setting, ranks, present, views[0].dtype, *hats, *shrinkages)
     rows = _rows_of_pairs(present, ranks)
 
-    lacks = iter(lacks)
+    gaps = iter(gaps)
     sums = []
     for a, b, _ in setting.pairs:
-        sums.append({"lack": next(lacks)} if _same(hats, a, b) else {})
+        sums.append({"gap": next(gaps)} if _same(hats, a, b) else {})
         if setting.debias:
             sums[-1] |= _lengths(hats[a], hats[b])
     flat = torch.cat(
@@ -249,11 +258,13 @@ def _term(rows, energy: Tensor, sums: dict[str, Tensor], z_a: Tensor, z_b: Tenso
     columns = z_a.shape[1], z_b.shape[1]
     on, mean, pairs = energy.new_zeros(()), energy.new_full((), float("nan")), columns[0] * columns[1]
     off = energy
-    if "lack" in sums:
-        lack = sums["lack"] / (2 * n)
-        c = 1 - lack
-        target = 0.0 if definition.divide else 1 - 1 / n
-        on, mean, pairs = (lack - target).square().sum(), c.mean(), pairs - columns[0]
+    if "gap" in sums:
+        gap = sums["gap"] / (2 * n)
+        if definition.divide:
+            c = 1 - gap
+        else:
+            c, gap = -gap, 1 / n + gap
+        on, mean, pairs = gap.square().sum(), c.mean(), pairs - columns[0]
         if setting.gram:
             off = off - (n * c).square().sum()
     if setting.debias:
@@ -309,7 +320,7 @@ class _Sum(Function):
 
 
 class _Pairs(Function):
-    """Of all pairs, in fp64, the sum of the squares of N C, and for pairs with a diagonal (D,) sums of 2 (1 - â b̂).
+    """Of all pairs, in fp64, the sum of the squares of N C; for pairs with a diagonal (D,) what :func:`_gap` gives.
 
     The latter, and in Gram form the former, are this process's part of a sum over all; in direct form the former is
     that of all, less the diagonal where there is one.
@@ -328,7 +339,8 @@ class _Pairs(Function):
         else:
             # The sums of one pair travel while the next one's are computed.
             finish = [ranks.start_sum(product(operands[a].t(), operands[b].t())) for a, b in pairs]
-        lacks = [_lack(hats, shrinkages, a, b, present) for a, b in pairs if _same(hats, a, b)]
+        divide = setting.definition.divide
+        gaps = [_gap(hats, shrinkages, a, b, present, divide) for a, b in pairs if _same(hats, a, b)]
         if setting.gram:
             every, matrices = [], []
             for x, hat, gathered in zip(operands, hats, finish, strict=True):
@@ -346,17 +358,17 @@ class _Pairs(Function):
             energies = [p.square().sum(dtype=torch.float64) for p in matrices]
         ctx.setting, ctx.first = setting, ranks.first
         ctx.save_for_backward(*hats, *every, *matrices)
-        return torch.stack(energies), *lacks
+        return torch.stack(energies), *gaps
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_energies, *of_lacks):
+    def backward(ctx, of_energies, *of_gaps):
         setting, count = ctx.setting, (len(ctx.needs_input_grad) - 4) // 2
         saved = ctx.saved_tensors
         hats, every, matrices = saved[:count], saved[count : 2 * count], saved[2 * count :]
-        of_lacks = iter(of_lacks)
+        of_gaps = iter(of_gaps)
         weights = [
-            (2 * of_energies[i], -2 * next(of_lacks) if _same(hats, a, b) else None)
+            (2 * of_energies[i], -2 * next(of_gaps) if _same(hats, a, b) else None)
             for i, (a, b, _) in enumerate(setting.pairs)
         ]
         grads = []
@@ -384,8 +396,10 @@ class _Pairs(Function):
         return None, None, None, None, *grads, *([None] * count)
 
 
-def _lack(hats, shrinkages, a: int, b: int, present: Tensor | None) -> Tensor:
-    """(D,) sums of 2 (1 - â b̂) over the rows that have both views, in fp64."""
+def _gap(hats, shrinkages, a: int, b: int, present: Tensor | None, divide: bool) -> Tensor:
+    """(D,) sums over the rows that have both views, in fp64: of 2 (1 - â b̂), or if not ``divide`` of -2 â b̂."""
+    if not divide:
+        return -2 * (hats[a] * hats[b]).sum(0).double()
     if present is None:
         # Without cancellation where the views nearly agree, for the lengths of columns are known.
         lost = shrinkages[a] + shrinkages[b]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.ops.barlow_twins_checks import check_options, compute_dtype, refuse
+from mmfast.ops.barlow_twins_checks import check_options, compute_dtype, unusable
 from mmfast.ops.native import DTYPE_CODES, call_cuda
 
 
@@ -38,9 +38,14 @@ class Definition(NamedTuple):
         """1 - biased variance / the variance that is used."""
         return 1 / rows if self.unbiased else 0.0
 
-    def lack(self, rows: int) -> float:
-        """1 - what c_ii is drawn to."""
-        return 0.0 if self.divide else 1 - 1 / rows
+    def target(self, rows: int) -> float:
+        """What c_ii is drawn to."""
+        return 1.0 if self.divide else 1 / rows
+
+    @property
+    def near(self) -> bool:
+        """Whether target - c_ii comes from the distance of both views."""
+        return self.normalise and self.divide
 
     def factor(self, rows: int) -> float:
         """Of the loss of correlations that are divided by B."""
@@ -50,7 +55,7 @@ class Definition(NamedTuple):
 def _check_status(status: int, z_a: Tensor, z_b: Tensor) -> None:
     """Of kernels: see csrc/cpu/kernels.h."""
     if status == 1:
-        refuse(z_a=z_a, z_b=z_b)
+        raise unusable({"z_a": z_a, "z_b": z_b})
     _check_memory(status != 2, len(z_a))
 
 
@@ -78,8 +83,8 @@ class Plain:
     def standardise(z_a, z_b, definition, narrow):
         """hat (2, B, D): Â and B̂, of z's type if ``narrow``, else of C; statistics (5, D) of C.
 
-        z_a, z_b (B, D) have unit column stride. The statistics are r_a, r_b, 1 - c_ii without cancellation,
-        and the means of view a and of view b, 0 if not ``definition.center``.
+        z_a, z_b (B, D) have unit column stride. The statistics are r_a, r_b, target - c_ii without
+        cancellation, and the means of view a and of view b, 0 if not ``definition.center``.
         """
         z = torch.stack((z_a, z_b)).to(compute_dtype(z_a))
         # Relative to the first row, an offset costs no precision.
@@ -95,20 +100,22 @@ class Plain:
         if not definition.normalise:
             r = 1 + (v - v)
         hat = d * r[:, None]
-        if definition.normalise:
+        if definition.near:
             lost = eps * r * (2 - eps * r) if definition.eps_outside else eps * r * r
             shrinkage = excess + (1 - excess) * torch.where(r == 0, 1, lost)
-            one_minus_c = ((hat[0] - hat[1]).square().mean(0) + shrinkage.sum(0)) / 2
+            gap = ((hat[0] - hat[1]).square().mean(0) + shrinkage.sum(0)) / 2
         else:
-            one_minus_c = 1 - (hat[0] * hat[1]).mean(0)
-        statistics = torch.cat((r, one_minus_c[None], (shift + mean)[:, 0]))
+            gap = definition.target(len(z_a)) - (hat[0] * hat[1]).mean(0)
+        statistics = torch.cat((r, gap[None], (shift + mean)[:, 0]))
         return hat.to(z_a.dtype) if narrow else hat, statistics
 
     @staticmethod
     def gram_loss(grams, statistics, definition):
         """Loss and components (5,) from grams (2, B, B): ÂÂ' and B̂B̂'."""
-        energy = (grams[0] * grams[1]).sum() / grams.shape[1] ** 2 - (1 - statistics[2]).square().sum()
-        return Plain._finish(energy.clamp(min=0), grams.shape[1], statistics[2], definition)
+        rows = grams.shape[1]
+        diagonal = definition.target(rows) - statistics[2]
+        energy = (grams[0] * grams[1]).sum() / rows**2 - diagonal.square().sum()
+        return Plain._finish(energy.clamp(min=0), rows, statistics[2], definition)
 
     @staticmethod
     def correlation_loss(p, rows, statistics, definition):
@@ -117,12 +124,12 @@ class Plain:
         return Plain._finish(energy, rows, statistics[2], definition)
 
     @staticmethod
-    def _finish(off_diagonal, rows, one_minus_c, definition):
-        on_diagonal = (one_minus_c - definition.lack(rows)).square().sum()
+    def _finish(off_diagonal, rows, gap, definition):
+        on_diagonal = gap.square().sum()
         loss = definition.factor(rows) * (on_diagonal + definition.lambd * off_diagonal)
-        pairs = len(one_minus_c) * (len(one_minus_c) - 1)
+        pairs = len(gap) * (len(gap) - 1)
         rms = (off_diagonal / max(1, pairs)).sqrt()
-        return loss, torch.stack((loss, on_diagonal, off_diagonal, 1 - one_minus_c.mean(), rms))
+        return loss, torch.stack((loss, on_diagonal, off_diagonal, definition.target(rows) - gap.mean(), rms))
 
     @staticmethod
     def narrowed(matrices, dtype, exponent):
@@ -145,11 +152,9 @@ class Plain:
         else:
             r, mean = statistics[:2], statistics[3:]
             hat = [(z - mean[i]) * r[i] for i, z in enumerate(views)]
-        rows, one_minus_c = len(hat[0]), statistics[2]
+        rows, gap = len(hat[0]), statistics[2]
         lambd, eps = definition.lambd, definition.eps
-        weight = one_minus_c - definition.lack(rows)
-        if gram:
-            weight = weight + lambd * (1 - one_minus_c)
+        weight = gap + lambd * (definition.target(rows) - gap) if gram else gap
         for i, grad in enumerate(grads):
             if grad is None:
                 continue

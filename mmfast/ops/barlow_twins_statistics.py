@@ -133,7 +133,9 @@ def _merged(parts: Tensor, definition: Definition) -> _Statistics:
     columns = parts.shape[1] // 2
     counts, means, squares = parts.split([1, columns, columns], dim=1)
     count = counts.sum()
-    mean = (counts * means).sum(0) / count.clamp(min=1)
+    # Relative to the mean of a part that has rows, a column that is constant in all of them has exactly its value.
+    start = means.index_select(0, (counts[:, 0] > 0).to(torch.int8).argmax()[None])[0]
+    mean = start + (counts * (means - start)).sum(0) / count.clamp(min=1)
     square = (squares + counts * (means - mean).square()).sum(0)
     if not definition.normalise:
         return _Statistics(

@@ -111,5 +111,5 @@ def make_supervised(
         torch.manual_seed(derive(seed, "weights of the encoder"))
         encoder = make_encoder(config.model, features)
         torch.manual_seed(derive(seed, "weights of the head"))
-        head = RegressionHead(encoder.out_features, config.supervised.head_dropout)
+        head = RegressionHead(encoder.out_features, dropout=config.supervised.head_dropout)
     return Supervised(encoder, head, config.supervised, freeze, seed, record)

@@ -192,11 +192,11 @@ def standardise_kernel(
     z_a, z_b, partial, hat, statistics, terms,
     rows, columns, stride_a, stride_b, chunk_rows, chunks, eps, eps_low,
     CENTER: tl.constexpr, OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
-    VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
+    NEAR: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
 ):  # fmt: skip
-    """hat (2, rows, columns), all statistics but 1 - c, and partial sums (chunks, columns) of what that is made of.
+    """hat (2, rows, columns), all statistics but target - c, and partial sums (chunks, columns) of what that is of.
 
-    That is (â - b̂)^2, or â b̂ unless NORMALISE.
+    These are (â - b̂)^2 if NEAR, else â b̂.
     """
     C: tl.constexpr = partial.dtype.element_ty
     program = tl.program_id(0).to(tl.int64)
@@ -231,17 +231,17 @@ def standardise_kernel(
         at = hat + row[:, None] * stride + cols[None, :]
         tl.store(at, a.to(hat.dtype.element_ty), mask=mask)
         tl.store(at + rows * stride, b.to(hat.dtype.element_ty), mask=mask)
-        sum += tl.where(mask, (a - b) * (a - b) if NORMALISE else a * b, 0.0)
+        sum += tl.where(mask, (a - b) * (a - b) if NEAR else a * b, 0.0)
     tl.store(terms + chunk * columns + cols, tl.sum(sum, axis=0), mask=wanted)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "chunks", "eps", "eps_low"])
-def deficit_kernel(
-    terms, statistics, rows, columns, chunks, eps, eps_low,
-    OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
+@triton.jit(do_not_specialize=["rows", "columns", "chunks", "target", "target_low", "eps", "eps_low"])
+def gap_kernel(
+    terms, statistics, rows, columns, chunks, target, target_low, eps, eps_low,
+    OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NEAR: tl.constexpr,
     MERGE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """1 - c of every column, if NORMALISE without cancellation where the views nearly agree."""
+    """target - c of every column, as csrc/barlow_twins.h has it."""
     C: tl.constexpr = statistics.dtype.element_ty
     eps = number(eps, eps_low, C)
     cols = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
@@ -251,10 +251,10 @@ def deficit_kernel(
     statistics += cols
     r_a = tl.load(statistics, mask=wanted, other=0.0)
     r_b = tl.load(statistics + columns, mask=wanted, other=0.0)
-    if NORMALISE:
+    if NEAR:
         mean += shrinkage(r_a, count, eps, OUTSIDE, UNBIASED) + shrinkage(r_b, count, eps, OUTSIDE, UNBIASED)
-    deficit = mean * 0.5 if NORMALISE else 1 - mean
-    tl.store(statistics + 2 * columns.to(tl.int64), deficit, mask=wanted)
+    gap = mean * 0.5 if NEAR else number(target, target_low, C) - mean
+    tl.store(statistics + 2 * columns.to(tl.int64), gap, mask=wanted)
 
 
 @triton.jit(do_not_specialize=["size", "share"])
@@ -296,15 +296,15 @@ def correlation_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "count", "rows", "columns", "lambd", "lambd_low", "scale", "scale_low", "lack", "lack_low",
+        "count", "rows", "columns", "lambd", "lambd_low", "scale", "scale_low", "target", "target_low",
     ]
 )  # fmt: skip
 def loss_kernel(
     partial, statistics, loss, components, count, rows, columns,
-    lambd, lambd_low, scale, scale_low, lack, lack_low,
+    lambd, lambd_low, scale, scale_low, target, target_low,
     WITH_DIAGONAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The loss and its components from the partial sums of the energy and from 1 - c."""
+    """The loss and its components from the partial sums of the energy and from target - c."""
     C: tl.constexpr = statistics.dtype.element_ty
     at = tl.arange(0, BLOCK)
     sum = tl.zeros((BLOCK,), C)
@@ -313,14 +313,13 @@ def loss_kernel(
     on = tl.zeros((BLOCK,), C)
     trace = tl.zeros((BLOCK,), C)
     diagonal = tl.zeros((BLOCK,), C)
-    deficits = statistics + 2 * columns.to(tl.int64)
-    lack = number(lack, lack_low, C)
+    gaps = statistics + 2 * columns.to(tl.int64)
+    target = number(target, target_low, C)
     for i in range(0, columns, BLOCK):
         mask = i + at < columns
-        d = tl.load(deficits + i + at, mask=mask, other=0.0)
-        c = tl.where(mask, 1 - d, 0.0)
-        apart = tl.where(mask, d - lack, 0.0)
-        on += apart * apart
+        gap = tl.load(gaps + i + at, mask=mask, other=0.0)
+        c = tl.where(mask, target - gap, 0.0)
+        on += gap * gap
         trace += c
         diagonal += c * c
     b = rows.to(C)
@@ -419,15 +418,15 @@ def projection_kernel(
 
 @triton.jit
 def column_gradient(
-    partial, chunks, rows, columns, cols, wanted, r, deficit, alpha, beta, diagonal, lack, eps,
+    partial, chunks, rows, columns, cols, wanted, r, gap, alpha, beta, diagonal, target, eps,
     OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
     MERGE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Weight of the partner and of the own column in the gradient of one column."""
     sum = merged_sum(partial, chunks, columns, cols, wanted, MERGE, WIDTH)
     count = tl.zeros((WIDTH,), sum.dtype) + rows.to(sum.dtype)
-    c = 1 - deficit
-    weight = beta * (deficit - lack + diagonal * c)
+    c = target - gap
+    weight = beta * (gap + diagonal * c)
     factor = projection(r, count, eps, OUTSIDE, UNBIASED, NORMALISE)
     return weight, factor * (alpha * divide(sum, count) - weight * c)
 
@@ -435,13 +434,13 @@ def column_gradient(
 @triton.jit(
     do_not_specialize=[
         "rows", "columns", "stride_a", "stride_b", "chunk_rows", "chunks", "power", "lambd", "lambd_low",
-        "scale", "scale_low", "lack", "lack_low", "eps", "eps_low",
+        "scale", "scale_low", "target", "target_low", "eps", "eps_low",
     ]
 )  # fmt: skip
 def gradient_kernel(
     m_a, m_b, view_a, view_b, gram_a, gram_b, statistics, partial, upstream, grad_a, grad_b,
     rows, columns, stride_a, stride_b, chunk_rows, chunks, power,
-    lambd, lambd_low, scale, scale_low, lack, lack_low, eps, eps_low,
+    lambd, lambd_low, scale, scale_low, target, target_low, eps, eps_low,
     OUTSIDE: tl.constexpr, UNBIASED: tl.constexpr, NORMALISE: tl.constexpr,
     GRAD_A: tl.constexpr, GRAD_B: tl.constexpr, NARROW: tl.constexpr, WITH_GRAM: tl.constexpr,
     GRAM: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, MERGE: tl.constexpr,
@@ -453,7 +452,7 @@ def gradient_kernel(
     size = columns.to(tl.int64)
     stride = size // VECTOR * VECTOR
     lambd = number(lambd, lambd_low, C)
-    lack = number(lack, lack_low, C)
+    target = number(target, target_low, C)
     eps = number(eps, eps_low, C)
     count = rows.to(C)
     beta = divide(2 * number(scale, scale_low, C) * tl.load(upstream).to(C), count)
@@ -462,18 +461,18 @@ def gradient_kernel(
     statistics += cols
     r_a = tl.load(statistics, mask=wanted, other=0.0)
     r_b = tl.load(statistics + size, mask=wanted, other=0.0)
-    deficit = tl.load(statistics + 2 * size, mask=wanted, other=0.0)
+    gap = tl.load(statistics + 2 * size, mask=wanted, other=0.0)
     mean_a = tl.load(statistics + 3 * size, mask=wanted, other=0.0)
     mean_b = tl.load(statistics + 4 * size, mask=wanted, other=0.0)
     stride_a = stride_a.to(tl.int64) // VECTOR * VECTOR
     stride_b = stride_b.to(tl.int64) // VECTOR * VECTOR
     weight_a, own_a = column_gradient(
-        partial, chunks if GRAD_A else 0, rows, columns, cols, wanted, r_a, deficit, alpha, beta, diagonal,
-        lack, eps, OUTSIDE, UNBIASED, NORMALISE, MERGE, WIDTH,
+        partial, chunks if GRAD_A else 0, rows, columns, cols, wanted, r_a, gap, alpha, beta, diagonal,
+        target, eps, OUTSIDE, UNBIASED, NORMALISE, MERGE, WIDTH,
     )  # fmt: skip
     weight_b, own_b = column_gradient(
-        partial + chunks * size, chunks if GRAD_B else 0, rows, columns, cols, wanted, r_b, deficit, alpha,
-        beta, diagonal, lack, eps, OUTSIDE, UNBIASED, NORMALISE, MERGE, WIDTH,
+        partial + chunks * size, chunks if GRAD_B else 0, rows, columns, cols, wanted, r_b, gap, alpha,
+        beta, diagonal, target, eps, OUTSIDE, UNBIASED, NORMALISE, MERGE, WIDTH,
     )  # fmt: skip
     for i in range(first, last, ROWS):
         row = i + tl.arange(0, ROWS)
@@ -502,8 +501,8 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _objective(definition, rows) -> tuple[float, ...]:
-    """lambd, scale and lack (csrc/barlow_twins.h), each in two parts."""
-    values = definition.lambd, definition.factor(rows), definition.lack(rows)
+    """lambd, scale and target (csrc/barlow_twins.h), each in two parts."""
+    values = definition.lambd, definition.factor(rows), definition.target(rows)
     return tuple(part for value in values for part in _parts(value))
 
 
@@ -533,7 +532,7 @@ def _with_rows(z: Tensor) -> Tensor:
 
 
 def standardise(z_a, z_b, definition, narrow) -> tuple[Tensor, Tensor]:
-    """hat (2, B, D) and statistics (5, D): r_a, r_b, 1 - c, mean_a, mean_b."""
+    """hat (2, B, D) and statistics (5, D): r_a, r_b, target - c, mean_a, mean_b."""
     rows, columns = z_a.shape
     compute, device = _compute_dtype(z_a.dtype), z_a.device
     z_a, z_b = _with_rows(z_a), _with_rows(z_b)
@@ -542,7 +541,7 @@ def standardise(z_a, z_b, definition, narrow) -> tuple[Tensor, Tensor]:
     grid = _Grid(rows, columns)
     partial = torch.empty(5, grid.chunks, columns, dtype=compute, device=device)
     terms = partial[4]
-    eps, scaling = _parts(definition.eps), _scaling(definition)
+    eps, scaling, near = _parts(definition.eps), _scaling(definition), definition.near
     vector = _vector(columns, z_a, z_b, hat)
     sizes = rows, columns, z_a.stride(0), z_b.stride(0), grid.rows, grid.chunks
     launch(
@@ -561,11 +560,12 @@ def standardise(z_a, z_b, definition, narrow) -> tuple[Tensor, Tensor]:
     launch(
         standardise_kernel, grid.programs, device,
         z_a, z_b, partial, hat, statistics, terms, *sizes, *eps, definition.center, *scaling,
-        vector, ROWS, WIDTH, MERGE,
+        near, vector, ROWS, WIDTH, MERGE,
     )  # fmt: skip
     launch(
-        deficit_kernel, grid.blocks, device,
-        terms, statistics, rows, columns, grid.chunks, *eps, *scaling, MERGE, WIDTH,
+        gap_kernel, grid.blocks, device,
+        terms, statistics, rows, columns, grid.chunks, *_parts(definition.target(rows)), *eps, *scaling[:2], near,
+        MERGE, WIDTH,
     )  # fmt: skip
     return hat, statistics
 
