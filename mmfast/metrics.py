@@ -251,7 +251,7 @@ def metrics_for(label_range: tuple[float, float] | None, task: str = "regression
     return _BY_RANGE.get((low, high)) or (_SYMMETRIC if low == -high else _ANY)
 
 
-def shown(value: float | None, decimals: int, factor: float = 1.0, sign: str = "-") -> str:
+def shown(value: float | None, decimals: int, factor: float = 1.0, *, sign: str = "-") -> str:
     """A value for people, ``-`` where a metric is undefined (NaN, or None as JSON keeps it)."""
     return "-" if value is None or math.isnan(value) else f"{factor * value:{sign}.{decimals}f}"
 
