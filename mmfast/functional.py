@@ -90,6 +90,14 @@ def barlow_twins_options(variant: str, **given: float | bool | None) -> dict[str
     return {**BARLOW_TWINS_VARIANTS["official"], **chosen, **checked}
 
 
+def resolved(sharing: Sharing, variant: str, debias: bool, **given: float | bool | None):
+    """Arguments of the op, and ``debias``, all looked at; what is wrong is raised on every process."""
+    try:
+        return barlow_twins_options(variant, **given), check_bool(OP, "debias", debias)
+    except (TypeError, ValueError) as error:
+        sharing.refuse(error)
+
+
 def evaluate_barlow_twins(
     z_a: Tensor,
     z_b: Tensor,
@@ -106,7 +114,7 @@ def evaluate_barlow_twins(
     """
     pooled = options.get("pooled", False)
     views = dict(zip(names, (z_a, z_b), strict=True))
-    if not (pooled or check_bool(OP, "debias", debias)) and sharing.across() is None:
+    if not (pooled or debias) and sharing.across() is None:
         sharing.check()
         if op == OP:
             return _two_views(z_a, z_b, **options, gram=gram)
@@ -216,8 +224,9 @@ def barlow_twins(
         Of several processes all raise the error of the lowest rank that has one, with that rank; also where
         arguments differ that must not: D, dtype, options, whether a gradient is required.
     """
-    options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
-    return evaluate_barlow_twins(z_a, z_b, options, debias, Sharing(stats, grad_convention, group))[0]
+    sharing = Sharing(stats, grad_convention, group)
+    options, debias = resolved(sharing, variant, debias, lambd=lambd, center=center, eps=eps, scale=scale)
+    return evaluate_barlow_twins(z_a, z_b, options, debias, sharing)[0]
 
 
 @torch.no_grad()
@@ -235,8 +244,9 @@ def barlow_twins_components(
     group: Any = None,
 ) -> BarlowTwinsComponents:
     """The parts of :func:`barlow_twins`, for the same arguments and at the cost of its forward pass."""
-    options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
-    _, components = evaluate_barlow_twins(z_a, z_b, options, debias, Sharing(stats, "true", group))
+    sharing = Sharing(stats, "true", group)
+    options, debias = resolved(sharing, variant, debias, lambd=lambd, center=center, eps=eps, scale=scale)
+    _, components = evaluate_barlow_twins(z_a, z_b, options, debias, sharing)
     return BarlowTwinsComponents(*components.unbind())
 
 
@@ -282,8 +292,8 @@ def multi_view_barlow_twins(
 
     Returns and raises what :func:`barlow_twins` does.
     """
-    options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
     sharing = Sharing(stats, grad_convention, group)
+    options, debias = resolved(sharing, variant, debias, lambd=lambd, center=center, eps=eps, scale=scale)
     return evaluate_multi_view(views, present, weights, options, debias, sharing)[0]
 
 
@@ -291,28 +301,10 @@ def evaluate_multi_view(
     views, present, weights, options, debias, sharing
 ) -> tuple[Tensor, dict[Pair, Tensor]]:
     """The loss, and its components (5,) by pair."""
-    if not isinstance(views, Mapping):
-        if not isinstance(views, Iterable) or isinstance(views, (str, bytes)):
-            raise TypeError(
-                "multi_view_barlow_twins: views must be a mapping or a sequence of tensors, "
-                f"got {told(views)}"
-            )
-        views = enumerate(views)
-    views = dict(views)
-    names = list(views)
-    if len(names) < 2:
-        raise UserError(f"multi_view_barlow_twins: there must be at least 2 views, got {len(names)}")
-    if options.get("pooled"):
-        raise UserError(
-            'multi_view_barlow_twins: variant must not be "vissl", whose statistics are those of two views'
-        )
-    if check_bool(OP, "debias", debias) and present is not None:
-        raise UserError("multi_view_barlow_twins: debias must be False where present is given, got True")
-    pairs = _pairs(names, weights)
-    definition = Definition(**options)
-    named = {f"views[{name!r}]": z for name, z in views.items()}
-    if isinstance(present, Mapping):
-        present = _present(present, names, named)
+    try:
+        views, named, pairs, present = _prepared(views, present, weights, options, debias)
+    except (TypeError, ValueError) as error:
+        sharing.refuse(error)
     if present is None and not debias and sharing.across() is None and _pair_by_pair(views, len(pairs)):
         sharing.check()
         check_views(named, 2)
@@ -324,11 +316,35 @@ def evaluate_multi_view(
             raise unusable(named) from None
         loss = sum(weight * terms[pair][0] for pair, weight in pairs.items())
         return loss, {pair: components for pair, (_, components) in terms.items()}
+    names = list(views)
     positions = [(names.index(m), names.index(n), weight) for (m, n), weight in pairs.items()]
     loss, components = barlow_twins_many(
-        named, positions, present, definition, debias=debias, sharing=sharing
+        named, positions, present, Definition(**options), debias=debias, sharing=sharing
     )
     return loss, dict(zip(pairs, components.unbind(), strict=True))
+
+
+def _prepared(views, present, weights, options, debias):
+    """Views by name, the same by their names in errors, weights by pair, and present as one tensor or None."""
+    if not isinstance(views, Mapping):
+        if not isinstance(views, Iterable) or isinstance(views, (str, bytes)):
+            rule = "must be a mapping or a sequence of tensors"
+            raise TypeError(f"multi_view_barlow_twins: views {rule}, got {told(views)}")
+        views = enumerate(views)
+    views = dict(views)
+    names = list(views)
+    if len(names) < 2:
+        raise UserError(f"multi_view_barlow_twins: there must be at least 2 views, got {len(names)}")
+    if options.get("pooled"):
+        raise UserError(
+            'multi_view_barlow_twins: variant must not be "vissl", whose statistics are those of two views'
+        )
+    if debias and present is not None:
+        raise UserError("multi_view_barlow_twins: debias must be False where present is given, got True")
+    named = {f"views[{name!r}]": z for name, z in views.items()}
+    if isinstance(present, Mapping):
+        present = _present(present, names, named)
+    return views, named, _pairs(names, weights), present
 
 
 # Up to so many rows in Gram form, or columns in direct form, times the pairs that a view is in, kernels of two

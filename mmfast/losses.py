@@ -17,6 +17,7 @@ from mmfast.functional import (
     checked_weights,
     evaluate_barlow_twins,
     evaluate_multi_view,
+    resolved,
 )
 from mmfast.ops.barlow_twins_checks import OP
 from mmfast.ops.barlow_twins_many import Sharing
@@ -47,12 +48,11 @@ class _BarlowTwins(nn.Module):
         self.stats, self.grad_convention, self.group = stats, grad_convention, group
         Sharing(stats, grad_convention).check()
 
-    def _options(self) -> dict[str, float | bool]:
-        names = ("variant", "lambd", "center", "eps", "scale")
-        return barlow_twins_options(**{name: getattr(self, name) for name in names})
-
-    def _sharing(self) -> Sharing:
-        return Sharing(self.stats, self.grad_convention, self.group)
+    def _settings(self) -> tuple[dict[str, float | bool], bool, Sharing]:
+        """Options, ``debias`` and ``sharing`` of a call: attributes may have been set since."""
+        sharing = Sharing(self.stats, self.grad_convention, self.group)
+        names = ("variant", "debias", "lambd", "center", "eps", "scale")
+        return *resolved(sharing, **{name: getattr(self, name) for name in names}), sharing
 
     def extra_repr(self) -> str:
         names = ("lambd", "center", "eps", "variant", "scale", "debias", "stats", "grad_convention")
@@ -87,12 +87,12 @@ class BarlowTwinsLoss(_BarlowTwins, TwoViewLoss):
     """
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        return self._kept(*evaluate_barlow_twins(z_a, z_b, self._options(), self.debias, self._sharing()))
+        return self._kept(*evaluate_barlow_twins(z_a, z_b, *self._settings()))
 
     @torch.no_grad()
     def components(self, z_a: Tensor, z_b: Tensor) -> BarlowTwinsComponents:
         """Components for other embeddings, with this loss's options; ``last`` stays as it is."""
-        _, components = evaluate_barlow_twins(z_a, z_b, self._options(), self.debias, self._sharing())
+        _, components = evaluate_barlow_twins(z_a, z_b, *self._settings())
         return BarlowTwinsComponents(*components.unbind())
 
 
@@ -114,8 +114,7 @@ class MultiViewBarlowTwinsLoss(_BarlowTwins):
         self.weights = None if weights is None else checked_weights(weights)
 
     def forward(self, views: Views, present: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
-        options, sharing = self._options(), self._sharing()
-        loss, self._last = evaluate_multi_view(views, present, self.weights, options, self.debias, sharing)
+        loss, self._last = evaluate_multi_view(views, present, self.weights, *self._settings())
         return loss
 
     @property

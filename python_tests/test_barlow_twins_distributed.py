@@ -1,6 +1,7 @@
 """Barlow Twins over processes with different data and numbers of rows, against one process that has all rows."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -263,7 +264,7 @@ def many(group, rows, views, present):
     leaves = mine(group, views, rows)
     start = sum(rows[: dist.get_rank(group)])
     present = None if present is None else present[start : start + len(leaves[0])]
-    loss = multi_view_barlow_twins(leaves, present, {(0, 1): 1.0, (1, 2): 0.3}, group=group)
+    loss = multi_view_barlow_twins(leaves, present, weights={(0, 1): 1.0, (1, 2): 0.3}, group=group)
     loss.backward()
     return loss.detach(), [z.grad for z in leaves]
 
@@ -275,7 +276,7 @@ def test_many_views(ranks, masked, columns):
     present = torch.rand(21, 3, generator=torch.Generator().manual_seed(0)) < 0.7 if masked else None
     results = ranks(many, ROWS[3], views, present, size=3)
     leaves = [z.clone().requires_grad_() for z in views]
-    loss = multi_view_barlow_twins(leaves, present, {(0, 1): 1.0, (1, 2): 0.3}, stats=None)
+    loss = multi_view_barlow_twins(leaves, present, weights={(0, 1): 1.0, (1, 2): 0.3}, stats=None)
     loss.backward()
     for found, _ in results:
         assert float(found) == pytest.approx(float(loss.detach()), rel=1e-11)
@@ -355,8 +356,15 @@ def failing(group, kind):
         options["debias"] = True
     if kind == "infinite":
         options["stats"] = "local"
+    words = {"a word for a number": ("lambd", "0.1"), "a word for a switch": ("debias", "no"),
+             "no such variant": ("variant", "best")}  # fmt: skip
+    if wrong and kind in words:
+        name, value = words[kind]
+        options[name] = value
     message = None
     try:
+        if kind == "weights":
+            multi_view_barlow_twins([z_a, z_b], weights={(0, 2 if wrong else 1): 1.0}, group=group)
         barlow_twins(z_a, z_b, **options)
     except (ValueError, TypeError) as error:
         message = f"{type(error).__name__}: {error}"
@@ -370,13 +378,17 @@ FAILURES = {
     "infinite": "UserError: {}z_b must be finite, got 1 NaN or infinite values of 48, the first (inf) in row 4, "
     "column 0{}",
     "shape": "UserError: {}z_b must have the shape of z_a (6, 8), got (5, 8){}",
-    "no tensor": "TypeError: {}z_a must be a tensor, got NoneType{}",
+    "no tensor": "TypeError: {}z_a must be a tensor, got None{}",
     "columns": "UserError: {}the number of columns must be the same on every rank, got [8, 8], [7, 7], [8, 8]",
     "dtype": "UserError: {}dtype must be the same on every rank, got torch.float64, torch.float32, torch.float64",
     "gradient": "UserError: {}that a gradient is required must be the same on every rank, got [True, False], "
     "[False, False], [True, False]",
     "lambd": "UserError: {}the options must be the same on every rank, got ",
     "stats": "UserError: {}stats must be one of 'global', 'local', None, got 'no'{}",
+    "a word for a number": "TypeError: {}lambd must be a number, got '0.1'{}",
+    "a word for a switch": "TypeError: {}debias must be True or False, got 'no'{}",
+    "no such variant": "UserError: {}variant must be one of ",
+    "weights": "UserError: multi_view_{}weights must name each pair of different views once (0, 1), got (0, 2){}",
     "few": "UserError: {}a batch must have at least 2 rows (a correlation over one sample is undefined), got 1 on "
     "the 3 ranks",
     "one row": "UserError: {}with stats='local' every rank must have at least 2 rows, got 6, 1, 6",
@@ -429,3 +441,37 @@ def no_communication(group):
 
 def test_a_rank_for_itself(ranks):
     assert isinstance(ranks(no_communication)[0], float)
+
+
+def without_deprecated_collectives(group, size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        for gram in (True, False):
+            z_a, z_b = mine(group, batch(sum(ROWS[size]), 20), ROWS[size])
+            sharing = Sharing(group=group)
+            evaluate_barlow_twins(z_a, z_b, barlow_twins_options("official"), sharing=sharing, gram=gram)[
+                0
+            ].backward()
+        with pytest.raises(ValueError, match="must be the same on every rank"):
+            barlow_twins(z_a, z_b, 0.1 * dist.get_rank(group), group=group)
+
+
+def test_no_collective_is_deprecated(ranks):
+    ranks(without_deprecated_collectives, 2, size=2)
+
+
+def constant_columns(group, size, variant):
+    """Their gradient on this rank, also where their number is nothing to divide by a count of rows."""
+    views = batch(sum(ROWS[size]), 20)
+    for z in views:
+        z[:, :3] = torch.tensor([0.1, 1 / 3, 1e5 / 7])
+    leaves = mine(group, views, ROWS[size])
+    barlow_twins(*leaves, variant=variant, group=group).backward()
+    return [z.grad for z in leaves]
+
+
+@pytest.mark.parametrize("variant", ["catalyst", "monai", "vissl"])
+def test_columns_constant_on_all_ranks_get_no_gradient(ranks, variant):
+    for grads in ranks(constant_columns, 3, variant, size=3):
+        assert all(not g[:, :3].any() and g.isfinite().all() and g[:, 3:].any() for g in grads)

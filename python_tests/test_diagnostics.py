@@ -227,7 +227,11 @@ def test_a_file_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch
     ("arguments", "options", "message"),
     [
         ((*views(4, 3), "x.png"), {"shown": 0}, "plot_cross_correlation: shown must be at least 1, got 0"),
-        ((torch.ones(3), torch.ones(3), "x.png"), {}, "barlow_twins: z_a must have shape (B, D), got (3,)"),
+        (
+            (torch.ones(3), torch.ones(3), "x.png"),
+            {},
+            "plot_cross_correlation: z_a must have shape (B, D), got (3,)",
+        ),
     ],
 )
 def test_invalid_arguments(arguments, options, message):

@@ -15,7 +15,7 @@ All of it is PyTorch around ``mmfast/ops/products.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -66,6 +66,13 @@ class Sharing(NamedTuple):
         """The process group, or None where this process is alone."""
         check_group("barlow_twins", self.group)
         return None if self.stats is None else world(self.group)
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Raises on every process an error that this one met before it spoke to the others."""
+        group = self.across()
+        if group is not None:
+            agree(OP, group, 0, {}, error)
+        raise error
 
     def check(self) -> None:
         for name, value, choices in (

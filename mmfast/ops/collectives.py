@@ -51,7 +51,9 @@ class Ranks(NamedTuple):
             return lambda: x[None]
         from torch.distributed import _functional_collectives as collectives
 
-        every = collectives.all_gather_tensor(x[None].contiguous(), 0, self.group)
+        # Since PyTorch 2.13 under another name, which warns of the first.
+        gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+        every = gather(x[None].contiguous(), 0, self.group)
         return lambda: collectives.wait_tensor(every)
 
     def stack(self, x: Tensor) -> Tensor:
