@@ -58,8 +58,9 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,
 part build 120 env MMFAST_CUDA=1 MMFAST_NATIVE=1 MMFAST_CUDA_ARCHS="$capability" "$python" setup.py build_ext --inplace
 part info 30 "$python" -m mmfast info
 tests=("$python" -m pytest -p no:cacheprovider -q --tb=short)
-part gpu 90 "${tests[@]}" python_tests/test_{gpu,backends,augment}.py
-part loss 90 "${tests[@]}" python_tests/test_{barlow_twins,products}.py
+every=(env MMFAST_ROTATION=all) # also the cases that take turns elsewhere
+part gpu 90 "${every[@]}" "${tests[@]}" python_tests/test_{gpu,backends,augment}.py
+part loss 90 "${every[@]}" "${tests[@]}" python_tests/test_{barlow_twins,products}.py
 part benchmarks 160 "$python" benchmarks/gpu.py --out "$out/results.json" --seconds 130
 
 cases='(loss_and_gradients and float32 and (33 or 600) or views_are and float32) and cuda-cuda'

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import rotation
 import torch
 from hypothesis import settings
 
@@ -16,6 +17,23 @@ if not torch.cuda.is_available():
 # Shared 2-core machines are slow now and then: examples have no deadline, and a fixed seed makes runs repeat.
 settings.register_profile("mmfast", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("mmfast")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves out the marked cases of which it is not the turn."""
+    turns = [(item, rotation.mine(rotation.slice_of(item))) for item in items]
+    items[:] = [item for item, runs in turns if runs]
+    config.left_out = [item for item, runs in turns if not runs]
+    config.hook.pytest_deselected(items=config.left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left := len(getattr(config, "left_out", ())):
+        number = rotation.chosen()
+        terminalreporter.write_line(
+            f"slice {number} of {rotation.SLICES}: {left} cases wait for their turn; "
+            f"MMFAST_ROTATION={number} repeats this choice, MMFAST_ROTATION=all runs everything"
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -220,6 +220,7 @@ def test_samples_are_as_large_as_the_cuda_kernels_count():
             _check_cuda_limits(Chains((), (), ()), [(1, 1), (steps, features)])
 
 
+@pytest.mark.rotation
 @pytest.mark.parametrize("front", [False, True])
 @pytest.mark.parametrize("backend", ["kernel", "reference"])
 def test_gradients_of_every_order(target, front, backend):

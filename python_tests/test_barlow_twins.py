@@ -77,6 +77,7 @@ def test_gradcheck(center, gram, backend):
     )
 
 
+@pytest.mark.rotation
 @ALL_BACKENDS
 @FORMS
 @CENTER
@@ -371,6 +372,7 @@ def test_an_option_that_is_set_later_is_looked_at():
         loss(*views(6, 9))
 
 
+@pytest.mark.rotation
 @ALL_BACKENDS
 @SHAPES
 @CENTER

@@ -77,6 +77,7 @@ def truth(views, variant, upstream, debias=False, gram=None):
     return loss.detach(), [z.grad for z in leaves]
 
 
+@pytest.mark.rotation
 @SIZES
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])

@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # Memory.
 
 
+@pytest.mark.rotation
 @ALL_BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @SHAPES
@@ -185,6 +186,7 @@ def gradient_bound(z_a, z_b, truth, lambd, center=True):
     return 2 * rounding + unit * (plain[1] - on[1]).norm()
 
 
+@pytest.mark.rotation
 @NARROW
 @FORMS
 @CENTER
@@ -248,6 +250,7 @@ def test_only_half_types_are_narrow(dtype):
 # GPU kernels.
 
 
+@pytest.mark.rotation
 @BACKENDS
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)

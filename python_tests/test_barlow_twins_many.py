@@ -79,6 +79,7 @@ def agree(ours, truth, tolerance):
         assert x.shape == y.shape and relative_error(x, y) < tolerance
 
 
+@pytest.mark.rotation
 @ROADS
 @VARIANTS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -4,10 +4,11 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
+import rotation
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_augment import calls, check_exact_counts
 from triton_help import DEVICE, INTERPRETED, assert_rounded, inside, red_zones, to_device
@@ -20,8 +21,6 @@ from mmfast.ops.plan import MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, ch
 from mmfast.triton import augment as kernels
 from mmfast.triton.random import normals, normals_at, words
 
-# On a GPU nearly every example is a kernel to compile, for a second or two.
-EXAMPLES = 150 if INTERPRETED else 40
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -58,7 +57,7 @@ def large_blocks():
         yield
 
 
-@settings(max_examples=EXAMPLES)
+@rotation.examples(150)
 @given(calls())
 def test_plans_are_bit_equal(large_blocks, call):
     batch, shapes, views, lengths, ids, seed, _, _ = call
@@ -116,7 +115,7 @@ def compare(xs, lengths, seed, ids, table, front, grads=None, plan=None, tensors
             assert_rounded(out.cpu(), good)
 
 
-@settings(max_examples=EXAMPLES // 5)
+@rotation.examples(30)
 @given(calls(), st.sampled_from(DTYPES))
 def test_apply_and_adjoint(large_blocks, call, dtype):
     batch, shapes, views, lengths, ids, seed, front, generator = call
@@ -137,6 +136,7 @@ def example(dtype=torch.float32, noise=True):
     return xs, lengths, torch.tensor([11]), None, table
 
 
+@pytest.mark.rotation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("front", [False, True])
 def test_every_kind_of_step(front, dtype):

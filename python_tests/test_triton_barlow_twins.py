@@ -69,6 +69,7 @@ def close(actual, expected, dtype, scale=1.0, floor=0.0):
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance * largest)
 
 
+@pytest.mark.rotation
 @pytest.mark.parametrize("gram", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rows, columns", [(3, 1), (5, 130), (16, 64), (67, 70), (400, 5)])
@@ -102,6 +103,7 @@ def test_half_embeddings_in_wide_form(dtype):
             assert_rounded(grad.cpu(), good.to(dtype).cpu())
 
 
+@pytest.mark.rotation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 @pytest.mark.parametrize("center", [True, False])
 def test_standardise(center, dtype):
