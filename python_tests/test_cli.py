@@ -362,5 +362,5 @@ def test_output_is_quiet(made, tmp_path, capfd):
     train("finetune", tmp_path, "--supervised.epochs=1")
     out, error = capfd.readouterr()
     assert error == ""
-    assert out.startswith("trained on 28 samples for 1 epochs, best validation MAE")
+    assert out.startswith("trained on 28 samples for 1 epochs (4 steps), best validation MAE")
     assert os.fspath(tmp_path / "best.ckpt") in out

@@ -306,6 +306,27 @@ def test_folds_test_every_sample_once():
         make_splits(data, DataConfig(fold=5), seed=0)
 
 
+def test_optimiser_steps_are_counted_and_too_few_of_them_are_warned_about(tmp_path, capsys):
+    folder = train("pretrain", tmp_path / "few")
+    out = capsys.readouterr().out
+    # 57 inputs in batches of 16, the incomplete one dropped, in 4 epochs.
+    assert "pre-trained on 57 samples for 4 epochs (12 steps): loss" in out
+    assert "warning: 12 optimiser steps of pre-training (3 an epoch) are fewer than 150" in out
+    assert result(folder)["steps"] == checkpoint(folder / "last.ckpt")["global_step"] == 12
+    folder = train("pretrain", tmp_path / "enough", "--pretraining.batch_size=2", "--pretraining.epochs=6")
+    assert "warning" not in capsys.readouterr().out
+    assert result(folder)["steps"] == 168
+    folder = train("finetune", tmp_path / "fine", "--supervised.epochs=2")
+    assert "for 2 epochs (8 steps), best validation MAE" in capsys.readouterr().out
+    assert result(folder)["steps"] == checkpoint(folder / "last.ckpt")["global_step"] == 8
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(1, True), (8, False)])
+def test_training_whose_best_epoch_is_the_last_says_so(epochs, warned, tmp_path, capsys):
+    train("finetune", tmp_path, "--supervised.lr=0.1", f"--supervised.epochs={epochs}")
+    assert ("warning: the last epoch was the best" in capsys.readouterr().out) == warned
+
+
 def test_a_single_batch_takes_all_samples_of_a_small_set(tmp_path, capsys):
     train("pretrain", tmp_path, "--pretraining.batch_size=170", "--pretraining.epochs=1")
     assert "only 57 samples, fewer than one batch of 170" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from mmfast.training.parsing import config_parser, sections
 from mmfast.training.presets import PRESETS
 from mmfast.training.refusals import Settings, in_plain_words, wrong_arguments
 
-SPLITS = ("train", "valid", "test", "unlabelled", "all")
+SPLITS = ("train", "valid", "test", "unlabelled", "all", "unseen")
 
 
 def pretrain(argv: list[str]) -> Any:

@@ -17,8 +17,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
 
-# The entry that says what a checkpoint is: {"kind", "config", "features", "standardiser", ...}.
+# The entry that says what a checkpoint is, and what that holds.
 RECORD = "mmfast"
+KEYS = ("kind", "config", "features", "standardiser", "label_range", "freeze", "data", "seen")
 PRETRAINING, SUPERVISED = "pretraining", "supervised"
 
 
@@ -114,6 +115,11 @@ def read_checkpoint(path: str | os.PathLike, kind: str | None = None) -> dict[st
     record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
     if not isinstance(record, dict) or "state_dict" not in checkpoint:
         raise UserError(f"checkpoint {path}: not written by mmfast, it holds no {RECORD!r} record")
+    missing = [key for key in KEYS if key not in record]
+    if missing:
+        raise UserError(
+            f"checkpoint {path}: written by another version of mmfast, its record lacks {missing[0]!r}"
+        )
     if kind is not None and record["kind"] != kind:
         raise UserError(f"checkpoint {path}: must be of a {kind} run, got one of a {record['kind']} run")
     return checkpoint

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mmfast.data import MultimodalDataset, Standardiser, load
+from mmfast.data import Standardiser
 from mmfast.errors import UserError
 from mmfast.files import write_json
 from mmfast.metrics import shown
@@ -26,7 +26,9 @@ from mmfast.training.fitting import BEST, LAST
 from mmfast.training.folder import CONFIG, claim, examine
 from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
-from mmfast.training.splits import check_aligned, check_range, load_data, make_splits, select
+from mmfast.training.restored import restore
+from mmfast.training.seen import Overlap
+from mmfast.training.splits import check_range, load_data, make_splits
 
 
 def pretrain(given: Any) -> None:
@@ -36,12 +38,13 @@ def pretrain(given: Any) -> None:
     with _sitting("pretrain", config.run):
         examine(folder, settings, given.resume)
         splits = make_splits(load_data(config.data), config.data, config.run.seed)
-        place = claim(folder, settings, given.resume, {"data.path": splits.fingerprint})
-        result = runs.pretrain(config, splits, place)
+        place = claim(folder, settings, given.resume, {"data.path": splits.identity})
+        result = runs.pretrain(config, splits, _announced(place, runs.few_steps(config, splits)))
     last = result["history"][-1]
     print(
-        f"pre-trained on {result['samples']['inputs']} samples for {result['epochs']} epochs: "
-        f"loss {last['train_loss']:.4g}, mean diagonal {last['train_mean_diagonal']:.3f}; encoder in {folder / LAST}"
+        f"pre-trained on {result['samples']['inputs']} samples for {result['epochs']} epochs "
+        f"({result['steps']} steps): loss {last['train_loss']:.4g}, mean diagonal "
+        f"{last['train_mean_diagonal']:.3f}; encoder in {folder / LAST}"
     )
 
 
@@ -60,13 +63,17 @@ def finetune(given: Any) -> None:
     with _sitting("finetune", config.run):
         examine(folder, settings, given.resume)
         splits = make_splits(load_data(config.data), config.data, config.run.seed, standardiser)
-        inputs = {"data.path": splits.fingerprint, "from": source and fingerprint(source)}
+        inputs = {"data.path": splits.identity, "from": source and fingerprint(source)}
         place = claim(folder, settings, given.resume, inputs)
         result = runs.finetune(config, splits, place, source and Path(source), given.freeze)
     print(
-        f"trained on {result['samples']['train']} samples for {result['epochs']} epochs, best validation MAE "
-        f"{result['valid_loss']:.4f} in epoch {result['best_epoch'] + 1}: {folder / BEST}"
+        f"trained on {result['samples']['train']} samples for {result['epochs']} epochs ({result['steps']} steps), "
+        f"best validation MAE {result['valid_loss']:.4f} in epoch {result['best_epoch'] + 1}: {folder / BEST}"
     )
+    if result["best_epoch"] + 1 == config.supervised.epochs:
+        print("warning: the last epoch was the best, so more of them (supervised.epochs) may be better")
+    for name, count in result["seen"].items():
+        _warn(f"finetune: of the {result['samples'][name]} {name} samples, {Overlap(**count)}")
     if result["metrics"] is not None:
         print(f"test, {result['samples']['test']} samples:\n{_lines(result['metrics'])}")
 
@@ -87,24 +94,34 @@ def experiment(given: Any) -> None:
 
 def evaluate(given: argparse.Namespace) -> None:
     """``mmfast evaluate``: metrics of a checkpoint on a split."""
-    module, dataset, label_range = _restore(given)
+    module, dataset, label_range, seen, own = restore(given.checkpoint, given.data, given.split)
     dataset = dataset.subset(~dataset.labels.isnan())
     if len(dataset) == 0:
         raise UserError(f"evaluate: the {given.split} split holds no labelled samples")
+    overlap = seen.overlap(dataset)
+    if (overlap.labels or overlap.selection) and not (own and given.split in ("train", "valid")):
+        raise UserError(
+            f"evaluate: the {given.split} split must hold no sample that {given.checkpoint} was trained on, got "
+            f"{overlap} of {len(dataset)}; --split unseen leaves them out"
+        )
     check_range(dataset, label_range, f"the range of the labels that {given.checkpoint} was trained on")
     metrics = measure(predictions_of(module, dataset), dataset.labels, label_range)
     if given.out:
         write_json(given.out, metrics)
     print(f"{given.split}, {len(dataset)} samples:\n{_lines(metrics)}")
+    if any(overlap):
+        _warn(f"evaluate: of {len(dataset)} samples, {overlap}")
 
 
 def predict(given: argparse.Namespace) -> None:
     """``mmfast predict``: a CSV of name, prediction and truth."""
-    module, dataset, _ = _restore(given)
+    module, dataset, _, seen, _ = restore(given.checkpoint, given.data, given.split)
     if len(dataset) == 0:
         raise UserError(f"predict: the {given.split} split holds no samples")
     write_predictions(Path(given.out), dataset, predictions_of(module, dataset))
     print(f"{len(dataset)} predictions: {given.out}")
+    if any(overlap := seen.overlap(dataset)):
+        _warn(f"predict: of {len(dataset)} samples, {overlap}; --split unseen leaves them out")
 
 
 @contextlib.contextmanager
@@ -131,27 +148,17 @@ def _sitting(command: str, run: RunConfig) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _restore(
-    given: argparse.Namespace,
-) -> tuple[torch.nn.Module, MultimodalDataset, tuple[float, float]]:
-    """The network, the chosen samples standardised as those it was trained on, and the range of its labels."""
-    module, config, standardiser, record = runs.restore(Path(given.checkpoint))
-    if given.data is None:
-        dataset = select(load_data(config.data), given.split, config.data)
-    else:
-        dataset = select(load(given.data), given.split)
-    wanted = module.encoder.features
-    if dataset.features != wanted:
-        raise UserError(
-            f"{given.checkpoint}: was trained on the features {_sizes(wanted)}, "
-            f"the data have {_sizes(dataset.features)}"
-        )
-    check_aligned(dataset)
-    return module, standardiser.transform(dataset), record["label_range"]
+@contextlib.contextmanager
+def _announced(place: runs.Place, sentence: str | None) -> Iterator[Path]:
+    """``place``, and then the sentence, if any: what is refused is not warned about."""
+    with place as folder:
+        if sentence is not None:
+            print(f"warning: {sentence}")
+        yield folder
 
 
-def _sizes(features: Mapping[str, int]) -> str:
-    return ", ".join(f"{modality} {size}" for modality, size in features.items())
+def _warn(sentence: str) -> None:
+    print(f"mmfast: warning: {sentence}", file=sys.stderr)
 
 
 def _lines(metrics: Mapping[str, float]) -> str:

@@ -135,7 +135,7 @@ class PretrainingConfig:
 
     Args:
         lr: Learning rate. The thesis prints 3e-6, yet its code ran 1e-3, for the printed value was never read.
-        epochs: Passes over all inputs.
+        epochs: Passes over all inputs. Fewer than 150 optimiser steps in all are warned about.
         batch_size: Samples per step. The last incomplete batch is dropped; a data set smaller than one batch makes
             a single batch of all its samples.
     """

@@ -25,7 +25,7 @@ from mmfast.training.fitting import LAST
 from mmfast.training.folder import PREDICTIONS, claim, examine, finished, load_result, save_result
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import measure, read_predictions, write_predictions
-from mmfast.training.splits import Splits, load_data, make_splits, require_labels
+from mmfast.training.splits import Splits, identity, load_data, make_splits, require_labels
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
     units = units_of(config, experiment, data)
     if not begun:
         _accept(config, experiment, units, data)
-    with claim(root, settings, None, {"data.path": data.fingerprint()}):
+    with claim(root, settings, None, {"data.path": identity(data)}):
         began = time.monotonic()
         _run_all(config, experiment, units)
         log.info("all runs complete after %.0f s", time.monotonic() - began)
@@ -128,6 +128,7 @@ def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData)
 def _accept(config: Config, experiment: ExperimentConfig, units: list[Unit], data: MultimodalData) -> None:
     """Refuse what any of the runs would, before the first of them starts."""
     methods = [METHODS[name] for name in experiment.methods]
+    sentences = {}
     # Folds differ in their samples; seeds only choose among them.
     for unit in (unit for unit in units if unit.seed == units[0].seed):
         own = unit.config(config)
@@ -135,7 +136,12 @@ def _accept(config: Config, experiment: ExperimentConfig, units: list[Unit], dat
         require_labels({"train": splits.train, "valid": splits.valid, "test": splits.test})
         if any(method.pretrained for method in methods):
             runs.prepare_pretraining(own, splits)
-        runs.prepare_finetuning(own, splits)
+            sentences[runs.few_steps(own, splits)] = None
+        module, _, _ = runs.prepare_finetuning(own, splits)
+        for name, count in runs.tested_on_seen(module, splits).items():
+            sentences[f"{unit}: of the {len(getattr(splits, name))} {name} samples, {count}"] = None
+    for sentence in filter(None, sentences):
+        log.info("warning: %s", sentence)
 
 
 def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) -> None:
@@ -198,7 +204,7 @@ def _run_unit(config: dict[str, Any], experiment: dict[str, Any], unit: Unit) ->
     splits = make_splits(load_data(config.data), config.data, unit.seed)
     if any(METHODS[name].pretrained for name in experiment.methods):
         result = _pretrain(_in(config, unit, root, PRETRAINED), splits)
-        log.info("%s, pre-training: %d epochs (%.0f s)", unit, result["epochs"], result["seconds"])
+        log.info("%s, pre-training: %d steps (%.0f s)", unit, result["steps"], result["seconds"])
     for name in experiment.methods:
         source = unit.folder(root) / PRETRAINED / LAST if METHODS[name].pretrained else None
         _log(unit, name, _finetune(_in(config, unit, root, name), splits, source, METHODS[name].frozen))
@@ -216,7 +222,7 @@ def _in(config: Config, unit: Unit, root: Path, name: str) -> Config:
 
 
 def _pretrain(config: Config, splits: Splits) -> dict[str, Any]:
-    folder, settings, inputs = Path(config.run.folder), asdict(config), {"data.path": splits.fingerprint}
+    folder, settings, inputs = Path(config.run.folder), asdict(config), {"data.path": splits.identity}
     if (done := finished(folder, settings, inputs)) is not None:
         return done
     return runs.pretrain(config, splits, claim(folder, settings, None, inputs))
@@ -226,7 +232,7 @@ def _finetune(config: Config, splits: Splits, source: Path | None, freeze: bool)
     folder = Path(config.run.folder)
     # Relative, so that a moved experiment is still the same.
     settings = {**asdict(config), "from": source and os.path.relpath(source, folder), "freeze": freeze}
-    inputs = {"data.path": splits.fingerprint}
+    inputs = {"data.path": splits.identity}
     if (done := finished(folder, settings, inputs)) is not None:
         return done
     return runs.finetune(config, splits, claim(folder, settings, None, inputs), source, freeze)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 
 import torch
 
@@ -36,6 +37,7 @@ class Splits:
         standardiser: fitted on ``inputs``.
         label_range: smallest and largest possible label.
         fingerprint: of the whole data set that they were made from.
+        identity: of the same with its order and ids, see :func:`identity`.
     """
 
     inputs: MultimodalDataset
@@ -45,6 +47,7 @@ class Splits:
     standardiser: Standardiser
     label_range: tuple[float, float]
     fingerprint: str
+    identity: str
 
     @property
     def features(self) -> dict[str, int]:
@@ -71,7 +74,7 @@ def make_splits(
     Raises:
         UserError: no training inputs, no such fold, or a share of labels that leaves none to train with.
     """
-    fingerprint = data.fingerprint()
+    fingerprint, known = data.fingerprint(), identity(data)
     parts = named_parts(data, config)
     train, valid, test = (parts[name] for name in ("train", "valid", "test"))
     inputs = _joined([train, parts["unlabelled"]])
@@ -91,7 +94,20 @@ def make_splits(
         valid = label_share(valid, config.label_share, derive(seed, "labels of valid"), least=1)
     phases = (inputs, _labelled(train), _labelled(valid), _labelled(test))
     standardised = (standardiser.transform(phase) for phase in phases)
-    return Splits(*standardised, standardiser, data.label_range, fingerprint)
+    return Splits(*standardised, standardiser, data.label_range, fingerprint, known)
+
+
+def identity(data: MultimodalData) -> str:
+    """32 hexadecimal digits for all of the data that a run depends on: their content, and also order and ids.
+
+    Order decides folds and batches, ids the draws of the augmentation.
+    """
+    hashed = blake2b(data.fingerprint().encode(), digest_size=16)
+    for name in ("train", "valid", "test", "unlabelled", "cross_validation"):
+        if (part := getattr(data, name)) is not None:
+            hashed.update(name.encode())
+            hashed.update(torch.stack([part.ids, part.fingerprints()]).numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[str, MultimodalDataset]:
