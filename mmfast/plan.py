@@ -176,9 +176,22 @@ class Plan:
     def _check(self):
         """Orders point into memory, so a plan from outside is not trusted."""
         batch, device = self.words.shape[0], self.words.device
-        for name, tensor in [("seed", self.seed), ("ids", self.ids), *(("lengths", n) for n in self.lengths)]:
-            if tensor is not None and tensor.device != device:
+        places = range(len(self.shapes)) if self.names is None else self.names
+        called = ["lengths" if self.names is None else f"lengths of {name!r}" for name in places]
+        sizes = {"seed": 1, "ids": batch} | dict.fromkeys(called, batch)
+        for (name, size), tensor in zip(sizes.items(), (self.seed, self.ids, *self.lengths), strict=True):
+            if tensor is None and name in called:
+                continue
+            if tensor.device != device:
                 raise UserError(f"Plan: {name} must be on {device} like words, got {tensor.device}")
+            if tensor.dtype != torch.int64 or tensor.shape != (size,):
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"Plan: {name} must be int64 of shape ({size},), got {dtype} of shape {tuple(tensor.shape)}"
+                )
+        for name, length, (steps, _) in zip(called, self.lengths, self.shapes, strict=True):
+            if length is not None and (wrong := (length < 0) | (length > steps)).any():
+                raise UserError(f"Plan: {name} must be in [0, {steps}], got {int(length[wrong][0])}")
         width = plan_width(self.chains.steps_per_view, self.chains.rows, self.shapes)
         if self.words.dtype != torch.int32 or self.words.shape != (batch, width):
             raise ValueError(

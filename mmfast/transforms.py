@@ -141,7 +141,7 @@ class _Augmentation(nn.Module):
             words = augment_draw(seed, ids, lengths, table, batch, shapes)
         except LengthsError as error:
             where = "lengths" if names is None else f"lengths of {names[error.modality]!r}"
-            raise LengthsError(op, where, error.modality, error.steps, error.got) from None
+            raise LengthsError(op, error.modality, error.steps, error.got, where) from None
         return names, xs, shapes, lengths, table, seed, ids, words
 
     def draw(self, values, lengths=None, *, ids=None, seed=None, generator=None, padding="back") -> Plan:

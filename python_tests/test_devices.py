@@ -203,7 +203,7 @@ def test_plans_are_moved_with_all_they_hold():
         with pytest.raises(mmfast.UserError, match=f"Plan: {part} must be on cpu like words, got meta"):
             Plan.from_state_dict(state)
     state = plan.state_dict() | {"lengths": [lengths["text"].to(META), None]}
-    with pytest.raises(mmfast.UserError, match="Plan: lengths must be on cpu like words, got meta"):
+    with pytest.raises(mmfast.UserError, match="Plan: lengths of 'text' must be on cpu like words, got meta"):
         Plan.from_state_dict(state)
 
 

@@ -303,6 +303,17 @@ def test_damaged_plans_are_refused():
         Plan.from_state_dict(state | {"words": state["words"][:, :-1]})
     with pytest.raises(ValueError, match="order of view 0 step 1 must stay within the real time steps, got"):
         Plan.from_state_dict(state | {"words": torch.full_like(state["words"], 1000)})
+    for change, message in [
+        ({"ids": torch.tensor([1, 2])}, r"ids must be int64 of shape \(7,\), got int64 of shape \(2,\)"),
+        ({"seed": torch.tensor(8)}, r"seed must be int64 of shape \(1,\), got int64 of shape \(\)"),
+        ({"lengths": [n.int() for n in state["lengths"]]}, "lengths of 'text' must be int64 of .* got int32"),
+        (
+            {"lengths": [None, None, lengths["visual"] + 1]},
+            r"lengths of 'visual' must be in \[0, 9\], got 10",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=f"^Plan: {message}"):
+            Plan.from_state_dict(state | change)
     plan = Plan.from_state_dict(state)
     with pytest.raises(ValueError, match="values must have the batch size"):
         plan.apply({name: v[:3] for name, v in x.items()})

@@ -179,7 +179,7 @@ def _blank(dataset: MultimodalDataset, modality: str) -> Tensor:
     """(N,) bool: which samples have steps of the modality that are 0, NaN or inf throughout."""
     flat, lengths = dataset.flat(modality), dataset.lengths(modality)
     told = ((flat != 0) & flat.isfinite()).any(1)
-    sample = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    sample = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
     return (lengths > 0) & (torch.bincount(sample[told], minlength=len(lengths)) == 0)
 
 

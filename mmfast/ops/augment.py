@@ -75,16 +75,28 @@ def augment_apply(
     Derivatives of all orders and both modes, and ``torch.func`` transforms. A compiled graph with forward-mode
     derivatives or transforms inside is made of the reference: the compiler has no other way to see through an op.
     """
-    compiling = torch.compiler.is_compiling()
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transformed and compiling:
+    if (transformed := _transformed()) and torch.compiler.is_compiling():
         outs = reference.apply(xs, lengths, seed, ids, plan, chains, front, True)
     elif transformed or (torch.is_grad_enabled() and any(x.requires_grad for x in xs)):
-        function = _Apply if compiling else _ApplyWithTangents
-        outs = function.apply(chains, front, True, plan, seed, ids, len(xs), *lengths, *xs)
+        outs = _call_function(
+            _ApplyWithTangents if transformed else _Apply,
+            *(chains, front, True, plan, seed, ids, len(xs), *lengths, *xs),
+        )
     else:
         outs = torch.ops.mmfast.augment_apply(list(xs), list(lengths), seed, ids, plan, *chains, front, True)
     return [list(outs[v * len(xs) : (v + 1) * len(xs)]) for v in range(len(chains.steps_per_view))]
+
+
+def _transformed() -> bool:
+    """Whether transforms of ``torch.func`` or dual numbers are about, for which gradients are not all there is."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _call_function(function, *arguments):
+    """``function.apply``; without them it need not look up its signature, as long as a small call takes."""
+    if torch.compiler.is_compiling() or _transformed():
+        return function.apply(*arguments)
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 class _Apply(torch.autograd.Function):
@@ -146,9 +158,13 @@ def _linear(ctx, xs):
 
 def _transposed(ctx, grads):
     plan, seed, ids, *lengths = ctx.saved_tensors
+    arguments = *ctx.settings, plan, seed, ids, len(lengths), *lengths, *grads
     # What is compiled has no second derivative, and the compiler would pass a context to this forward.
-    function = _Adjoint.forward if torch.compiler.is_compiling() else _Adjoint.apply
-    return function(*ctx.settings, plan, seed, ids, len(lengths), *lengths, *grads)
+    return (
+        _Adjoint.forward(*arguments)
+        if torch.compiler.is_compiling()
+        else _call_function(_Adjoint, *arguments)
+    )
 
 
 def _over_batch(function):
@@ -226,19 +242,20 @@ def _triton():
 
 def _check_devices(op, source, device, ids, lengths, seed=None, plan=None, values=()):
     """Kernels take addresses: one that belongs to another device must not reach them."""
-    named = {"ids": ids, "seed": seed, "plan": plan}
-    named |= {f"lengths of modality {m}": length for m, length in enumerate(lengths)}
-    named |= {f"{source} of modality {m}": value for m, value in enumerate(values)}
-    for name, tensor in named.items():
+    for i, tensor in enumerate((ids, seed, plan, *lengths, *values)):
         if tensor is not None and tensor.device != device:
-            raise UserError(f"{op}: {name} must be on {device} like {source}, got {tensor.device}")
+            names = ["ids", "seed", "plan", *(f"lengths of modality {m}" for m in range(len(lengths)))]
+            names += [f"{source} of modality {m}" for m in range(len(values))]
+            raise UserError(f"{op}: {names[i]} must be on {device} like {source}, got {tensor.device}")
 
 
 class LengthsError(UserError):
     """Lengths out of range; ops know their modalities by number, callers may know a name."""
 
-    def __init__(self, op: str, name: str, modality: int, steps: int, got: int):
-        super().__init__(f"{op}: {name} must be in [0, {steps}], got {got}")
+    def __init__(self, op: str, modality: int, steps: int, got: int, name: str | None = None):
+        super().__init__(
+            f"{op}: {name or f'lengths of modality {modality}'} must be in [0, {steps}], got {got}"
+        )
         self.modality, self.steps, self.got = modality, steps, got
 
 
@@ -247,16 +264,15 @@ def _check_lengths(op, lengths, batch, shapes):
     for modality, (length, (steps, _)) in enumerate(zip(lengths, shapes, strict=True)):
         if length is None or batch == 0:
             continue
-        name = f"lengths of modality {modality}"
         if length.shape != (batch,) or length.dtype != torch.int64:
             raise ValueError(
-                f"{op}: {name} must be int64 of shape ({batch},), "
+                f"{op}: lengths of modality {modality} must be int64 of shape ({batch},), "
                 f"got {str(length.dtype).removeprefix('torch.')} of shape {tuple(length.shape)}"
             )
         if length.device.type == "cpu":
-            low, high = (int(end) for end in length.aminmax())
+            low, high = map(int, length.aminmax())
             if low < 0 or high > steps:
-                raise LengthsError(op, name, modality, steps, low if low < 0 else high)
+                raise LengthsError(op, modality, steps, low if low < 0 else high)
 
 
 def _arguments(batch, lengths, chains, shapes, front, seed, ids, width):
