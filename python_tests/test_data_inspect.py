@@ -98,9 +98,12 @@ def test_faults_of_single_samples_are_counted_and_named(tmp_path):
         {m: [rng.normal(size=(n, 2)) for n in lengths] for m, lengths in steps.items()},
         labels=[0.0, 3.5, math.nan, -9.0, 1.0],
         names=list("abcde"),
+        groups=["x", "x", "y", "z", "z"],
     )
     train.flat("audio")[3:8] = torch.tensor([[math.nan, 0.0]])  # the five steps of b
-    twin = MultimodalDataset({m: [train[0].values[m]] for m in steps}, [0.0], ids=[9], names=["twin"])
+    twin = MultimodalDataset(
+        {m: [train[0].values[m]] for m in steps}, [0.0], ids=[9], names=["twin"], groups=["z"]
+    )
     save(MultimodalData(train, test=twin, label_range=(-3, 3)), tmp_path / "a.npz")
     report = inspect(tmp_path / "a.npz")
     found = report.splits["train"]
@@ -116,5 +119,6 @@ def test_faults_of_single_samples_are_counted_and_named(tmp_path):
         "  1 sample (c) without any modality",
         "  1 sample (b) with a modality that is 0 or no number throughout; what is missing has no steps",
         "train and test share 1 sample (twin) of equal contents",
+        "train and test share 1 group (z)",
     ):
         assert text.count(line) == 1, line

@@ -187,7 +187,11 @@ def test_random_split_gives_every_part_a_sample():
         (lone(9)[0], (1.2, -0.4, 0.2), "shares must be three numbers"),
         (lone(9)[0], ("0.7", "0.1", "0.2"), "shares must be three numbers"),
         (lone(2, unlabelled=9)[0], (0.7, 0.1, 0.2), "2 labelled samples are too few"),
-        (MultimodalData(train=dataset(9)), (0.7, 0.1, 0.2), "only 1 of the 9 labelled samples differ"),
+        (
+            MultimodalData(train=dataset(9)),
+            (0.7, 0.1, 0.2),
+            "the 9 labelled samples are of only 1 contents, nothing is left",
+        ),
         (
             MultimodalData(lone(9)[1].subset([1, 2, 3]), valid=lone(9)[1].subset([4, 5])),
             (0.7, 0.1, 0.2),
@@ -208,3 +212,56 @@ def test_random_split_names_what_cannot_be_divided(data, shares, message):
 def test_label_share_keeps_at_least_as_many_as_asked_for_if_there_are():
     assert len(kept(label_share(dataset(20), 0.01, 0, least=1))) == 1
     assert len(kept(label_share(dataset(2, [math.nan] * 2), 0.01, 0, least=1))) == 0
+
+
+def grouped(sizes, unlabelled=0):
+    """One sample a number, in groups of these sizes; labels rise with the group; then samples without a label."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    groups = [f"speaker {g}" for g in group] + [f"speaker {i % len(sizes)}" for i in range(unlabelled)]
+    labels = [*(group / 10), *[math.nan] * unlabelled]
+    values = {"text": [np.full((1, 2), i) for i in range(len(labels))]}
+    return MultimodalDataset(values, labels, groups=groups)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_split_keeps_groups_together(seed):
+    whole = grouped([3, 1, 4, 1, 5, 9, 2, 6], unlabelled=16)
+    parts = random_split(MultimodalData(whole), (0.6, 0.2, 0.2), seed)
+    speakers = [set(part.groups) for part in (parts.train, parts.valid, parts.test)]
+    assert sum(map(len, speakers)) == len(set.union(*speakers)) == 8, "also those without a label"
+    assert sum(map(len, (parts.train, parts.valid, parts.test))) == len(whole)
+    order = np.random.default_rng(seed).permutation(len(whole))
+    again = random_split(MultimodalData(whole.subset(order)), (0.6, 0.2, 0.2), seed)
+    assert set(again.test.groups) == speakers[2]
+    two = MultimodalData(grouped([5, 5]))
+    with pytest.raises(UserError, match="the 10 labelled samples are of only 2 groups, nothing is left for"):
+        random_split(two, (0.6, 0.2, 0.2), seed)
+
+
+def test_random_split_takes_held_out_groups_and_contents_out_of_the_pool():
+    whole = grouped([2] * 10)
+    pool = MultimodalDataset(
+        {"text": [np.ones((3, 2)) * i for i in range(10)]},
+        ids=range(100, 110),
+        groups=[f"speaker {i}" for i in range(10)],
+    )
+    parts = random_split(MultimodalData(whole, unlabelled=pool), (0.6, 0.2, 0.2))
+    assert set(parts.unlabelled.groups) == set(parts.train.groups)
+    _, whole = lone(20)
+    twins = MultimodalDataset({"text": [s.values["text"] for s in whole]}, ids=range(100, 120))
+    parts = random_split(MultimodalData(whole, unlabelled=twins), (0.5, 0.25, 0.25))
+    held_out = torch.cat([parts.valid.fingerprints(), parts.test.fingerprints()])
+    assert len(parts.unlabelled) == 10 and not parts.unlabelled.among(held_out).any()
+
+
+def test_folds_keep_groups_together_and_follow_their_labels():
+    data = grouped([1, 2, 3, 4, 5] * 6)
+    tested = []
+    for fold in folds(data, 5, seed=1):
+        speakers = [set(part.groups) for part in fold]
+        assert all(speakers) and sum(map(len, speakers)) == len(set.union(*speakers)) == 30
+        assert len(speakers[2]) == 6 and abs(fold.test.labels.mean() - data.labels.mean()) < 0.4
+        tested += sorted(ids(fold.test))
+    assert sorted(tested) == list(range(len(data)))
+    with pytest.raises(UserError, match=r"n_folds must lie in \[2, groups = 3\]"):
+        folds(grouped([4, 4, 4]), 4)

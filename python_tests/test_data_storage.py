@@ -216,6 +216,24 @@ def test_data_for_cross_validation_alone_come_back(data, tmp_path):
     assert again.features == data.features and again.label_range == (-4, 4)
 
 
+def test_groups_come_back_and_stay_with_their_samples(data, tmp_path):
+    values = {"text": [np.full((1, 2), i) for i in range(3)]}
+    train = MultimodalDataset(values, groups=["a", "b", "a"])
+    other = MultimodalDataset(values, ids=[7, 8, 9])
+    save(MultimodalData(train, test=other), tmp_path / "a.npz")
+    again = read_saved(tmp_path / "a.npz")
+    assert again.train.groups == ["a", "b", "a"] and again.test.groups is None
+    assert (
+        again.train.subset([2, 1]).groups
+        == again.train.map(lambda m, x: x).subset([2, 1]).groups
+        == ["a", "b"]
+    )
+    joined = MultimodalDataset.concatenate([again.train, again.test])
+    assert joined.groups == ["a", "b", "a", "sample 7", "sample 8", "sample 9"]
+    with pytest.raises(UserError, match="groups must be 3 strings, one per sample, got 1"):
+        MultimodalDataset(values, groups=["a"])
+
+
 def test_nothing_is_pickled(data, tmp_path):
     path = Path(tmp_path / "data.npz")
     save(data, path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmfast.data import fingerprint
+from mmfast.data import arguments, fingerprint
 from mmfast.data.batch import PADDINGS, Sample, canonical
 from mmfast.errors import UserError
 
@@ -29,6 +29,8 @@ class MultimodalDataset(Dataset):
         labels: one number per sample, NaN for none; default all NaN.
         ids: one unique int64 per sample; default 0, 1, 2, ...
         names: one string per sample; default the ids.
+        groups: one string per sample, such as its speaker or its video; default none. `random_split` and `folds`
+            keep the samples of a group together, lest a network be tested on somebody that it was trained on.
 
     Raises:
         UserError: sizes that do not fit together, infinite labels, repeated ids.
@@ -40,11 +42,12 @@ class MultimodalDataset(Dataset):
         labels=None,
         ids=None,
         names: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
     ) -> None:
         flat, lengths = {}, {}
         for modality, samples in values.items():
-            where = [f"values[{modality!r}][{i}]{_named(names, i)}" for i in range(len(samples))]
-            arrays = [_float32(s, name, 2) for s, name in zip(samples, where, strict=True)]
+            where = [f"values[{modality!r}][{i}]{arguments.named(names, i)}" for i in range(len(samples))]
+            arrays = [arguments.float32(s, name, 2) for s, name in zip(samples, where, strict=True)]
             if not arrays:
                 raise UserError(
                     f"MultimodalDataset: values[{modality!r}] must hold at least one sample, got none; "
@@ -58,38 +61,45 @@ class MultimodalDataset(Dataset):
                     )
             flat[modality] = torch.cat(arrays)
             lengths[modality] = [len(a) for a in arrays]
-        self._set(flat, lengths, labels, ids, names)
+        self._set(flat, lengths, labels, ids, names, groups)
 
     @classmethod
-    def from_flat(cls, values: Mapping[str, Tensor], lengths, labels=None, ids=None, names=None):
+    def from_flat(cls, values: Mapping[str, Tensor], lengths, labels=None, ids=None, names=None, groups=None):
         """From modality -> (sum of lengths, F) of all samples' steps, and modality -> (N,) lengths."""
         self = cls.__new__(cls)
-        values = {m: _float32(v, f"values[{m!r}]", 2) for m, v in values.items()}
-        self._set(values, lengths, labels, ids, names)
+        values = {m: arguments.float32(v, f"values[{m!r}]", 2) for m, v in values.items()}
+        self._set(values, lengths, labels, ids, names, groups)
         return self
 
     @classmethod
     def from_padded(
-        cls, values: Mapping[str, Tensor], lengths, padding="back", labels=None, ids=None, names=None
+        cls,
+        values: Mapping[str, Tensor],
+        lengths,
+        padding="back",
+        labels=None,
+        ids=None,
+        names=None,
+        groups=None,
     ):
         """From modality -> (N, L, F), padded "back" or "front", and modality -> (N,) lengths up to L."""
         if padding not in PADDINGS:
             raise UserError(f'MultimodalDataset: padding must be "back" or "front", got {padding!r}')
         flat, counts = {}, {}
         for modality, value in values.items():
-            value = _float32(value, f"values[{modality!r}]", 3)
+            value = arguments.float32(value, f"values[{modality!r}]", 3)
             n, steps = value.shape[:2]
-            counts[modality] = count = _lengths(lengths, modality, n)
+            counts[modality] = count = arguments.lengths(lengths, modality, n)
             if n and count.max() > steps:
                 i = int(count.argmax())
                 raise UserError(
-                    f"MultimodalDataset: lengths[{modality!r}][{i}]{_named(names, i)} must be at most the {steps} "
-                    f"steps of its values, got {int(count[i])}"
+                    f"MultimodalDataset: lengths[{modality!r}][{i}]{arguments.named(names, i)} must be at most "
+                    f"the {steps} steps of its values, got {int(count[i])}"
                 )
             position = torch.arange(steps, device="cpu")
             real = position < count[:, None] if padding == "back" else position >= steps - count[:, None]
             flat[modality] = value[real]
-        return cls.from_flat(flat, counts, labels, ids, names)
+        return cls.from_flat(flat, counts, labels, ids, names, groups)
 
     @classmethod
     def empty(cls, features: Mapping[str, int]):
@@ -114,12 +124,16 @@ class MultimodalDataset(Dataset):
             torch.cat([d.labels for d in datasets]),
             torch.cat([d.ids for d in datasets]),
             [name for d in datasets for name in d.names],
+            # Where only some have groups, each sample of the others is its own.
+            None
+            if all(d.groups is None for d in datasets)
+            else [g for d in datasets for g in d.groups or [f"sample {i}" for i in d.ids.tolist()]],
         )
         if any(d._fingerprints is not None for d in datasets):
             out._fingerprints = torch.cat([d.fingerprints() for d in datasets])
         return out
 
-    def _set(self, values, lengths, labels, ids, names) -> None:
+    def _set(self, values, lengths, labels, ids, names, groups) -> None:
         if not values:
             raise UserError("MultimodalDataset: values must hold at least one modality, got none")
         self._values, self._starts, self._lengths = {}, {}, {}
@@ -130,7 +144,7 @@ class MultimodalDataset(Dataset):
                 raise UserError(f"MultimodalDataset: a modality must have a name, got {modality!r}")
         for modality in canonical(values):
             value = values[modality]
-            count = _lengths(lengths, modality, size)
+            count = arguments.lengths(lengths, modality, size)
             size = len(count)
             if int(count.sum()) != len(value):
                 raise UserError(
@@ -140,15 +154,10 @@ class MultimodalDataset(Dataset):
             self._values[modality] = value
             self._lengths[modality] = count
             self._starts[modality] = count.cumsum(0) - count
-        self._labels = _labels(labels, size, names)
-        self._ids = _ids(ids, size)
-        self._names = np.array(
-            [str(i) for i in self._ids.tolist()] if names is None else list(names), dtype=str
-        )
-        if len(self._names) != size:
-            raise UserError(
-                f"MultimodalDataset: names must be {size} strings, one per sample, got {len(self._names)}"
-            )
+        self._labels = arguments.labels(labels, size, names)
+        self._ids = arguments.ids(ids, size)
+        self._names = arguments.strings(self._ids.tolist() if names is None else names, "names", size)
+        self._groups = None if groups is None else arguments.strings(groups, "groups", size)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -186,6 +195,11 @@ class MultimodalDataset(Dataset):
     def names(self) -> list[str]:
         return self._names.tolist()
 
+    @property
+    def groups(self) -> list[str] | None:
+        """What each sample's group is called, or None where there are no groups."""
+        return None if self._groups is None else self._groups.tolist()
+
     def lengths(self, modality: str) -> Tensor:
         """(N,) int64 real steps of one modality, 0 where it is missing."""
         if modality not in self._lengths:
@@ -215,13 +229,19 @@ class MultimodalDataset(Dataset):
     def subset(self, indices) -> MultimodalDataset:
         """The samples at `indices` (or of a boolean mask), in that order, sharing this data set's memory."""
         indices = np.asarray(indices)
-        indices = torch.from_numpy(indices) if indices.dtype == bool else _integers(indices, "indices", None)
+        indices = (
+            torch.from_numpy(indices)
+            if indices.dtype == bool
+            else arguments.integers(indices, "indices", None)
+        )
         out = self._share()
         out._starts = {m: v[indices] for m, v in self._starts.items()}
         out._lengths = {m: v[indices] for m, v in self._lengths.items()}
         out._labels = self._labels[indices]
-        out._ids = _ids(self._ids[indices], None)
+        out._ids = arguments.ids(self._ids[indices], None)
         out._names = self._names[indices.numpy()]
+        if self._groups is not None:
+            out._groups = self._groups[indices.numpy()]
         if self._fingerprints is not None:
             out._fingerprints = self._fingerprints[indices]
         return out
@@ -229,7 +249,7 @@ class MultimodalDataset(Dataset):
     def with_labels(self, labels) -> MultimodalDataset:
         """The same samples with other labels ((N,), NaN for none)."""
         out = self._share()
-        out._labels = _labels(labels, len(self), self._names)
+        out._labels = arguments.labels(labels, len(self), self._names)
         return out
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> MultimodalDataset:
@@ -238,7 +258,7 @@ class MultimodalDataset(Dataset):
         Its samples keep the fingerprints of those they were made from.
         """
         values = {m: function(m, self.flat(m)) for m in self.modalities}
-        out = self.from_flat(values, self._lengths, self._labels, self._ids, self._names)
+        out = self.from_flat(values, self._lengths, self._labels, self._ids, self._names, self._groups)
         out._fingerprints = self.fingerprints()
         return out
 
@@ -308,7 +328,7 @@ class MultimodalData:
                     f"got {other.features}"
                 )
         ids = torch.cat([given[0].ids[:0], *(d.ids for d in {id(d): d for d in own}.values())])
-        if (twice := _repeated(ids)) is not None:
+        if (twice := arguments.repeated(ids)) is not None:
             raise UserError(
                 "MultimodalData: ids must be unique over the splits, lest a sample be trained and tested on "
                 f"(give ids= to MultimodalDataset), got {twice} twice"
@@ -350,65 +370,6 @@ class MultimodalData:
         return {name: split for name, split in named.items() if split is not None and len(split)}
 
 
-def _float32(value, name: str, ndim: int) -> Tensor:
-    if not isinstance(value, Tensor):
-        value = np.asarray(value)
-        if value.dtype.kind not in "fiu":
-            raise TypeError(f"MultimodalDataset: {name} must hold numbers, got dtype {value.dtype}")
-        with np.errstate(over="ignore"):
-            value = torch.from_numpy(np.require(value, np.float32, ["C", "W"]))
-    if value.ndim != ndim:
-        shape = "(n, F)" if ndim == 2 else "(N, L, F)"
-        raise UserError(f"MultimodalDataset: {name} must be {shape}, got shape {tuple(value.shape)}")
-    return value.detach().to("cpu", torch.float32)
-
-
-def _integers(value, name: str, size: int | None) -> Tensor:
-    value = np.asarray(value)
-    if value.ndim != 1 or (value.size and value.dtype.kind not in "iu") or size not in (None, len(value)):
-        wanted = "(N,)" if size is None else f"({size},)"
-        raise UserError(
-            f"MultimodalDataset: {name} must be {wanted} integers, got {value.dtype} of shape {value.shape}"
-        )
-    return torch.from_numpy(value.astype(np.int64))
-
-
-def _lengths(lengths, modality: str, size: int | None) -> Tensor:
-    if modality not in lengths:
-        raise UserError(
-            f"MultimodalDataset: lengths must name {modality!r} as values do, got {list(lengths)}"
-        )
-    count = _integers(lengths[modality], f"lengths[{modality!r}]", size)
-    if (count < 0).any():
-        i = int(count.argmin())
-        raise UserError(
-            f"MultimodalDataset: lengths[{modality!r}][{i}] must be 0 or more, got {int(count[i])}"
-        )
-    return count
-
-
-def _named(names: Sequence[str] | None, i: int) -> str:
-    return f" of sample {str(names[i])!r}" if names is not None and i < len(names) else ""
-
-
-def _labels(labels, size: int, names: Sequence[str] | None) -> Tensor:
-    if labels is None:
-        return torch.full((size,), float("nan"), device="cpu")
-    try:
-        labels = torch.from_numpy(np.asarray(labels).astype(np.float32))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"MultimodalDataset: labels must be numbers ({error})") from None
-    if labels.shape != (size,):
-        raise UserError(f"MultimodalDataset: labels must be ({size},), got shape {tuple(labels.shape)}")
-    if torch.isinf(labels).any():
-        i = int(torch.isinf(labels).nonzero()[0])
-        raise UserError(
-            f"MultimodalDataset: labels must be finite, or NaN for none, got {float(labels[i])} in labels[{i}]"
-            f"{_named(names, i)}"
-        )
-    return labels
-
-
 def _range(value) -> tuple[float, float]:
     try:
         low, high = map(float, value)
@@ -427,15 +388,3 @@ def _range_of(datasets: Sequence[MultimodalDataset]) -> tuple[float, float]:
             return -limit, limit
     low, high = float(labels.min()), float(labels.max())
     return (low, high) if low < high else (low - 1, high + 1)
-
-
-def _ids(ids, size: int | None) -> Tensor:
-    ids = torch.arange(size, device="cpu") if ids is None else _integers(ids, "ids", size)
-    if (twice := _repeated(ids)) is not None:
-        raise UserError(f"MultimodalDataset: ids must be unique, got {twice} twice")
-    return ids
-
-
-def _repeated(ids: Tensor) -> int | None:
-    unique, counts = torch.unique(ids, return_counts=True)
-    return None if len(unique) == len(ids) else int(unique[counts.argmax()])

@@ -70,6 +70,7 @@ class Inspection:
         contents: (key, shape, dtype) of every array in the files.
         splits: split -> its report.
         shared: (split, later split) -> names in the later one of samples whose contents are in both.
+        shared_groups: (split, later split) -> the groups (speakers, videos) that are in both.
     """
 
     source: str
@@ -79,6 +80,7 @@ class Inspection:
     contents: list[tuple[str, tuple[int, ...], str]]
     splits: dict[str, SplitReport]
     shared: dict[tuple[str, str], tuple[str, ...]]
+    shared_groups: dict[tuple[str, str], tuple[str, ...]]
 
     def __str__(self) -> str:
         low, high = self.label_range
@@ -89,10 +91,12 @@ class Inspection:
             lines += [f"  {key:<{width}}  {dtype:<8} {shape}" for key, shape, dtype in self.contents]
         for split, report in self.splits.items():
             lines += ["", *_split_lines(split, report, self.label_range)]
-        if self.shared:
+        if self.shared or self.shared_groups:
             lines.append("")
         for (first, second), names in self.shared.items():
-            lines.append(f"{first} and {second} share {_samples(names)} of equal contents")
+            lines.append(f"{first} and {second} share {_few('sample', names)} of equal contents")
+        for (first, second), names in self.shared_groups.items():
+            lines.append(f"{first} and {second} share {_few('group', names)}")
         return "\n".join(lines)
 
 
@@ -109,7 +113,7 @@ def inspect(source) -> Inspection:
         kind = recognise(path)
         data, contents, padding = kind.read(path), kind.contents(path), kind.padding(path)
     return Inspection(
-        str(source), data.name, data.label_range, padding, contents, _splits(data), _shared(data)
+        str(source), data.name, data.label_range, padding, contents, _splits(data), *_shared(data)
     )
 
 
@@ -121,14 +125,15 @@ def _splits(data: MultimodalData) -> dict[str, SplitReport]:
     return {name: _report(dataset, data.label_range) for name, dataset in splits.items()}
 
 
-def _shared(data: MultimodalData) -> dict[tuple[str, str], tuple[str, ...]]:
+def _shared(data: MultimodalData) -> tuple[dict[tuple[str, str], tuple[str, ...]], ...]:
+    """What two splits have in common: contents, groups."""
+    samples, groups = {}, {}
     # Not the pool: it may hold what is left of the others.
-    splits = [(name, getattr(data, name)) for name in ("train", "valid", "test")]
-    found = {
-        (first, second): _names(b, b.among(a.fingerprints()))
-        for (first, a), (second, b) in combinations(splits, 2)
-    }
-    return {pair: names for pair, names in found.items() if names}
+    for first, second in combinations(("train", "valid", "test"), 2):
+        a, b = getattr(data, first), getattr(data, second)
+        samples[first, second] = _names(b, b.among(a.fingerprints()))
+        groups[first, second] = tuple(sorted(set(a.groups or ()) & set(b.groups or ())))
+    return tuple({pair: names for pair, names in found.items() if names} for found in (samples, groups))
 
 
 def _names(dataset: MultimodalDataset, mask: Tensor) -> tuple[str, ...]:
@@ -183,9 +188,9 @@ def _blank(dataset: MultimodalDataset, modality: str) -> Tensor:
     return (lengths > 0) & (torch.bincount(sample[told], minlength=len(lengths)) == 0)
 
 
-def _samples(names: tuple[str, ...], limit: int = 5) -> str:
+def _few(kind: str, names: tuple[str, ...], limit: int = 5) -> str:
     shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-    return f"{len(names)} sample{'s' if len(names) > 1 else ''} ({shown})"
+    return f"{len(names)} {kind}{'s' if len(names) > 1 else ''} ({shown})"
 
 
 def _split_lines(name: str, report: SplitReport, label_range: tuple[float, float]) -> list[str]:
@@ -210,5 +215,5 @@ def _split_lines(name: str, report: SplitReport, label_range: tuple[float, float
         "without any modality": report.empty,
         "with a modality that is 0 or no number throughout; what is missing has no steps": report.blank,
     }
-    lines += [f"  {_samples(names)} {what}" for what, names in faults.items() if names]
+    lines += [f"  {_few('sample', names)} {what}" for what, names in faults.items() if names]
     return lines

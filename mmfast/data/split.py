@@ -41,8 +41,11 @@ def random_split(data: MultimodalData, shares: Sequence[float], seed: int = 0) -
     Divided are the labelled samples of train (of test where train is empty, as `save` writes a lone data set);
     samples without a label belong to train. A share of 0 leaves its split as it is: (0.9, 0.1, 0)
     takes validation samples from train and keeps the test split. Every other part gets round(share * n) of n
-    labelled samples and at least one. Which ones is a function of `seed` and the samples' contents alone, not
-    of their order, ids or file; samples of equal contents stay together.
+    labelled samples and at least one.
+
+    Samples of one group stay together, and so do samples of equal contents in data without groups: parts are then
+    as large as the last group makes them, and unlabelled samples go where their group goes. Which samples go where
+    is a function of `seed` and of the names of the groups or the contents, not of order, ids or file.
 
     Args:
         shares: of train, valid and test, adding up to 1.
@@ -73,30 +76,37 @@ def random_split(data: MultimodalData, shares: Sequence[float], seed: int = 0) -
         raise UserError(
             f"random_split: {n} labelled samples are too few for a train, valid and test split by shares {shares}"
         )
-    # Parts are filled one after another by groups in random order: test, valid, and what is left is train.
-    groups, group = np.unique(whole.fingerprints().numpy()[labelled], return_inverse=True)
-    order = numpy_generator("random_split", seed).permutation(len(groups))
-    sizes = np.bincount(group, minlength=len(groups))[order]
-    part = np.empty(len(groups), dtype=np.int64)
-    part[order] = np.searchsorted([test, test + valid], np.cumsum(sizes) - sizes, side="right")
-    parts = np.full(len(whole), 2)
-    parts[labelled] = part[group]
+    units, unit = np.unique(_keys(whole), return_inverse=True)
+    sizes = np.bincount(unit[labelled], minlength=len(units))
+    # Parts are filled one after another by units in random order: test, valid, and what is left is train.
+    order = numpy_generator("random_split", seed).permutation(len(units))
+    part = np.empty(len(units), dtype=np.int64)
+    part[order] = np.searchsorted([test, test + valid], np.cumsum(sizes[order]) - sizes[order], side="right")
+    part[sizes == 0] = 2
     new = {
-        name: whole.subset(parts == i)
+        name: whole.subset(part[unit] == i)
         for i, (name, share) in enumerate(zip(("test", "valid", "train"), shares[::-1], strict=True))
         if share or name == source
     }
     for name, share in zip(("train", "valid", "test"), shares, strict=True):
         if share and len(new[name]) == 0:
             raise UserError(
-                f"random_split: only {len(groups)} of the {n} labelled samples differ, nothing is left for {name}"
+                f"random_split: the {n} labelled samples are of only {np.count_nonzero(sizes)} "
+                f"{'contents' if whole.groups is None else 'groups'}, nothing is left for {name}"
             )
     if data.unlabelled is not None:
         # As far as the pool was train, it is what is left of train.
-        held_out = torch.cat([d.ids for name, d in new.items() if name != "train"])
-        pool = data.unlabelled.subset(~torch.isin(data.unlabelled.ids, held_out))
-        new["unlabelled"] = new["train"] if data.unlabelled is data.train else pool
+        pool = data.unlabelled
+        held_out = torch.isin(pool.ids, whole.ids[part[unit] < 2]).numpy()
+        if (pool.groups is None) == (whole.groups is None):
+            held_out |= np.isin(_keys(pool), units[part < 2])
+        new["unlabelled"] = new["train"] if pool is data.train else pool.subset(~held_out)
     return replace(data, **new)
+
+
+def _keys(dataset: MultimodalDataset) -> np.ndarray:
+    """(N,) what samples that must stay together have in common."""
+    return dataset.fingerprints().numpy() if dataset.groups is None else np.array(dataset.groups)
 
 
 class Fold(NamedTuple):
@@ -110,6 +120,7 @@ def folds(
 ) -> Iterator[Fold]:
     """k-fold cross-validation, stratified by the quantile of the label.
 
+    Where the data have groups, read "group" for "sample" and its mean label for the label: no group is divided.
     Every sample is tested in exactly one fold. `valid` is `valid_share` of what remains (at least one), for
     early stopping and the choice of settings. Test and valid sets follow the label distribution: of every
     `n_folds` neighbours in the order of labels each fold tests one, and valid samples are spread evenly over
@@ -118,24 +129,26 @@ def folds(
     Raises:
         UserError: samples without a label, or too few samples for n_folds folds with three parts.
     """
-    n = len(dataset)
     missing = int(torch.isnan(dataset.labels).sum())
     if missing:
-        raise UserError(f"folds: every sample must have a label, {missing} of {n} have none")
+        raise UserError(f"folds: every sample must have a label, {missing} of {len(dataset)} have none")
+    kind, keys = ("samples", dataset.ids) if dataset.groups is None else ("groups", dataset.groups)
+    units, unit = np.unique(np.asarray(keys), return_inverse=True)
+    n = len(units)
     if not 2 <= n_folds <= n or n - -(-n // n_folds) < 2:
         raise UserError(
-            f"folds: n_folds must lie in [2, samples = {n}] and leave two for train and valid, got {n_folds}"
+            f"folds: n_folds must lie in [2, {kind} = {n}] and leave two for train and valid, got {n_folds}"
         )
     if not 0 < valid_share < 1:
         raise UserError(f"folds: valid_share must lie in (0, 1), got {valid_share}")
-    return _folds(dataset, n_folds, numpy_generator("folds", seed), valid_share)
+    return _folds(dataset, unit, n_folds, numpy_generator("folds", seed), valid_share)
 
 
-def _folds(dataset, n_folds, rng, valid_share) -> Iterator[Fold]:
-    n, labels = len(dataset), dataset.labels.numpy()
-    draws = np.empty(n)
-    draws[np.argsort(dataset.ids.numpy())] = rng.random(n)
-    by_label = np.lexsort((draws, labels))
+def _folds(dataset, unit, n_folds, rng, valid_share) -> Iterator[Fold]:
+    """`unit` (N,) numbers what is not to be divided, groups or samples, by names or ids."""
+    sizes = np.bincount(unit)
+    n, labels = len(sizes), np.bincount(unit, dataset.labels.numpy()) / sizes
+    by_label = np.lexsort((rng.random(n), labels))
     fold = np.empty(n, dtype=np.int64)
     for start in range(0, n, n_folds):
         neighbours = by_label[start : start + n_folds]
@@ -147,4 +160,4 @@ def _folds(dataset, n_folds, rng, valid_share) -> Iterator[Fold]:
         valid = np.zeros(n, dtype=bool)
         valid[rest[chosen]] = True
         test = fold == k
-        yield Fold(*(dataset.subset(np.flatnonzero(part)) for part in (~valid & ~test, valid, test)))
+        yield Fold(*(dataset.subset(part[unit]) for part in (~valid & ~test, valid, test)))

@@ -10,6 +10,7 @@ The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
     SPLIT/labels                 (N,) float, NaN for none (optional, all NaN)
     SPLIT/ids                    (N,) integer, unique over train, valid, test and unlabelled (optional)
     SPLIT/names                  (N,) string (optional, the ids)
+    SPLIT/groups                 (N,) string, speakers or videos that are not to be divided (optional, none)
 
 SPLIT is train, valid, test, unlabelled or cross_validation; a file needs one of them at least, so data to
 predict for may be a single `test`. MODALITY is any printable name without "/"; text, audio and visual are the
@@ -65,6 +66,8 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
         arrays[f"{split}/labels"] = dataset.labels.numpy()
         arrays[f"{split}/ids"] = dataset.ids.numpy()
         arrays[f"{split}/names"] = np.array(dataset.names)
+        if dataset.groups is not None:
+            arrays[f"{split}/groups"] = np.array(dataset.groups)
         for modality in dataset.modalities:
             arrays[f"{split}/{modality}/values"] = dataset.flat(modality).numpy()
             arrays[f"{split}/{modality}/lengths"] = dataset.lengths(modality).numpy()
@@ -160,13 +163,13 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
         match key.split("/"):
             case ["name" | "label_range"]:
                 pass
-            case [split, ("labels" | "ids" | "names") as kind] if split in POOLS:
+            case [split, ("labels" | "ids" | "names" | "groups") as kind] if split in POOLS:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind] = array
             case [split, modality, ("values" | "lengths") as kind] if split in POOLS and modality:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind][modality] = array
             case _:
                 raise UserError(
-                    f"{path}: keys must be name, label_range, SPLIT/labels, SPLIT/ids, SPLIT/names, "
+                    f"{path}: keys must be name, label_range, SPLIT/labels, SPLIT/ids, SPLIT/names, SPLIT/groups, "
                     f"SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, SPLIT in {POOLS}, got {key!r}"
                 )
     for split, content in splits.items():

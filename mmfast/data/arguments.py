@@ -1,0 +1,89 @@
+"""What data sets are made from, checked and converted: each function returns its argument as it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmfast.errors import UserError
+
+
+def float32(value, name: str, ndim: int) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = np.asarray(value)
+        if value.dtype.kind not in "fiu":
+            raise TypeError(f"MultimodalDataset: {name} must hold numbers, got dtype {value.dtype}")
+        with np.errstate(over="ignore"):
+            value = torch.from_numpy(np.require(value, np.float32, ["C", "W"]))
+    if value.ndim != ndim:
+        shape = "(n, F)" if ndim == 2 else "(N, L, F)"
+        raise UserError(f"MultimodalDataset: {name} must be {shape}, got shape {tuple(value.shape)}")
+    return value.detach().to("cpu", torch.float32)
+
+
+def integers(value, name: str, size: int | None) -> Tensor:
+    value = np.asarray(value)
+    if value.ndim != 1 or (value.size and value.dtype.kind not in "iu") or size not in (None, len(value)):
+        wanted = "(N,)" if size is None else f"({size},)"
+        raise UserError(
+            f"MultimodalDataset: {name} must be {wanted} integers, got {value.dtype} of shape {value.shape}"
+        )
+    return torch.from_numpy(value.astype(np.int64))
+
+
+def lengths(lengths, modality: str, size: int | None) -> Tensor:
+    if modality not in lengths:
+        raise UserError(
+            f"MultimodalDataset: lengths must name {modality!r} as values do, got {list(lengths)}"
+        )
+    count = integers(lengths[modality], f"lengths[{modality!r}]", size)
+    if (count < 0).any():
+        i = int(count.argmin())
+        raise UserError(
+            f"MultimodalDataset: lengths[{modality!r}][{i}] must be 0 or more, got {int(count[i])}"
+        )
+    return count
+
+
+def named(names: Sequence[str] | None, i: int) -> str:
+    return f" of sample {str(names[i])!r}" if names is not None and i < len(names) else ""
+
+
+def labels(labels, size: int, names: Sequence[str] | None) -> Tensor:
+    if labels is None:
+        return torch.full((size,), float("nan"), device="cpu")
+    try:
+        labels = torch.from_numpy(np.asarray(labels).astype(np.float32))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"MultimodalDataset: labels must be numbers ({error})") from None
+    if labels.shape != (size,):
+        raise UserError(f"MultimodalDataset: labels must be ({size},), got shape {tuple(labels.shape)}")
+    if torch.isinf(labels).any():
+        i = int(torch.isinf(labels).nonzero()[0])
+        raise UserError(
+            f"MultimodalDataset: labels must be finite, or NaN for none, got {float(labels[i])} in labels[{i}]"
+            f"{named(names, i)}"
+        )
+    return labels
+
+
+def strings(value: Sequence, name: str, size: int) -> np.ndarray:
+    value = np.array([str(item) for item in value], dtype=str)
+    if len(value) != size:
+        raise UserError(f"MultimodalDataset: {name} must be {size} strings, one per sample, got {len(value)}")
+    return value
+
+
+def ids(ids, size: int | None) -> Tensor:
+    ids = torch.arange(size, device="cpu") if ids is None else integers(ids, "ids", size)
+    if (twice := repeated(ids)) is not None:
+        raise UserError(f"MultimodalDataset: ids must be unique, got {twice} twice")
+    return ids
+
+
+def repeated(ids: Tensor) -> int | None:
+    unique, counts = torch.unique(ids, return_counts=True)
+    return None if len(unique) == len(ids) else int(unique[counts.argmax()])
