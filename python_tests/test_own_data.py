@@ -79,7 +79,10 @@ WRONG = {
     ),
     "shares": (["--data.split=[0.7, 0.2]"], "data.split must be shares of train, valid and test"),
     "no number": (["--data.split=[0.7, .nan, 0.3]"], "data.split must be shares of train, valid and test"),
-    "seed": (["--data.split=[0.7, 0.1, 0.2]", "--data.split_seed=-1"], "data.split_seed must be in"),
+    "seed": (
+        ["--data.split=[0.7, 0.1, 0.2]", f"--data.split_seed={2**64}"],
+        "data.split_seed must be of 64 bits, got 18446744073709551616",
+    ),
     "label_share too small": (
         ["--data.split=[0.7, 0.1, 0.2]", "--data.label_share=0.01"],
         "data.label_share must leave at least one of the 21 labelled training samples, got 0.01, that is 0.21",
