@@ -11,7 +11,7 @@ from torch import Tensor
 from mmfast.data import MultimodalDataset
 from mmfast.training.splits import Splits
 
-NONE = torch.empty(0, dtype=torch.int64)
+NONE = torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 class Overlap(NamedTuple):
@@ -57,7 +57,7 @@ class Seen(NamedTuple):
 
     def overlap(self, dataset: MultimodalDataset) -> Overlap:
         """How many of the samples were used for what."""
-        new, counts = torch.ones(len(dataset), dtype=torch.bool), []
+        new, counts = torch.ones(len(dataset), dtype=torch.bool, device="cpu"), []
         for fingerprints in self:
             used = dataset.among(fingerprints) & new
             new &= ~used
