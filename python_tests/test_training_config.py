@@ -18,7 +18,7 @@ from mmfast.training.config import (
     ExperimentConfig,
     check,
     check_experiment,
-    first_difference,
+    differences,
 )
 from mmfast.training.parsing import config_of, load_yaml, save_yaml
 from mmfast.training.presets import PRESETS
@@ -116,12 +116,13 @@ def test_unknown_keys_and_wrong_types_are_one_sentence(values):
     assert "\n" not in str(error.value)
 
 
-def test_first_difference_descends_and_ignores():
+def test_differences_descend_and_ignore():
     ours = {"a": 1, "b": {"c": [1, 2], "d": 3}}
-    assert first_difference(ours, {"a": 1, "b": {"c": [1, 2], "d": 3}}) is None
-    assert first_difference(ours, {"a": 1, "b": {"c": [1], "d": 4}}) == "b.c"
-    assert first_difference(ours, {"a": 1, "b": {"c": [1], "d": 4}}, ignore=("b.c",)) == "b.d"
-    assert first_difference(ours, {**ours, "e": 0}) == "e"
+    assert not [*differences(ours, {"a": 1, "b": {"c": [1, 2], "d": 3}})]
+    theirs = {"a": 1, "b": {"c": [1], "d": 4}}
+    assert [*differences(ours, theirs)] == [("b.c", [1, 2], [1]), ("b.d", 3, 4)]
+    assert [*differences(ours, theirs, ignore=("b.c",))] == [("b.d", 3, 4)]
+    assert [*differences(ours, {**ours, "e": 0})] == [("e", None, 0)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

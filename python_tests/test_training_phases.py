@@ -345,6 +345,26 @@ def test_settings_are_saved_with_the_run_and_run_again(tmp_path):
     assert_same(checkpoint(folder / "last.ckpt")["state_dict"], checkpoint(again / "last.ckpt")["state_dict"])
 
 
+def test_a_checkpoint_goes_before_a_preset_and_what_differs_from_it_is_said(tmp_path, capsys):
+    source = train("pretrain", tmp_path / "pre", "--pretraining.epochs=1") / "last.ckpt"
+    theirs = checkpoint(source)["mmfast"]["config"]
+    short = ["--supervised.epochs=1", "--run.tensorboard=false", "--run.threads=1", f"--from={source}"]
+    for name, preset in {"demo": "demo", "none": None}.items():
+        folder, asked = tmp_path / name, [] if preset is None else [f"--preset={preset}"]
+        capsys.readouterr()
+        assert mmfast("finetune", *short, *asked, f"--run.folder={folder}") == 0
+        record, out = checkpoint(folder / "best.ckpt")["mmfast"], capsys.readouterr().out
+        assert (record["config"]["data"], record["config"]["model"]) == (theirs["data"], theirs["model"])
+        said = "model.hidden is 8 as in pre-training, not 32 as in --preset demo" in out
+        assert said == (preset is not None) and ("data.synthetic.samples is 80" in out) == said
+    folder = tmp_path / "flag"
+    assert mmfast("finetune", *short, "--preset=thesis", "--model.dropout=0.5", f"--run.folder={folder}") == 0
+    out = capsys.readouterr().out
+    assert "model.dropout is 0.5 here and was 0.2 in pre-training" in out
+    assert "model.pooling is mean as in pre-training, not sum as in --preset thesis" in out
+    assert checkpoint(folder / "best.ckpt")["mmfast"]["config"]["model"]["dropout"] == 0.5
+
+
 def test_finetune_takes_model_data_and_standardiser_of_the_checkpoint(tmp_path):
     data = small(80, seed=5)
     save(data, tmp_path / "a.npz")

@@ -21,11 +21,12 @@ from mmfast.files import write_json
 from mmfast.metrics import shown
 from mmfast.training import arguments, runs
 from mmfast.training.checkpoint import PRETRAINING, RECORD, fingerprint, read_checkpoint
-from mmfast.training.config import RunConfig
+from mmfast.training.config import RunConfig, differences
 from mmfast.training.fitting import BEST, LAST
 from mmfast.training.folder import CONFIG, claim, examine
 from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
+from mmfast.training.presets import PRESETS
 from mmfast.training.restored import restore
 from mmfast.training.seen import Overlap
 from mmfast.training.splits import check_range, load_data, make_splits
@@ -50,13 +51,14 @@ def pretrain(given: Any) -> None:
 
 def finetune(given: Any) -> None:
     """``mmfast finetune``: ``best.ckpt``, ``result.json`` and ``predictions.csv`` in ``run.folder``."""
-    standardiser = None
+    standardiser, said = None, []
     if source := given["from"]:
         record = read_checkpoint(source, PRETRAINING)[RECORD]
         # The encoder comes with its shape, data and standardisation, unless they are given anew.
         defaults = {name: record["config"][name] for name in ("data", "model")}
         given = arguments.finetune(given.argv, defaults)
         standardiser = Standardiser().load_state_dict(record["standardiser"])
+        said = _inherited(defaults, given)
     config = given.settings
     folder = Path(config.run.folder)
     settings = {**asdict(config), "from": source, "freeze": given.freeze}
@@ -65,6 +67,7 @@ def finetune(given: Any) -> None:
         splits = make_splits(load_data(config.data), config.data, config.run.seed, standardiser)
         inputs = {"data.path": splits.identity, "from": source and fingerprint(source)}
         place = claim(folder, settings, given.resume, inputs)
+        place = _announced(place, *said)
         result = runs.finetune(config, splits, place, source and Path(source), given.freeze)
     print(
         f"trained on {result['samples']['train']} samples for {result['epochs']} epochs ({result['steps']} steps), "
@@ -149,12 +152,28 @@ def _sitting(command: str, run: RunConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _announced(place: runs.Place, sentence: str | None) -> Iterator[Path]:
-    """``place``, and then the sentence, if any: what is refused is not warned about."""
+def _announced(place: runs.Place, *sentences: str | None) -> Iterator[Path]:
+    """``place``, and then the sentences, if any: what is refused is not warned about."""
     with place as folder:
-        if sentence is not None:
+        for sentence in filter(None, sentences):
             print(f"warning: {sentence}")
         yield folder
+
+
+def _inherited(theirs: Mapping[str, Any], given: Any) -> list[str]:
+    """Sentences on what of a checkpoint's settings is not taken, and what of a preset gives way to them."""
+    ours = {name: asdict(getattr(given.settings, name)) for name in theirs}
+    said = {
+        name: f"{name} is {own} here and was {before} in pre-training"
+        for name, before, own in differences(theirs, ours)
+    }
+    preset = PRESETS[given.preset].settings if given.preset else {}
+    for name, wanted, own in differences({name: preset.get(name, {}) for name in theirs}, ours):
+        if wanted is not None:  # the preset names it
+            said.setdefault(
+                name, f"{name} is {own} as in pre-training, not {wanted} as in --preset {given.preset}"
+            )
+    return list(said.values())
 
 
 def _warn(sentence: str) -> None:

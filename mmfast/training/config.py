@@ -6,7 +6,7 @@ where it contradicts itself or its code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from operator import attrgetter
@@ -307,17 +307,16 @@ def _check(config: Any, rules: tuple, prefix: str) -> None:
             )
 
 
-def first_difference(
+def differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], ignore: tuple[str, ...] = ()
-) -> str | None:
-    """Dotted name of the first setting in which two nested mappings differ, or None."""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Dotted name, our and their value of each setting in which two nested mappings differ; None if absent."""
     for key in [*ours, *(key for key in theirs if key not in ours)]:
         a, b = ours.get(key), theirs.get(key)
-        inner = tuple(name.removeprefix(f"{key}.") for name in ignore)
         if key in ignore or a == b:
             continue
-        if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
-            return key
-        if (name := first_difference(a, b, inner)) is not None:
-            return f"{key}.{name}"
-    return None
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            inner = tuple(name.removeprefix(f"{key}.") for name in ignore)
+            yield from ((f"{key}.{name}", x, y) for name, x, y in differences(a, b, inner))
+        else:
+            yield key, a, b

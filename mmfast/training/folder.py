@@ -11,7 +11,7 @@ from typing import Any
 
 from mmfast.errors import UserError
 from mmfast.files import write_json
-from mmfast.training.config import first_difference
+from mmfast.training.config import differences
 from mmfast.training.environment import environment
 from mmfast.training.parsing import load_yaml, save_yaml
 
@@ -54,18 +54,15 @@ def examine(
         )
     if not (held or resume is True):
         return False
-    before = load_yaml(folder / CONFIG)
-    if (name := first_difference(before, settings, IDLE)) is not None:
+    for name, before, now in differences(load_yaml(folder / CONFIG), settings, IDLE):
         raise UserError(
-            f"run.folder {folder}: its run has {name} = {_get(before, name)}, got {_get(settings, name)}; "
-            "name another folder for a new run"
+            f"run.folder {folder}: its run has {name} = {before}, got {now}; name another folder for a new run"
         )
     if inputs is not None and (folder / INPUTS).exists():
-        before = load_yaml(folder / INPUTS)
-        if (name := first_difference(before, inputs)) is not None:
+        for name, before, now in differences(load_yaml(folder / INPUTS), inputs):
             raise UserError(
-                f"run.folder {folder}: {name} must be what its run read, with the fingerprint {before.get(name)}, "
-                f"got {inputs.get(name)}; name another folder for a new run"
+                f"run.folder {folder}: {name} must be what its run read, with the fingerprint {before}, got {now}; "
+                "name another folder for a new run"
             )
     return True
 
@@ -99,12 +96,6 @@ def claim(
 
 def _has_outcome(folder: Path) -> bool:
     return any(any(folder.rglob(pattern)) for pattern in ("*.ckpt", RESULT))
-
-
-def _get(mapping: Any, name: str) -> Any:
-    for key in name.split("."):
-        mapping = mapping.get(key) if isinstance(mapping, Mapping) else None
-    return mapping
 
 
 @contextlib.contextmanager
