@@ -26,6 +26,7 @@ def test_every_formula_has_a_name():
     assert list(FORMULAS) == list(F.BARLOW_TWINS_VARIANTS)
 
 
+@pytest.mark.rotation
 @ALL_BACKENDS
 @FORMS
 @VARIANTS
@@ -239,6 +240,7 @@ def test_what_is_given_goes_before_the_variant(variant):
     )
 
 
+@pytest.mark.rotation
 @pytest.mark.parametrize("variant", ["vissl", "monai", "thesis"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_compile_fullgraph_gives_the_same_bits(dtype, variant):
