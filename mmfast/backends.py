@@ -190,6 +190,8 @@ def backend(name: str):
     nested or on several threads, the one that was entered last holds, for all threads; each takes back only itself
     when it ends. Threads that need different backends at the same time belong in processes of their own.
 
+    Enter it outside of compiled functions: what is compiled chooses its backend when it runs.
+
     The environment variable ``MMFAST_BACKEND`` does the same from the start. A backend that cannot serve a call
     raises there and says why.
     """

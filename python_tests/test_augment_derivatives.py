@@ -1,10 +1,13 @@
 """Derivatives of augmentation beyond one backward pass: forward mode, mixed orders, vmap, compiled or not."""
 
+import functools
+
 import pytest
 import torch
 from targets import BACKENDS
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 from mmfast import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
 
@@ -133,6 +136,21 @@ def test_views_of_mapped_calls_differ_where_randomness_does():
     assert not torch.equal(different[0], different[1])
     same = vmap(lambda x: SeqAug(0.5, p=1)(x), randomness="same")(x[:1].expand_as(x))
     assert torch.equal(same[0], same[1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints_draw_the_same_view_again(reentrant):
+    """Under a seed or the default generator; a generator of one's own they do not wind back."""
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    for seed in (3, None):
+        gradients = []
+        for run in (lambda f, x: f(x), functools.partial(checkpoint, use_reentrant=reentrant)):
+            torch.manual_seed(0)
+            out = run(lambda x, seed=seed: CHAIN(x, seed=seed).square().sum(), x)
+            x.grad = None
+            out.backward()
+            gradients.append(x.grad)
+        assert torch.equal(*gradients)
 
 
 def test_compiled_tangents():

@@ -116,13 +116,16 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return (None,) * (4 + len(ctx.saved_tensors)) + _transposed(ctx, grads)
+        plan, seed, ids, *lengths = ctx.saved_tensors
+        pulled = _transposed(*ctx.settings, plan, seed, ids, len(lengths), *lengths, *grads)
+        return (None,) * (7 + len(lengths)) + pulled
 
 
 class _ApplyWithTangents(_Apply):
     @staticmethod
     def jvp(ctx, *tangents):
-        return _linear(ctx, tangents[4 + len(ctx.saved_tensors) :])
+        plan, seed, ids, *lengths = ctx.saved_tensors
+        return _linear(*ctx.settings, plan, seed, ids, len(lengths), *lengths, *tangents[7 + len(lengths) :])
 
 
 class _Adjoint(torch.autograd.Function):
@@ -142,23 +145,24 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return (None,) * (3 + len(ctx.saved_tensors)) + _linear(ctx, grads)
+        plan, seed, ids, *lengths = ctx.saved_tensors
+        outs = _linear(*ctx.settings, plan, seed, ids, len(lengths), *lengths, *grads)
+        return (None,) * (6 + len(lengths)) + outs
 
     @staticmethod
     def jvp(ctx, *tangents):
-        return _transposed(ctx, tangents[3 + len(ctx.saved_tensors) :])
+        plan, seed, ids, *lengths = ctx.saved_tensors
+        return _transposed(
+            *ctx.settings, plan, seed, ids, len(lengths), *lengths, *tangents[6 + len(lengths) :]
+        )
 
 
-def _linear(ctx, xs):
+def _linear(chains, front, *rest):
     """Apply without the noise."""
-    plan, seed, ids, *lengths = ctx.saved_tensors
-    chains, front = ctx.settings
-    return _ApplyWithTangents.apply(chains, front, False, plan, seed, ids, len(lengths), *lengths, *xs)
+    return _ApplyWithTangents.apply(chains, front, False, *rest)
 
 
-def _transposed(ctx, grads):
-    plan, seed, ids, *lengths = ctx.saved_tensors
-    arguments = *ctx.settings, plan, seed, ids, len(lengths), *lengths, *grads
+def _transposed(*arguments):
     # What is compiled has no second derivative, and the compiler would pass a context to this forward.
     return (
         _Adjoint.forward(*arguments)
