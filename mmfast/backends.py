@@ -92,8 +92,10 @@ def _why_not_cuda(device: torch.device) -> str:
     if emulated():
         return "" if device.type == "cpu" else "its kernels were built to be emulated on CPU tensors"
     if device.type == "cuda":
-        current = torch.cuda.current_device if torch.cuda.is_initialized() else int
-        return _no_code_on(current() if device.index is None else device.index)
+        index = device.index
+        if index is None:
+            index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+        return _no_code_on(index)
     count = _cuda_runtime()["devices"]
     here = "" if count > 0 else f" (no device is here: {cuda_error(-count) if count else 'none found'})"
     return f"its kernels take CUDA tensors, not {device.type} ones{here}"

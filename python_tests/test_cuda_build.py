@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from ptx import unwritten
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.stem != "device")
@@ -101,6 +102,37 @@ def test_fp32_kernels_use_no_double_precision(ptx):
     for name, body in ptx.items():
         if "double" not in name and "draw" not in name:
             assert not re.search(r"\.f64\b", body), name
+
+
+def test_no_register_is_read_before_it_is_written(ptx):
+    """What is behind the end of a matrix has no value, even if what is made of it is stored nowhere."""
+    for name, body in ptx.items():
+        assert not unwritten(body), name
+
+
+BRANCHES = """.visible .entry kernel(.param .u64 x)
+{
+	.reg .f32 	%f<4>;
+	ld.param.u64 	%rd1, [x];
+	setp.lt.s32 	%p1, %r9, 3;
+	@%p1 bra 	$L__BB0_2;
+	ld.global.nc.v2.f32 	{%f1, %f2}, [%rd1];
+$L__BB0_2:
+	// begin inline asm
+	{cvt.rn.bf16.f32 %rs1, %f3;}
+	@!%p1 bra 	$L__BB0_4;
+	mov.f32 	%f4, 0f00000000;
+$L__BB0_4:
+	st.global.f32 	[%rd1], %f2;
+	@%p2 bra 	$L__BB0_2;
+	st.global.u16 	[%rd2], %rs1;
+	ret;
+}
+"""
+
+
+def test_unwritten_registers_are_found():
+    assert [register for _, register in unwritten(BRANCHES)] == ["%r9", "%f3", "%f2", "%p2", "%rd2"]
 
 
 def test_apply_moves_16_bytes_at_a_time(ptx):
