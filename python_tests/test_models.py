@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mmfast.errors import UserError
-from mmfast.models import M3Encoder, Projector, RegressionHead, parameter_count
+from mmfast.models import M3Encoder, Projector, RegressionHead, attention, parameter_count
 from mmfast.models.attention import Attention, SymmetricAttention
+from mmfast.models.lengths import real_steps
 from mmfast.models.masking import ModalityMasking
 from mmfast.models.rnn import MaskedLSTM
 
@@ -463,6 +464,53 @@ def test_attention_is_the_formula_with_the_scale_of_its_size():
     got = layer(queries, keys, torch.tensor([5]), torch.tensor([4]))
     torch.testing.assert_close(got[0], attend(layer, queries[0], keys[0]), **CLOSE)
     assert not any(name.endswith("bias") for name, _ in layer.named_parameters())
+
+
+def attention_of_blocks(monkeypatch, dropout):
+    """Queries, keys, values and lengths of attention that takes its seven queries in blocks of at most two."""
+    monkeypatch.setattr(attention, "KEPT_SCORES", 12)
+    generator = torch.Generator().manual_seed(5)
+    x = [torch.randn(3, steps, 4, generator=generator, dtype=torch.float64) for steps in (7, 6, 6)]
+    mask = real_steps(torch.tensor([6, 1, 3]), 6)
+    return [t.requires_grad_() for t in x], lambda *x: attention.attend(*x, mask, dropout)
+
+
+def test_attention_in_blocks_is_the_formula_with_its_gradients(monkeypatch):
+    x, blocks = attention_of_blocks(monkeypatch, 1e-300)  # drops nothing, yet is dropout
+    _, whole = attention_of_blocks(monkeypatch, 0.0)
+    weight = torch.randn(3, 7, 4, dtype=torch.float64)
+    torch.testing.assert_close(blocks(*x), whole(*x))
+    torch.testing.assert_close(
+        torch.autograd.grad(blocks(*x), x, weight), torch.autograd.grad(whole(*x), x, weight)
+    )
+
+
+def test_attention_in_blocks_differentiates_the_dropout_that_was_drawn(monkeypatch):
+    x, blocks = attention_of_blocks(monkeypatch, 0.5)
+    output = blocks(*x)
+    weight = torch.randn_like(output)
+    (gradient,) = torch.autograd.grad(output, x[2], weight)
+    # Linear in the values: <weight, A values> = <A' weight, values> for one and the same A.
+    torch.testing.assert_close((gradient * x[2]).sum(), (weight * output).sum())
+    assert (output == 0).any()
+
+
+def test_memory_of_training_is_linear_in_the_steps():
+    encoder = M3Encoder({"text": 4, "audio": 3, "visual": 2}, hidden=4).train()
+
+    def kept(steps):
+        storages = {}
+
+        def keep(t):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage()
+            return t
+
+        values = {name: torch.zeros(1, steps, size) for name, size in encoder.features.items()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            encoder(values, {name: torch.tensor([steps]) for name in values})
+        return sum(storage.nbytes() for storage in storages.values())
+
+    assert kept(1600) < 2.2 * kept(800)
 
 
 def test_attention_starts_xavier_uniform():

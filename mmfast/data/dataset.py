@@ -208,6 +208,10 @@ class MultimodalDataset(Dataset):
             )
         return self._lengths[modality]
 
+    def longest(self) -> Tensor:
+        """(N,) int64: time steps of each sample's longest modality."""
+        return torch.stack([self._lengths[m] for m in self.modalities]).amax(0)
+
     def unaligned(self) -> Tensor:
         """(N,) bool: which samples have modalities of different lengths, beside those that they lack."""
         lengths = torch.stack([self._lengths[m] for m in self.modalities])
@@ -215,7 +219,7 @@ class MultimodalDataset(Dataset):
 
     def without_steps(self) -> Tensor:
         """(N,) bool: which samples have no modality at all."""
-        return torch.stack([self._lengths[m] for m in self.modalities]).amax(0) == 0
+        return self.longest() == 0
 
     def flat(self, modality: str) -> Tensor:
         """(sum of lengths, F): the steps of all samples, one after another; read-only by convention."""

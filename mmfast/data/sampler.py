@@ -157,9 +157,8 @@ def make_loader(
 
 def _sort_key(dataset: MultimodalDataset) -> Tensor:
     lengths = [dataset.lengths(m) for m in dataset.modalities]
-    longest = torch.stack(lengths).amax(0)
     cells = sum(n * f for n, f in zip(lengths, dataset.features.values(), strict=True))
-    return longest * (int(cells.max()) + 1 if len(cells) else 1) + cells
+    return dataset.longest() * (int(cells.max()) + 1 if len(cells) else 1) + cells
 
 
 def _mix(seed: int, epoch: int) -> int:

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmfast.checks import check_number
 from mmfast.models.lengths import real_steps
+
+# Scores of one sample, Lq x Lk, up to which they are kept for the backward pass: more are worked out once more there.
+KEPT_SCORES = 2**17
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) V over the keys that ``mask`` (B, Lk) admits, with dropout on the weights.
+
+    Shapes (B, Lq, d), (B, Lk, d), (B, Lk, d) -> (B, Lq, d). Memory is linear in the steps: above ``KEPT_SCORES`` the
+    queries are taken in blocks whose scores are dropped after the forward pass. ``scaled_dot_product_attention``
+    keeps them all with dropout on CPUs, and on GPUs for types and sizes that its fused kernels do not take.
+    """
+
+    def block(q: Tensor) -> Tensor:
+        x = (q[:, None], keys[:, None], values[:, None])
+        return F.scaled_dot_product_attention(*x, attn_mask=mask[:, None, None], dropout_p=dropout)[:, 0]
+
+    steps = queries.shape[1]
+    blocks = math.ceil(steps * keys.shape[1] / KEPT_SCORES)
+    fused = queries.device.type == "cpu" and dropout == 0
+    if blocks <= 1 or fused or not torch.is_grad_enabled():
+        return block(queries)
+    parts = queries.split(math.ceil(steps / blocks), dim=1)
+    return torch.cat([checkpoint(block, part, use_reentrant=False) for part in parts], dim=1)
 
 
 class Attention(nn.Module):
@@ -36,13 +64,8 @@ class Attention(nn.Module):
         # No softmax may run over nothing: a sample without keys attends to its padding and is zeroed below.
         missing = key_lengths == 0
         mask = real_steps(key_lengths, keys.shape[1]) | missing[:, None]
-        output = F.scaled_dot_product_attention(
-            projected[:, None],
-            keys[:, None],
-            self.value(keys)[:, None],
-            attn_mask=mask[:, None, None],
-            dropout_p=self.dropout if self.training else 0.0,
-        )[:, 0]
+        dropout = self.dropout if self.training else 0.0
+        output = attend(projected, keys, self.value(keys), mask, dropout)
         kept = real_steps(query_lengths.masked_fill(missing, 0), queries.shape[1])
         return output.masked_fill(~kept[..., None], 0)
 

@@ -10,13 +10,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from mmfast.data import MultimodalBatch, MultimodalDataset, make_loader
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
 from mmfast.metrics import metrics_for
 
-BATCH = 256
+# Samples of a batch without gradients, fewer where they are longer than STEPS / BATCH time steps.
+BATCH, STEPS = 256, 2**16
+
+
+def evaluation_batches(dataset: MultimodalDataset) -> DataLoader:
+    """All samples in an order of their lengths."""
+    longest = int(dataset.longest().max()) if len(dataset) else 0
+    size = min(BATCH, max(1, STEPS // max(longest, 1)))
+    return make_loader(dataset, size, shuffle=False, drop_last=False, seed=0)
 
 
 def predict(module: nn.Module, dataset: MultimodalDataset) -> Tensor:
@@ -34,7 +43,7 @@ def _in_order(
     module: nn.Module, function: Callable[[MultimodalBatch], Tensor], dataset: MultimodalDataset
 ) -> Tensor:
     device = next(module.parameters()).device
-    loader = make_loader(dataset, BATCH, shuffle=False, drop_last=False, seed=0)
+    loader = evaluation_batches(dataset)
     order = [index for batch in loader.batch_sampler.batches(0) for index in batch]
     training = module.training
     module.eval()

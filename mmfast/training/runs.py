@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmfast.data import MultimodalDataset, Standardiser, make_loader
+from mmfast.data import Standardiser, make_loader
 from mmfast.errors import UserError
 from mmfast.training.checkpoint import PRETRAINING, RECORD, SUPERVISED, read_checkpoint
 from mmfast.training.components import make_pretraining, make_supervised
@@ -21,8 +21,9 @@ from mmfast.training.config import Config
 from mmfast.training.fitting import BEST, check_device, fit
 from mmfast.training.folder import PREDICTIONS, load_result, save_result
 from mmfast.training.handover import Handover, load_part
+from mmfast.training.memory import check_memory
 from mmfast.training.parsing import config_of
-from mmfast.training.predictions import measure, predict, write_predictions
+from mmfast.training.predictions import evaluation_batches, measure, predict, write_predictions
 from mmfast.training.pretraining import Pretraining
 from mmfast.training.seeds import derive
 from mmfast.training.seen import NONE, Overlap, Seen
@@ -49,7 +50,7 @@ def pretrain(config: Config, splits: Splits, place: Place) -> dict[str, Any]:
     """
     began = time.monotonic()
     module, batches = prepare_pretraining(config, splits)
-    valid = _in_order(splits.valid) if len(splits.valid) > 1 else None
+    valid = evaluation_batches(splits.valid) if len(splits.valid) > 1 else None
     with place as folder:
         if (done := load_result(folder)) is not None:
             return done
@@ -70,7 +71,8 @@ def prepare_pretraining(config: Config, splits: Splits) -> tuple[Pretraining, Da
     """The network with its views and loss, and its batches: whatever can be refused before the first step is.
 
     Raises:
-        UserError: fewer than two samples, settings that a part refuses, a device that is not there.
+        UserError: fewer than two samples, settings that a part refuses, a device that is not there, memory that is
+            not free.
     """
     check_device(config.run)
     size = len(splits.inputs)
@@ -90,6 +92,7 @@ def prepare_pretraining(config: Config, splits: Splits) -> tuple[Pretraining, Da
         drop_last=True,
         seed=derive(config.run.seed, "batches"),
     )
+    check_memory("pretraining", module.encoder, batches, 2, config.run)
     return module, batches
 
 
@@ -120,7 +123,7 @@ def finetune(
             history = fit(
                 module,
                 batches,
-                _in_order(splits.valid),
+                evaluation_batches(splits.valid),
                 folder,
                 config.run,
                 settings.epochs,
@@ -168,7 +171,7 @@ def prepare_finetuning(
 
     Raises:
         UserError: no labelled training or validation samples, weights that do not fit, settings that a part refuses,
-            a device that is not there.
+            a device that is not there, memory that is not free.
     """
     check_device(config.run)
     require_labels({"train": splits.train, "valid": splits.valid})
@@ -187,6 +190,8 @@ def prepare_finetuning(
         drop_last=False,
         seed=derive(config.run.seed, "batches"),
     )
+    if not freeze:
+        check_memory("supervised", module.encoder, batches, 1, config.run)
     return module, batches, handover
 
 
@@ -223,10 +228,6 @@ def _record(kind: str, config: Config, splits: Splits, seen: Seen, freeze: bool 
         "data": splits.fingerprint,
         "seen": seen._asdict(),
     }
-
-
-def _in_order(dataset: MultimodalDataset):
-    return make_loader(dataset, 256, shuffle=False, drop_last=False, seed=0)
 
 
 def _test(module: nn.Module, splits: Splits, folder: Path) -> Mapping[str, float] | None:

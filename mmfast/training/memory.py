@@ -1,0 +1,126 @@
+"""Whether the largest step of a run fits into memory: asked before it, for the kernel that kills says nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mmfast.errors import UserError
+from mmfast.training.config import RunConfig
+
+# Steps of the sample that is measured: from a few hundred on, what a step of time costs is the same.
+MEASURED_STEPS = 1000
+# Gradients and temporary results of a backward pass, over what the forward pass keeps for it.
+BACKWARD = 1.35
+# oneDNN's LSTM asks for more workspace (bytes, to autograd) than it touches: 32 to 68 % of it.
+WORKSPACE = 0.6
+
+
+def check_memory(phase: str, encoder: nn.Module, loader: DataLoader, views: int, run: RunConfig) -> None:
+    """Refuse a run whose largest batch, its ``views`` encoded at once, needs more memory than is free.
+
+    Args:
+        phase: "pretraining" or "supervised", the section that has the batch size.
+        encoder: with ``features``, modality -> F; run once, on one sample of zeros.
+        loader: batches of :class:`~mmfast.data.MultimodalBatch` by a bucket sampler, whose first epoch is looked at.
+
+    Raises:
+        UserError: with the sizes, and the batch size that would fit.
+    """
+    free = free_bytes(run.accelerator)
+    longest = loader.dataset.longest()
+    batches = [(len(batch), int(longest[batch].max())) for batch in loader.batch_sampler.batches(0)]
+    samples, steps = max(batches, key=lambda batch: batch[0] * batch[1])
+    if free is None or steps == 0:
+        return
+    need = samples * sample_bytes(encoder, steps, views)
+    if need > free:
+        fitting = int(samples * free / need)
+        least = 2 if views > 1 else 1
+        remedy = f"lower {phase}.batch_size to {fitting}" if fitting >= least else "lower model.hidden"
+        raise UserError(
+            f"{phase}: memory for a step must be free, about {_gib(need)} GiB for {samples} samples of up to {steps} "
+            f"time steps, got {_gib(free)} GiB: {remedy}, or shorten the sequences"
+        )
+
+
+def sample_bytes(encoder: nn.Module, steps: int, views: int) -> int:
+    """About what a training step takes for each sample of so many time steps, by what autograd keeps for one."""
+    measured = min(steps, MEASURED_STEPS)
+    parameter = next(encoder.parameters())
+    like = {"dtype": parameter.dtype, "device": parameter.device}
+    values = {name: torch.zeros(1, measured, size, **like) for name, size in encoder.features.items()}
+    lengths = {name: torch.full((1,), measured, device=parameter.device) for name in values}
+    weights = {p.data_ptr() for p in encoder.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # by address, and alive, so that no address is used twice
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        address = x.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = x
+        return x
+
+    training = encoder.training
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), hooks:
+        encoder.train()(values, lengths)
+    encoder.train(training)
+    inputs = sum(x.nbytes for x in values.values())
+    total = sum(
+        x.untyped_storage().nbytes() * (WORKSPACE if x.dtype == torch.uint8 else 1) for x in kept.values()
+    )
+    return int((inputs + views * BACKWARD * total) * steps / measured)
+
+
+def free_bytes(accelerator: str) -> int | None:
+    """Memory that this process may still take, on the GPU where it will run there; None where nothing tells."""
+    if accelerator in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    return min(filter(None, (_available(), _within_limits())), default=None)
+
+
+def _available() -> int | None:
+    rows = dict(line.split(":", 1) for line in _lines("/proc/meminfo"))
+    return 1024 * int(rows["MemAvailable"].split()[0]) if "MemAvailable" in rows else None
+
+
+def _within_limits() -> int | None:
+    """What control groups leave, those of containers and batch jobs; files that are merely cached count as free."""
+    left = []
+    for group in _lines("/proc/self/cgroup"):
+        _, controllers, path = group.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root, limit, usage, cached = _SECOND if controllers == "" else _FIRST
+        for folder in (Path(root + path), *Path(root + path).parents):
+            most, used = _lines(folder / limit), _lines(folder / usage)
+            if most and used and most[0].isdigit():
+                files = [
+                    int(row.split()[1]) for row in _lines(folder / "memory.stat") if row.startswith(cached)
+                ]
+                left.append(max(int(most[0]) - int(used[0]) + sum(files), 1))
+    return min(left, default=None)
+
+
+# Where the two versions of control groups are mounted, and the names of limit, usage and cached files.
+_SECOND = ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file ")
+_FIRST = (
+    "/sys/fs/cgroup/memory",
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    "total_inactive_file ",
+)
+
+
+def _lines(path: str | Path) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"
