@@ -95,9 +95,8 @@ class ModelConfig:
 class AugmentationConfig:
     """The two chains of augmentations that make the two views of pre-training.
 
-    They act on standardised inputs. So ``mu`` and ``sigma`` of ``noise`` count in standard deviations of each
-    feature: the preset's 0.1 adds a hundredth to the variance of every one, whatever its scale in the data. What is
-    masked takes the mean of its feature.
+    They act on standardised inputs: the preset's noise adds a hundredth to the variance of every feature, whatever
+    its scale in the data, and what is masked takes the mean of its feature.
 
     Args:
         preset: Names joined by ``+``, in order: ``noise``, ``masking``, ``seqaug``, ``feature_masking``, such as
