@@ -123,7 +123,9 @@ def _loading() -> Iterator[None]:
 
 
 def _fail(sentence: str, status: int) -> int:
-    print(f"mmfast: {' '.join(sentence.split())}", file=sys.stderr)
+    # Lines are joined, but spaces within one kept: they may be part of a path.
+    lines = filter(None, map(str.strip, sentence.splitlines()))
+    print(f"mmfast: {' '.join(lines)}", file=sys.stderr)
     return status
 
 

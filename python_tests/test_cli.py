@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -234,6 +235,25 @@ def test_interruption_exits_130_and_says_how_to_go_on(number, tmp_path):
     assert process.returncode == 130, error
     again = f"mmfast pretrain --config {tmp_path / 'config.yaml'} --resume"
     assert error == f"mmfast: interrupted; go on with: {again}\n"
+
+
+def test_how_to_go_on_is_quoted_and_only_said_of_a_run_that_has_begun(tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "my  run's"
+    for place in ("load_data", "runs.fit"):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                f"mmfast.training.{'commands.' if place == 'load_data' else ''}{place}", interrupted
+            )
+            assert mmfast("pretrain", *TINY, f"--run.folder={folder}") == 130
+        error = capsys.readouterr().err
+        if place == "load_data":
+            assert error == "mmfast: interrupted\n"
+    words = shlex.split(error.partition("go on with: ")[2])
+    assert words == ["mmfast", "pretrain", "--config", str(folder / "config.yaml"), "--resume"]
+    assert mmfast(*words[1:]) == 0
 
 
 def test_a_second_process_in_one_folder_is_refused(made, tmp_path, capfd):

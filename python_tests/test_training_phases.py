@@ -13,7 +13,7 @@ from training_help import TINY, assert_same, checkpoint, mmfast, train
 from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, collate, save, synthetic
 from mmfast.errors import UserError
 from mmfast.training.components import make_pretraining, make_supervised
-from mmfast.training.config import Config, DataConfig
+from mmfast.training.config import Config, DataConfig, SupervisedConfig
 from mmfast.training.predictions import encode, predict, read_predictions, write_predictions
 from mmfast.training.pretraining import Progress, check_finite, effective_rank
 from mmfast.training.splits import make_splits, named_parts, select
@@ -108,6 +108,18 @@ def test_schedule_and_early_stopping_follow_the_validation_loss(tmp_path):
     assert [epoch["lr"] for epoch in history] == pytest.approx(rates)
     losses = [epoch["valid_loss"] for epoch in history]
     assert len(losses) - 1 - losses.index(min(losses)) == 3
+
+
+def test_the_rate_is_halved_after_one_epoch_more_than_are_let_pass():
+    config = settings()
+    config.supervised.plateau_patience = 2
+    scheduler = make_supervised(config, FEATURES).configure_optimizers()["lr_scheduler"]["scheduler"]
+    rates = []
+    for loss in (1.0, 1.0, 0.99995, 1.0, 1.0):  # the third is lower by less than a ten-thousandth
+        scheduler.step(loss)
+        rates.append(scheduler.get_last_lr()[0] / config.supervised.lr)
+    assert rates == [1, 1, 1, 0.5, 0.5]
+    assert "with 2 after the third" in " ".join(SupervisedConfig.__doc__.split())
 
 
 def test_frozen_encoder_stays_as_it_was_and_has_no_dropout():

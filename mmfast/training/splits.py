@@ -98,15 +98,16 @@ def make_splits(
 
 
 def identity(data: MultimodalData) -> str:
-    """32 hexadecimal digits for all of the data that a run depends on: their content, and also order and ids.
+    """32 hexadecimal digits for all of the data that a run depends on: their content, and also order, ids and groups.
 
-    Order decides folds and batches, ids the draws of the augmentation.
+    Order decides batches, ids and groups folds, ids the draws of the augmentation.
     """
     hashed = blake2b(data.fingerprint().encode(), digest_size=16)
     for name in ("train", "valid", "test", "unlabelled", "cross_validation"):
         if (part := getattr(data, name)) is not None:
             hashed.update(name.encode())
             hashed.update(torch.stack([part.ids, part.fingerprints()]).numpy().tobytes())
+            hashed.update(repr(part.groups).encode())
     return hashed.hexdigest()
 
 
