@@ -213,7 +213,8 @@ def barlow_twins(
 
     Returns:
         A scalar, float64 for float64 embeddings, else float32. Gradients have the dtype of the embeddings and
-        are not differentiable again.
+        are not differentiable again. ``torch.func`` transforms, forward mode and batched gradients are for two views
+        of one process without ``debias`` and "vissl".
 
     Raises:
         ValueError: shapes or devices that do not match, B < 2, D < 1, an unknown variant, lambd, eps or scale out

@@ -21,6 +21,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from mmfast import backends
 from mmfast.ops.barlow_twins_checks import check_options, check_views, compute_dtype, unusable
@@ -42,26 +44,37 @@ def reference(
     pooled: bool = False,
 ) -> Tensor:
     """The definition, by autograd differentiable to any order: what every form and backend must equal."""
+    definition = Definition(lambd, center, eps, eps_outside, unbiased, divide, scale, normalise)
+    return composed(z_a, z_b, definition, pooled)[0]
+
+
+def composed(z_a: Tensor, z_b: Tensor, definition: Definition, pooled: bool = False) -> tuple[Tensor, Tensor]:
+    """The loss and its detached components by the definition."""
+    rows, columns = z_a.shape
 
     def standardise(z):
         z = z.to(compute_dtype(z))
-        d = z - z.mean(0) if center else z
-        if not normalise:
+        d = z - z.mean(0) if definition.center else z
+        if not definition.normalise:
             return d
-        inner, outer = (0.0, eps) if eps_outside else (eps, 0.0)
-        w = d.square().sum(0) / (len(z) - unbiased) + inner
+        inner, outer = (0.0, definition.eps) if definition.eps_outside else (definition.eps, 0.0)
+        w = d.square().sum(0) / (len(z) - definition.unbiased) + inner
         # A root has no derivative at zero; a constant column correlates with nothing, and gets no gradient.
         deviation = torch.where(w > 0, torch.where(w > 0, w, 1).sqrt(), 0) + outer
         return d / torch.where(deviation > 0, deviation, 1)
 
-    rows = len(z_a)
     if pooled:
         a, b = standardise(torch.cat((z_a, z_b))).split(rows)
     else:
         a, b = standardise(z_a), standardise(z_b)
-    c = a.T @ b / (rows if divide else 1)
-    off_diagonal = c - torch.diag(c.diagonal())
-    return scale * ((1 - c.diagonal()).square().sum() + lambd * off_diagonal.square().sum())
+    with torch.autocast(z_a.device.type, enabled=False):
+        c = a.T @ b / rows
+    diagonal = c.diagonal()
+    on = (definition.target(rows) - diagonal).square().sum()
+    off = (c - torch.diag(diagonal)).square().sum()
+    loss = definition.factor(rows) * (on + definition.lambd * off)
+    rms = (off / max(1, columns * (columns - 1))).sqrt()
+    return loss, torch.stack((loss, on, off, diagonal.mean(), rms)).detach()
 
 
 def barlow_twins(
@@ -97,6 +110,10 @@ def barlow_twins(
         _narrow(z_a.dtype, z_a.device)
         or (gram and _narrow_gram(z_a.dtype, z_a.device) and z_a.shape[0] >= _NARROW_ROWS)
     )
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        from mmfast.ops.barlow_twins_transforms import transformed
+
+        return transformed(z_a, z_b, gram, narrow, definition)
     loss, components, _ = _BarlowTwins.apply(z_a, z_b, gram, narrow, definition)
     return loss, components
 
@@ -233,6 +250,45 @@ def _backward_fake(upstream, views, statistics, matrices, gram, narrow, grad_a, 
     return tuple(z.new_empty(z.shape[-2:] if wanted else 0) for wanted in (grad_a, grad_b))
 
 
+def _one_by_one(op, size: int, in_dims, arguments):
+    """What vmap asks of an op: its results for each element of a batch, stacked."""
+
+    def element(x, dim, i):
+        if isinstance(x, (list, tuple)):
+            return [element(y, d, i) for y, d in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, i)
+
+    every = [
+        op(*(element(x, dim, i) for x, dim in zip(arguments, in_dims, strict=True))) for i in range(size)
+    ]
+    results = tuple(torch.stack(one) for one in zip(*every, strict=True))
+    return results, (0,) * len(results)
+
+
+def _forward_batched(info, in_dims, *arguments):
+    return _one_by_one(_forward_op, info.batch_size, in_dims, arguments)
+
+
+def _backward_batched(info, in_dims, upstream, *rest):
+    if any(dim is not None for dim in tree_leaves(in_dims[1:])):
+        return _one_by_one(_backward_op, info.batch_size, in_dims, (upstream, *rest))
+    return tuple(
+        torch.stack([u * g for u in upstream.unbind(in_dims[0])]) for g in _of_one(upstream, *rest)
+    ), (0, 0)
+
+
+def _backward_mapped(upstream, views, statistics, matrices, *options):
+    """The same for ``is_grads_batched``, whose maps know no such rules, only PyTorch's own operations."""
+    if any(torch._C._functorch.is_legacy_batchedtensor(x) for x in (*views, statistics, matrices)):
+        raise RuntimeError("barlow_twins: batched gradients must be batched by what comes from above alone")
+    return tuple(upstream * g for g in _of_one(statistics, views, statistics, matrices, *options))
+
+
+def _of_one(like: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """The gradient of the loss itself, of which every other is a multiple."""
+    return _backward_op(torch.ones((), dtype=like.dtype, device=like.device), *rest)
+
+
 _library = torch.library.Library("mmfast", "FRAGMENT")
 # hat (2, B, D), or (0, B, D) where the backward pass does without, and statistics (5, D): see Plain.standardise;
 # views: hat, or z_a and z_b to standardise again, or, narrow, all three; matrices: in Gram form (n, B, B), ÂÂ' if
@@ -255,6 +311,9 @@ for _schema, (_kernel, _fake) in _ops.items():
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
     torch.library.register_fake(f"mmfast::{_name}", _fake, lib=_library)
+torch.library.register_vmap("mmfast::barlow_twins_forward", _forward_batched, lib=_library)
+torch.library.register_vmap("mmfast::barlow_twins_backward", _backward_batched, lib=_library)
+_library.impl("barlow_twins_backward", _backward_mapped, "Batched")
 
 
 # Overloads: calls through the packet would look for them every time.
@@ -281,18 +340,24 @@ def _observed(*tensors: Tensor) -> bool:
     )
 
 
-def _results(z_a, z_b, *options):
+def results(z_a, z_b, *options):
     *flags, definition = options
     if _observed(z_a, z_b):
         return _forward_op(z_a, z_b, *flags, *definition)
     return _evaluate(z_a, z_b, *options)
 
 
-def _gradient(options, upstream, statistics, matrices, *views):
+def gradient_of(options, upstream, statistics, matrices, *views):
     *flags, definition = options
     if _observed(upstream, statistics, *views):
         return _backward_op(upstream, views, statistics, matrices, *flags, *definition)
     return _pull(upstream, views, statistics, matrices, *options)
+
+
+def refuse_tangents(*tensors: Tensor) -> None:
+    """Kernels would leave tangents out, and nobody would see that a derivative is missing."""
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise RuntimeError(DIFFERENTIATED_AGAIN)
 
 
 class _FinalGradient(torch.autograd.Function):
@@ -300,14 +365,24 @@ class _FinalGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        return _gradient(*arguments)
+        return gradient_of(*arguments)
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            "barlow_twins: the gradient must not be differentiated again (double backward); "
-            "mmfast.ops.barlow_twins.reference can be"
-        )
+        raise RuntimeError(DIFFERENTIATED_AGAIN)
+
+
+DIFFERENTIATED_AGAIN = (
+    "barlow_twins: the gradient must not be differentiated again (double backward, or forward over backward); "
+    "mmfast.ops.barlow_twins.reference can be"
+)
+
+
+def views_to_keep(z_a: Tensor, z_b: Tensor, hat: Tensor, narrow: bool) -> tuple[Tensor, ...]:
+    """What the backward pass needs of the embeddings."""
+    # Half embeddings are smaller than their fp32 hats: keep those, and standardise again.
+    views = (hat,) if hat.dtype == z_a.dtype and len(hat) else (z_a, z_b)
+    return (*views, z_a, z_b) if narrow and len(hat) else views
 
 
 class _BarlowTwins(torch.autograd.Function):
@@ -320,15 +395,11 @@ class _BarlowTwins(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_a, z_b, gram, narrow, definition):
         grad_a, grad_b = ctx.needs_input_grad[:2]
-        loss, components, hat, statistics, matrices = _results(
+        loss, components, hat, statistics, matrices = results(
             z_a, z_b, gram, narrow, grad_a, grad_b, definition
         )
         ctx.options = gram, narrow, grad_a, grad_b, definition
-        # Half embeddings are smaller than their fp32 hats: keep those, and standardise again.
-        views = (hat,) if hat.dtype == z_a.dtype and len(hat) else (z_a, z_b)
-        if narrow and len(hat):
-            views += z_a, z_b
-        ctx.save_for_backward(statistics, matrices, *views)
+        ctx.save_for_backward(statistics, matrices, *views_to_keep(z_a, z_b, hat, narrow))
         ctx.mark_non_differentiable(components)
         ctx.set_materialize_grads(False)
         return loss, components, hat
@@ -337,7 +408,10 @@ class _BarlowTwins(torch.autograd.Function):
     def backward(ctx, upstream, _components, _hat):
         if upstream is None:
             return (None,) * 5
-        gradient = _FinalGradient.apply if torch.is_grad_enabled() else _gradient
-        grad_a, grad_b = gradient(ctx.options, upstream, *ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        if forward_ad._current_level >= 0:
+            refuse_tangents(upstream, *saved)
+        gradient = _FinalGradient.apply if torch.is_grad_enabled() else gradient_of
+        grad_a, grad_b = gradient(ctx.options, upstream, *saved)
         _, _, needs_a, needs_b, _ = ctx.options
         return grad_a if needs_a else None, grad_b if needs_b else None, None, None, None

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.autograd.function import once_differentiable
 
 from mmfast.errors import UserError
@@ -125,12 +125,13 @@ def barlow_twins_many(
     """
     group, problem = sharing.across(), None
     try:
+        _check_ordinary(views)
         sharing.check()
         definition.check()
         check_views(views, 2 if group is None else 0, corresponding, op)
         if present is not None:
             check_present(present, views)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, NotImplementedError) as error:
         problem = error
     if group is not None:
         ranks = _agreed(
@@ -164,6 +165,21 @@ def barlow_twins_many(
         for wrong in (not_finite(views, op), too_large(views, op)):
             raise_together(group, wrong)
     return loss, components
+
+
+_ORDINARY = (
+    "barlow_twins: torch.func transforms, forward-mode and batched derivatives are for two complete views of one "
+    "process, without debias and pooled statistics"
+)
+
+
+def _check_ordinary(views: Mapping[str, Tensor]) -> None:
+    for z in views.values():
+        if not isinstance(z, Tensor) or torch.compiler.is_compiling():
+            continue
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(z).tangent is not None
+        if dual or torch._C._functorch.is_functorch_wrapped_tensor(z):
+            raise NotImplementedError(_ORDINARY)
 
 
 def _agreed(group, views, pairs, present, options, problem: Exception | None) -> Ranks:
@@ -310,6 +326,8 @@ class _Upstream(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream):
+            raise NotImplementedError(_ORDINARY)
         return None, None, ctx.ranks.sum(upstream) * ctx.share
 
 
