@@ -20,6 +20,7 @@ from mmfast.ops.barlow_twins_passes import Definition
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@pytest.mark.rotation
 @ALL_BACKENDS
 @FORMS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -137,6 +138,7 @@ def test_autocast_cannot_demote(dtype, gram, backend):
     assert all(torch.equal(x, y) for x, y in zip(inside, expected, strict=True))
 
 
+@pytest.mark.rotation
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
 @ALL_BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
