@@ -339,6 +339,17 @@ def test_training_whose_best_epoch_is_the_last_says_so(epochs, warned, tmp_path,
     assert ("warning: the last epoch was the best" in capsys.readouterr().out) == warned
 
 
+def test_bfloat16_is_what_a_cpu_computes_when_it_is_asked_for(tmp_path):
+    one, other = (
+        result(train("pretrain", tmp_path / name, "--pretraining.epochs=1", f"--run.precision={name}"))[
+            "history"
+        ][0]
+        for name in ("32-true", "bf16-mixed")
+    )
+    assert other["train_loss"] != one["train_loss"]
+    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=0.05)
+
+
 def test_a_single_batch_takes_all_samples_of_a_small_set(tmp_path, capsys):
     train("pretrain", tmp_path, "--pretraining.batch_size=170", "--pretraining.epochs=1")
     assert "only 57 samples, fewer than one batch of 170" in capsys.readouterr().out

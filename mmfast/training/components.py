@@ -13,6 +13,7 @@ from mmfast.errors import UserError
 from mmfast.losses import BarlowTwinsLoss
 from mmfast.models import M3Encoder, Projector, RegressionHead
 from mmfast.training.config import AugmentationConfig, Config, ModelConfig
+from mmfast.training.memory import check_weights
 from mmfast.training.pretraining import Pretraining
 from mmfast.training.seeds import derive
 from mmfast.training.supervised import Supervised
@@ -31,6 +32,7 @@ def make_encoder(config: ModelConfig, features: dict[str, int]) -> M3Encoder:
     """The encoder for these modalities."""
     settings = asdict(config)
     settings.pop("projector")
+    check_weights("model.hidden", config.hidden, lambda: M3Encoder(features, **settings))
     return M3Encoder(features, **settings)
 
 
@@ -96,8 +98,10 @@ def make_pretraining(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights of the encoder"))
         encoder = make_encoder(config.model, features)
+        widths = config.model.projector
+        check_weights("model.projector", widths, lambda: Projector(encoder.out_features, widths))
         torch.manual_seed(derive(seed, "weights of the projector"))
-        projector = Projector(encoder.out_features, config.model.projector)
+        projector = Projector(encoder.out_features, widths)
     loss = BarlowTwinsLoss(lambd=config.loss.lambd, center=config.loss.center)
     return Pretraining(encoder, projector, views, loss, config.pretraining.lr, seed, record)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +46,31 @@ def check_memory(phase: str, encoder: nn.Module, loader: DataLoader, views: int,
         raise UserError(
             f"{phase}: memory for a step must be free, about {_gib(need)} GiB for {samples} samples of up to {steps} "
             f"time steps, got {_gib(free)} GiB: {remedy}, or shorten the sequences"
+        )
+
+
+def check_weights(setting: str, value: Any, build: Callable[[], nn.Module]) -> None:
+    """Refuse a network that cannot be built: its weights, their gradients and Adam's two moments exceed free memory.
+
+    Args:
+        setting, value: what decides the size.
+        build: makes the network; called on the meta device, where nothing is allocated.
+
+    Raises:
+        UserError: with the sizes.
+    """
+    with torch.device("meta"):
+        try:
+            need = 4 * sum(parameter.nbytes for parameter in build().parameters())
+        except RuntimeError as error:  # more bytes than a number of 64 bits counts
+            raise UserError(
+                f"config: {setting} must be a size that a tensor can have, got {value}"
+            ) from error
+    free = free_bytes("cpu")
+    if free is not None and need > free:
+        raise UserError(
+            f"config: {setting} must leave the weights, gradients and Adam's moments within the free memory of "
+            f"{_gib(free)} GiB, got {value}, that is {_gib(need)} GiB"
         )
 
 
