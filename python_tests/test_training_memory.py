@@ -12,7 +12,7 @@ from training_help import TINY, mmfast, train
 
 from mmfast.data import MultimodalDataset
 from mmfast.models import M3Encoder
-from mmfast.training import memory
+from mmfast.training import components, memory
 from mmfast.training.predictions import STEPS, evaluation_batches
 
 FEATURES = {"text": 8, "audio": 6}
@@ -67,6 +67,7 @@ def test_estimate_is_near_what_a_step_takes(batch, steps):
 def test_a_step_that_does_not_fit_is_refused_with_a_batch_size_that_does(
     command, section, tmp_path, capsys, monkeypatch
 ):
+    monkeypatch.setattr(components, "check_weights", lambda *a: None)
     monkeypatch.setattr(memory, "sample_bytes", lambda *a: 1000)
     monkeypatch.setattr(memory, "free_bytes", lambda accelerator: 4001)
     assert mmfast(command, *TINY, f"--run.folder={tmp_path / 'run'}") == 2
@@ -78,6 +79,7 @@ def test_a_step_that_does_not_fit_is_refused_with_a_batch_size_that_does(
 
 
 def test_where_no_batch_fits_the_sentence_names_the_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(components, "check_weights", lambda *a: None)
     monkeypatch.setattr(memory, "free_bytes", lambda accelerator: 1000)
     assert mmfast("pretrain", *TINY, f"--run.folder={tmp_path / 'run'}") == 2
     assert "lower model.hidden, or shorten the sequences" in capsys.readouterr().err
