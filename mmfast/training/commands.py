@@ -127,13 +127,25 @@ def predict(given: argparse.Namespace) -> None:
         _warn(f"predict: of {len(dataset)} samples, {overlap}; --split unseen leaves them out")
 
 
+class _StandardOutput(logging.StreamHandler):
+    """Writes to what is standard output now: a progress bar takes its place to keep lines above itself."""
+
+    @property
+    def stream(self):
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, _) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _sitting(command: str, run: RunConfig) -> Iterator[None]:
     """Threads and log for one command, and a sentence on how to go on after Ctrl-C."""
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     logger = logging.getLogger("mmfast")
-    handler, level = logging.StreamHandler(sys.stdout), logger.level
+    handler, level = _StandardOutput(), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

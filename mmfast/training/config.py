@@ -184,7 +184,7 @@ class RunConfig:
         tensorboard: Write TensorBoard event files beside the CSV log.
         threads: CPU threads; torch's choice when left out. Bits of a result may depend on it.
         checkpoint_seconds: Least time between two checkpoints to resume from; they are written at ends of epochs.
-        progress: Progress bar: ``auto`` shows it on a terminal only.
+        progress: ``auto``: a progress bar on a terminal, nothing elsewhere; ``on``: plain lines elsewhere; ``off``.
     """
 
     folder: str = "runs/run"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +20,7 @@ import torch
 
 from mmfast.data import MultimodalData
 from mmfast.errors import UserError
-from mmfast.training import runs
+from mmfast.training import bars, runs
 from mmfast.training.baselines import BASELINES
 from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.fitting import LAST
@@ -114,7 +116,9 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
         _accept(config, experiment, units, data)
     with claim(root, settings, None, {"data.path": identity(data)}):
         began = time.monotonic()
-        _run_all(config, experiment, units)
+        with bars.bar(config.run.progress) as tell:
+            board = tell and _board(config, experiment, units, data, tell)
+            _run_all(config, experiment, units, board)
         log.info("all runs complete after %.0f s", time.monotonic() - began)
     return collect(config, experiment, units, data.label_range)
 
@@ -144,19 +148,52 @@ def _accept(config: Config, experiment: ExperimentConfig, units: list[Unit], dat
         log.info("warning: %s", sentence)
 
 
-def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) -> None:
+def _board(
+    config: Config,
+    experiment: ExperimentConfig,
+    units: list[Unit],
+    data: MultimodalData,
+    tell: bars.Listener,
+) -> bars.Board:
+    """All networks' runs, with the numbers of samples that pass through an encoder as costs."""
+    first = units[0].config(config)
+    splits = make_splits(data, first.data, first.run.seed)
+    labelled = len(splits.train) + len(splits.valid)
+    costs = {
+        name: labelled if METHODS[name].frozen else config.supervised.epochs * labelled
+        for name in experiment.methods
+    }
+    if any(METHODS[name].pretrained for name in experiment.methods):
+        costs[PRETRAINED] = 2 * config.pretraining.epochs * len(splits.inputs)
+    board = bars.Board({f"{unit}, {name}": cost for unit in units for name, cost in costs.items()}, tell)
+    for unit in units:
+        for name in costs:
+            if load_result(unit.folder(Path(config.run.folder)) / name) is not None:
+                board.complete(f"{unit}, {name}")
+    return board
+
+
+def _run_all(
+    config: Config, experiment: ExperimentConfig, units: list[Unit], board: bars.Board | None
+) -> None:
     workers = min(experiment.workers or _workers(config), len(units))
     arguments = (asdict(config), asdict(experiment))
     if workers == 1:
         for unit in units:
-            _run_unit(*arguments, unit)
+            _run_unit(*arguments, unit, board)
         return
     # Fresh processes: forking one whose OpenMP threads have run deadlocks.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(
-        workers, context, initializer=_start_worker, initargs=(os.getpid(), log.getEffectiveLevel())
-    ) as pool:
+    with (
+        _messages(context, board) as queue,
+        ProcessPoolExecutor(
+            workers,
+            context,
+            initializer=_start_worker,
+            initargs=(os.getpid(), log.getEffectiveLevel(), queue),
+        ) as pool,
+    ):
         futures = [pool.submit(_run_unit, *arguments, unit) for unit in units]
         try:
             for future in as_completed(futures):
@@ -173,12 +210,51 @@ def _run_all(config: Config, experiment: ExperimentConfig, units: list[Unit]) ->
             raise
 
 
-def _start_worker(parent: int, level: int) -> None:
-    """Log to the parent's standard output, and end soon after the parent was killed.
+@contextlib.contextmanager
+def _messages(context: Any, board: bars.Board | None) -> Iterator[Any]:
+    """A queue of what workers have to say: runs with their standings for the board, None with lines for the log."""
+    if board is None:
+        yield None
+        return
+    queue = context.Queue()
+
+    def read() -> None:
+        while (message := queue.get()) is not None:
+            run, said = message
+            if run is None:
+                log.info(said)
+            else:
+                board(run, said)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    try:
+        yield queue
+    finally:
+        queue.put(None)
+        # Not for ever: a worker that was killed while it wrote leaves the queue locked.
+        reader.join(timeout=5)
+
+
+class _ToParent(logging.Handler):
+    """Lets the parent write the line, above its bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _queue.put((None, self.format(record)))
+
+
+# How this process tells the board where a run stands, if it was started as a worker.
+_queue: Any = None
+
+
+def _start_worker(parent: int, level: int, queue: Any) -> None:
+    """Log to the parent or its standard output, and end soon after the parent was killed.
 
     A worker that lives on would keep its run's folder locked until the run is done.
     """
-    log.addHandler(logging.StreamHandler(sys.stdout))
+    global _queue
+    _queue = queue
+    log.addHandler(logging.StreamHandler(sys.stdout) if queue is None else _ToParent())
     log.setLevel(level)
 
     def watch() -> None:
@@ -196,21 +272,44 @@ def _workers(config: Config) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run_unit(config: dict[str, Any], experiment: dict[str, Any], unit: Unit) -> None:
+def _run_unit(
+    config: dict[str, Any], experiment: dict[str, Any], unit: Unit, board: bars.Board | None = None
+) -> None:
     """All of a unit's runs that are not complete yet, perhaps in a process of their own."""
+    if _queue is not None:
+        board = _send
     config, experiment = unit.config(config_of(config)), ExperimentConfig(**experiment)
     root = Path(config.run.folder)
     torch.set_num_threads(config.run.threads)
     splits = make_splits(load_data(config.data), config.data, unit.seed)
     if any(METHODS[name].pretrained for name in experiment.methods):
-        result = _pretrain(_in(config, unit, root, PRETRAINED), splits)
+        with _heard(board, unit, PRETRAINED):
+            result = _pretrain(_in(config, unit, root, PRETRAINED), splits)
         log.info("%s, pre-training: %d steps (%.0f s)", unit, result["steps"], result["seconds"])
     for name in experiment.methods:
         source = unit.folder(root) / PRETRAINED / LAST if METHODS[name].pretrained else None
-        _log(unit, name, _finetune(_in(config, unit, root, name), splits, source, METHODS[name].frozen))
+        with _heard(board, unit, name):
+            result = _finetune(_in(config, unit, root, name), splits, source, METHODS[name].frozen)
+        _log(unit, name, result)
     if _has_baselines(config, experiment, unit.seed):
         for name in BASELINES:
             _log(unit, name, _baseline(name, unit.folder(root) / name, splits))
+
+
+def _send(run: str, standing: bars.Standing) -> None:
+    _queue.put((run, standing))
+
+
+@contextlib.contextmanager
+def _heard(board: Callable[[str, bars.Standing], None] | None, unit: Unit, name: str) -> Iterator[None]:
+    """Within the context the board hears of the run, and at its end that it is complete."""
+    if board is None:
+        yield
+        return
+    run = f"{unit}, {name}"
+    with bars.heard(lambda standing: board(run, standing)):
+        yield
+    board(run, bars.Standing(1.0, "complete"))
 
 
 def _log(unit: Unit, name: str, result: dict[str, Any]) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, EarlyStopping, RichProgressBar
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from torch.utils.data import DataLoader
 
 from mmfast.errors import UserError
+from mmfast.training import bars
 from mmfast.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from mmfast.training.config import RunConfig
 from mmfast.training.history import History
@@ -63,9 +63,6 @@ def fit(
         ]
     # Written after the callbacks above have seen the epoch, for it holds their state.
     callbacks.append(LastCheckpoint(folder / LAST, run.checkpoint_seconds))
-    progress = run.progress == "on" or (run.progress == "auto" and sys.stdout.isatty())
-    if progress:
-        callbacks.append(RichProgressBar())
 
     last = folder / LAST
     start = last if last.exists() else None
@@ -76,14 +73,16 @@ def fit(
             return checkpoint["callbacks"][history.state_key]["epochs"]
         # Lightning makes the first iterator before it tells the sampler the epoch.
         train.batch_sampler.set_epoch(checkpoint["epoch"] + 1)
-    with _quiet(), _interruptible():
+    with _quiet(), _interruptible(), bars.of_a_run(run.progress, at_most=monitor is not None) as tell:
+        if tell is not None:
+            callbacks.append(bars.Telling(tell))
         trainer = _trainer(
             run,
             max_epochs=epochs,
             logger=_loggers(folder, run),
             callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
-            enable_progress_bar=progress,
+            enable_progress_bar=False,
         )
         trainer.fit(module, train, valid, ckpt_path=start)
     return history.epochs
