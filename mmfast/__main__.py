@@ -1,7 +1,28 @@
-"""``python -m mmfast``."""
+"""The program ``mmfast``, and ``python -m mmfast``."""
 
+import os
+import signal
 import sys
 
-from mmfast.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Run the command line of this process; returns the exit status.
+
+    Until a command starts its work, Ctrl-C ends the process where it stands: nothing is open yet, and many libraries
+    catch what interrupts their import.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # it may be ignored, as in the background of a shell
+        signal.signal(signal.SIGINT, _leave)
+    from mmfast import cli
+
+    return cli.main(sys.argv[1:], ready=lambda: signal.signal(signal.SIGINT, before))
+
+
+def _leave(*_) -> None:
+    os.write(2, b"mmfast: interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmfast.errors import UserError
 from mmfast.flags import Parser
@@ -41,14 +39,18 @@ EXTRAS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, ready: Callable[[], Any] = lambda: None) -> int:
     """Run one command; returns the exit status.
 
     0 is success; 2 a user's error, with one sentence on standard error; 130 an interruption (Ctrl-C, SIGTERM).
+
+    Args:
+        argv: the words behind ``mmfast``, by default those of this process.
+        ready: called when all is imported and the command starts its work.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        argv, loading = (sys.argv[1:], _loading) if argv is None else (list(argv), contextlib.nullcontext)
-        return _run(argv, loading)
+        return _run(argv, ready)
     except UserError as error:
         return _fail(str(error), 2)
     except ModuleNotFoundError as error:
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"interrupted{f'; {error}' if str(error) else ''}", 130)
 
 
-def _run(argv: list[str], loading) -> int:
+def _run(argv: list[str], ready: Callable[[], Any]) -> int:
     parser = Parser(
         prog="mmfast",
         description="Self-supervised multimodal learning.",
@@ -84,9 +86,9 @@ def _run(argv: list[str], loading) -> int:
         parser.print_help()
     else:
         arguments, work, _ = COMMANDS[given.command]
-        with loading():
-            known = getattr(importlib.import_module(arguments), given.command)(given.arguments)
-            run = getattr(importlib.import_module(work), given.command)
+        known = getattr(importlib.import_module(arguments), given.command)(given.arguments)
+        run = getattr(importlib.import_module(work), given.command)
+        ready()
         run(known)
     return 0
 
@@ -103,31 +105,8 @@ def info(argv: list[str]) -> argparse.Namespace:
     return Parser(prog="mmfast info", description=COMMANDS["info"][-1]).parse_args(argv)
 
 
-@contextlib.contextmanager
-def _loading() -> Iterator[None]:
-    """Ctrl-C ends the process where it stands: nothing is open yet, and many libraries catch what interrupts them."""
-
-    def leave(*_) -> None:
-        os.write(2, b"mmfast: interrupted\n")
-        os._exit(130)
-
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler:  # ignored, as in the background of a shell
-        yield
-        return
-    signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _fail(sentence: str, status: int) -> int:
     # Lines are joined, but spaces within one kept: they may be part of a path.
     lines = filter(None, map(str.strip, sentence.splitlines()))
     print(f"mmfast: {' '.join(lines)}", file=sys.stderr)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

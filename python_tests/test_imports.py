@@ -146,7 +146,9 @@ def test_version_is_the_same_everywhere():
 
 
 # A module in each stretch of a command's imports.
-@pytest.mark.parametrize("module", ["jsonargparse._namespace", "torch._C", "torch.nn", "lightning.fabric"])
+@pytest.mark.parametrize(
+    "module", ["argparse", "jsonargparse._namespace", "torch._C", "torch.nn", "lightning.fabric"]
+)
 def test_interruption_while_importing_leaves_no_traceback(module):
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "mmfast", "pretrain", "--data.path=none"],

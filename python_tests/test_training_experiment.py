@@ -265,10 +265,10 @@ def test_the_report_begins_with_what_it_is_about(whole, folded):
     assert facts["Pre-training"].startswith("57 samples, 6 steps in 2 epochs")
     assert facts["Training of FS"].startswith("12 steps in 3 epochs")
     assert facts["Model"].startswith("5,760 parameters in the encoder, 9 in the head, 416 in the projector")
-    assert facts["Command"].startswith("mmfast experiment --data.synthetic.samples=80 ")
-    assert "'--data.synthetic.features={text: 8, audio: 6, visual: 4}'" in facts["Command"]
     assert re.match(time.strftime("%Y-"), facts["Written"])
     facts = dict(re.findall(r"- \*\*(.+?)\*\*: (.+)", (folded / "report.md").read_text()))
+    assert facts["Command"].startswith("mmfast experiment --data.synthetic.samples=80 ")
+    assert "'--data.synthetic.features={text: 8, audio: 6, visual: 4}'" in facts["Command"]
     assert "25 to cross-validate" in facts["Data"] and "40 in the unlabelled pool" in facts["Data"]
 
 

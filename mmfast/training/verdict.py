@@ -74,7 +74,7 @@ def verdict(networks: list[str], means: Means, resampled: Resampled) -> str:
     if not parts:
         parts = [f"{best} has an MAE of {means['mae'][best]:.3f}"]
     sentence = "; ".join(parts)
-    note = " (differences with 95 % intervals over test samples)" if len(means["mae"]) > 1 else ""
+    note = "; brackets hold 95 % intervals over test samples" if "[" in sentence else ""
     return f"{sentence[0].upper()}{sentence[1:]}{note}."
 
 
