@@ -8,7 +8,7 @@ import pytest
 from training_help import mmfast
 
 from mmfast.cli import COMMANDS
-from mmfast.training.arguments import pretrain
+from mmfast.training.arguments import SPLITS, pretrain
 
 # A line, and the sentence without "mmfast: " in front and the hint at help behind.
 LINES = {
@@ -62,7 +62,7 @@ LINES = {
         "pretrain: --preset must be one of demo, small, thesis, got 'dmo'; did you mean demo?"
     ),
     "evaluate a --split tset": (
-        "evaluate: --split must be one of train, valid, test, unlabelled, all, got 'tset'; did you mean test?"
+        f"evaluate: --split must be one of {', '.join(SPLITS)}, got 'tset'; did you mean test?"
     ),
     "pretrian": (f"command must be one of {', '.join(COMMANDS)}, got 'pretrian'; did you mean pretrain?"),
     "pretrain --model.projector 5": (
