@@ -94,7 +94,7 @@ LINES = {
     # out of range
     "pretrain --data.path=": "config: data.path must be a path or synthetic, got nothing",
     "experiment --experiment.seeds [0,0]": (
-        "config: experiment.seeds must be at least one, each once and in [0, 2^63), got [0, 0]"
+        "config: experiment.seeds must be at least one, each once and of 64 bits, got [0, 0]"
     ),
 }
 # What a file holds, and the sentence behind its name.
