@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from mmfast import backends
-from mmfast.ops.barlow_twins_checks import check_options, check_views, compute_dtype, unusable
+from mmfast.ops.barlow_twins_checks import check_views, compute_dtype, unusable
 from mmfast.ops.barlow_twins_passes import Cpu, Definition, NarrowCpu, passes_for
 from mmfast.ops.products import gram_matrices, matmul, product
 
@@ -98,11 +98,10 @@ def barlow_twins(
     ``divide=False``: C = Â'B̂. Components are of the C that is divided by B all the same: the loss is
     scale B^2 (sum_i (1 / B - c_ii)^2 + lambd sum_{i != j} c_ij^2) in its terms.
 
-    ``gram`` forces a form; by default it is the cheaper one.
+    ``gram`` forces a form; by default it is the cheaper one. Options are looked at where users give them.
     """
     definition = Definition(lambd, center, eps, eps_outside, unbiased, divide, scale, normalise)
     check_views({"z_a": z_a, "z_b": z_b}, corresponding=True)
-    check_options(lambd=lambd, eps=eps, scale=scale)
     if gram is None:
         gram = gram_is_cheaper(*z_a.shape)
     # Without standardisation, half types may not hold the products.

@@ -23,33 +23,35 @@ def check_views(
     views: Mapping[str, Tensor], rows: int = 2, corresponding: bool = False, op: str = OP
 ) -> None:
     """Refuses what is not (B, D_m) for every view, B >= ``rows``; with one D if columns are ``corresponding``."""
+    first = wanted = None
     for name, z in views.items():
         check_dense(op, name, z)
-    first, z = next(iter(views.items()))
-    for name, other in views.items():
-        if other.dim() != 2:
-            raise UserError(f"{op}: {name} must have shape (B, D), got {tuple(other.shape)}")
-        if other.shape[1] < 1:
-            raise UserError(f"{op}: {name} must have at least 1 column, got {tuple(other.shape)}")
-        if corresponding and other.shape != z.shape:
+        shape = z.shape
+        if len(shape) != 2:
+            raise UserError(f"{op}: {name} must have shape (B, D), got {tuple(shape)}")
+        if shape[1] < 1:
+            raise UserError(f"{op}: {name} must have at least 1 column, got {tuple(shape)}")
+        if first is None:
+            first, wanted = name, shape
+        elif corresponding and shape != wanted:
             raise UserError(
-                f"{op}: {name} must have the shape of {first} {tuple(z.shape)}, got {tuple(other.shape)}"
+                f"{op}: {name} must have the shape of {first} {tuple(wanted)}, got {tuple(shape)}"
             )
-        if other.shape[0] != z.shape[0]:
-            raise UserError(
-                f"{op}: {name} must have the {z.shape[0]} rows of {first}, got {tuple(other.shape)}"
-            )
-    if z.shape[0] < rows:
+        elif shape[0] != wanted[0]:
+            raise UserError(f"{op}: {name} must have the {wanted[0]} rows of {first}, got {tuple(shape)}")
+    if wanted[0] < rows:
         raise UserError(
             f"{op}: {first} must have at least {rows} rows (a correlation over one sample is undefined), "
-            f"got {tuple(z.shape)}"
+            f"got {tuple(wanted)}"
         )
+    z = views[first]
+    dtype, device = z.dtype, z.device
     dtype_code(op, first, z)
     for name, other in views.items():
-        if other.dtype != z.dtype:
-            raise TypeError(f"{op}: {name} must have the dtype of {first} ({z.dtype}), got {other.dtype}")
-        if other.device != z.device:
-            raise UserError(f"{op}: {name} must be on the device of {first} ({z.device}), got {other.device}")
+        if other.dtype != dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of {first} ({dtype}), got {other.dtype}")
+        if other.device != device:
+            raise UserError(f"{op}: {name} must be on the device of {first} ({device}), got {other.device}")
 
 
 def check_dense(op: str, name: str, z: Tensor) -> None:
