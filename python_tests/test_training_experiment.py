@@ -107,9 +107,10 @@ def test_frozen_rows_kept_their_encoder(whole):
 
 def test_a_complete_experiment_is_not_run_again(whole, monkeypatch):
     monkeypatch.setattr(runs, "fit", None)
-    before = results(whole)
+    before, report = results(whole), (whole / "report.md").read_text()
     assert mmfast("experiment", f"--config={whole / 'config.yaml'}") == 0
     assert results(whole) == before
+    (whole / "report.md").write_text(report)  # other tests read the command in it
 
 
 class Died(BaseException):
