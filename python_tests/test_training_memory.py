@@ -85,6 +85,21 @@ def test_where_no_batch_fits_the_sentence_names_the_model(tmp_path, capsys, monk
     assert "lower model.hidden, or shorten the sequences" in capsys.readouterr().err
 
 
+def test_runs_side_by_side_share_what_is_free(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(components, "check_weights", lambda *a: None)
+    monkeypatch.setattr(memory, "sample_bytes", lambda *a: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda accelerator: 8001)
+    arguments = (
+        *TINY,
+        f"--run.folder={tmp_path / 'run'}",
+        "--experiment.seeds=[0, 1]",
+        "--experiment.workers=2",
+    )
+    assert mmfast("experiment", *arguments) == 2
+    assert "lower experiment.workers, 2 here, lower pretraining.batch_size to 4" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_least_of_machine_and_control_groups_counts(monkeypatch):
     files = {
         "/proc/meminfo": ["MemFree: 1 kB", "MemAvailable: 5000 kB"],

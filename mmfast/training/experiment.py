@@ -112,13 +112,14 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
     begun = examine(root, settings, resume=None)
     data = load_data(config.data)
     units = units_of(config, experiment, data)
+    workers = min(experiment.workers or _workers(config), len(units))
     if not begun:
-        _accept(config, experiment, units, data)
+        _accept(config, experiment, units, data, workers)
     with claim(root, settings, None, {"data.path": identity(data)}):
         began = time.monotonic()
         with bars.bar(config.run.progress) as tell:
             board = tell and _board(config, experiment, units, data, tell)
-            _run_all(config, experiment, units, board)
+            _run_all(config, experiment, units, workers, board)
         log.info("all runs complete after %.0f s", time.monotonic() - began)
     return collect(config, experiment, units, data.label_range)
 
@@ -129,7 +130,9 @@ def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData)
     return [Unit(seed, fold) for seed in experiment.seeds for fold in folds]
 
 
-def _accept(config: Config, experiment: ExperimentConfig, units: list[Unit], data: MultimodalData) -> None:
+def _accept(
+    config: Config, experiment: ExperimentConfig, units: list[Unit], data: MultimodalData, workers: int
+) -> None:
     """Refuse what any of the runs would, before the first of them starts."""
     methods = [METHODS[name] for name in experiment.methods]
     sentences = {}
@@ -139,9 +142,9 @@ def _accept(config: Config, experiment: ExperimentConfig, units: list[Unit], dat
         splits = make_splits(data, own.data, unit.seed)
         require_labels({"train": splits.train, "valid": splits.valid, "test": splits.test})
         if any(method.pretrained for method in methods):
-            runs.prepare_pretraining(own, splits)
+            runs.prepare_pretraining(own, splits, processes=workers)
             sentences[runs.few_steps(own, splits)] = None
-        module, _, _ = runs.prepare_finetuning(own, splits)
+        module, _, _ = runs.prepare_finetuning(own, splits, processes=workers)
         for name, count in runs.tested_on_seen(module, splits).items():
             sentences[f"{unit}: of the {len(getattr(splits, name))} {name} samples, {count}"] = None
     for sentence in filter(None, sentences):
@@ -174,9 +177,12 @@ def _board(
 
 
 def _run_all(
-    config: Config, experiment: ExperimentConfig, units: list[Unit], board: bars.Board | None
+    config: Config,
+    experiment: ExperimentConfig,
+    units: list[Unit],
+    workers: int,
+    board: bars.Board | None,
 ) -> None:
-    workers = min(experiment.workers or _workers(config), len(units))
     arguments = (asdict(config), asdict(experiment))
     if workers == 1:
         for unit in units:

@@ -21,13 +21,16 @@ BACKWARD = 1.35
 WORKSPACE = 0.6
 
 
-def check_memory(phase: str, encoder: nn.Module, loader: DataLoader, views: int, run: RunConfig) -> None:
+def check_memory(
+    phase: str, encoder: nn.Module, loader: DataLoader, views: int, run: RunConfig, processes: int = 1
+) -> None:
     """Refuse a run whose largest batch, its ``views`` encoded at once, needs more memory than is free.
 
     Args:
         phase: "pretraining" or "supervised", the section that has the batch size.
         encoder: with ``features``, modality -> F; run once, on one sample of zeros.
         loader: batches of :class:`~mmfast.data.MultimodalBatch` by a bucket sampler, whose first epoch is looked at.
+        processes: how many such runs are going to share what is free now.
 
     Raises:
         UserError: with the sizes, and the batch size that would fit.
@@ -39,13 +42,15 @@ def check_memory(phase: str, encoder: nn.Module, loader: DataLoader, views: int,
     if free is None or steps == 0:
         return
     need = samples * sample_bytes(encoder, steps, views)
-    if need > free:
-        fitting = int(samples * free / need)
+    if need * processes > free:
+        fitting = int(samples * free / processes / need)
         least = 2 if views > 1 else 1
         remedy = f"lower {phase}.batch_size to {fitting}" if fitting >= least else "lower model.hidden"
+        if processes > 1:
+            remedy = f"lower experiment.workers, {processes} here, {remedy}"
         raise UserError(
             f"{phase}: memory for a step must be free, about {_gib(need)} GiB for {samples} samples of up to {steps} "
-            f"time steps, got {_gib(free)} GiB: {remedy}, or shorten the sequences"
+            f"time steps, got {_gib(free / processes)} GiB: {remedy}, or shorten the sequences"
         )
 
 

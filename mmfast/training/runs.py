@@ -67,8 +67,10 @@ def pretrain(config: Config, splits: Splits, place: Place) -> dict[str, Any]:
     return result
 
 
-def prepare_pretraining(config: Config, splits: Splits) -> tuple[Pretraining, DataLoader]:
+def prepare_pretraining(config: Config, splits: Splits, processes: int = 1) -> tuple[Pretraining, DataLoader]:
     """The network with its views and loss, and its batches: whatever can be refused before the first step is.
+
+    ``processes`` is how many such runs go side by side.
 
     Raises:
         UserError: fewer than two samples, settings that a part refuses, a device that is not there, memory that is
@@ -92,7 +94,7 @@ def prepare_pretraining(config: Config, splits: Splits) -> tuple[Pretraining, Da
         drop_last=True,
         seed=derive(config.run.seed, "batches"),
     )
-    check_memory("pretraining", module.encoder, batches, 2, config.run)
+    check_memory("pretraining", module.encoder, batches, 2, config.run, processes)
     return module, batches
 
 
@@ -165,7 +167,11 @@ def few_steps(config: Config, splits: Splits) -> str | None:
 
 
 def prepare_finetuning(
-    config: Config, splits: Splits, pretrained: Path | None = None, freeze: bool = False
+    config: Config,
+    splits: Splits,
+    pretrained: Path | None = None,
+    freeze: bool = False,
+    processes: int = 1,
 ) -> tuple[Supervised, DataLoader, Handover | None]:
     """As :func:`prepare_pretraining`; also how much of a pre-trained encoder was taken over.
 
@@ -191,7 +197,7 @@ def prepare_finetuning(
         seed=derive(config.run.seed, "batches"),
     )
     if not freeze:
-        check_memory("supervised", module.encoder, batches, 1, config.run)
+        check_memory("supervised", module.encoder, batches, 1, config.run, processes)
     return module, batches, handover
 
 
