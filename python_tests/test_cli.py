@@ -361,7 +361,8 @@ def test_predict_all_is_every_sample_once(made, tmp_path):
 
 
 def test_a_closed_pipe_is_no_error(made):
-    command = f"{sys.executable} -m mmfast inspect {made / 'data.npz'} | true; exit ${{PIPESTATUS[0]}}"
+    words = shlex.join([sys.executable, "-m", "mmfast", "inspect", str(made / "data.npz")])
+    command = f"{words} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import Ranks
 from torch import nn
 
 import mmfast
@@ -309,26 +310,25 @@ def of_rank(rank):
     return data((8, 8, 5), seed=rank)
 
 
-def distributed(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    results = []
+def on_rank(group):
+    """Losses, gradients and numbers exchanged: without the model, with it, and with everybody's statistics."""
+    rank, results = dist.get_rank(group), []
     for stats, given in ((None, True), (None, False), ("global", True)):
-        model = nn.parallel.DistributedDataParallel(encoder(dropout=0.5))
+        model = nn.parallel.DistributedDataParallel(encoder(dropout=0.5), process_group=group)
         exchanges = []
 
         def average(state, bucket, exchanges=exchanges):
             exchanges.append(bucket.buffer().numel())
-            future = dist.all_reduce(bucket.buffer().div_(RANKS), async_op=True).get_future()
+            future = dist.all_reduce(bucket.buffer().div_(RANKS), group=group, async_op=True).get_future()
             return future.then(lambda done: done.value()[0])
 
         model.register_comm_hook(None, average)
         torch.manual_seed(100 + rank)
-        loss, parts = BarlowTwinsLoss(stats=stats), of_rank(rank)
+        loss, parts = BarlowTwinsLoss(stats=stats, group=group), of_rank(rank)
         value = backward_in_micro_batches(loss, two_views(model), parts, model=model if given else None)
-        results.append((value, gradients(model.module), sum(exchanges)))
-    torch.save(results, f"{folder}/{rank}")
-    dist.destroy_process_group()
+        grads = [g.numpy() for g in gradients(model.module)]
+        results.append((float(value), grads, sum(exchanges)))
+    return results
 
 
 def test_processes_exchange_gradients_once(tmp_path):
@@ -350,13 +350,14 @@ def test_processes_exchange_gradients_once(tmp_path):
     of_all.backward()
     size = sum(p.numel() for p in model.parameters())
 
-    torch.multiprocessing.spawn(distributed, (tmp_path,), RANKS)
-    for rank in range(RANKS):
+    ranks = Ranks(RANKS, tmp_path)
+    of_ranks = ranks(on_rank)
+    ranks.close()
+    for rank, results in enumerate(of_ranks):
         expected = (values[rank], of_each, 1), (values[rank], of_each, 3), (of_all, gradients(model), 1)
-        results = torch.load(tmp_path / str(rank))
         for (value, ours, exchanged), (truth, grads, times) in zip(results, expected, strict=True):
-            assert float(value) == pytest.approx(float(truth.detach()), rel=1e-12)
-            same(ours, grads, 1e-11)
+            assert value == pytest.approx(float(truth.detach()), rel=1e-12)
+            same([torch.from_numpy(g) for g in ours], grads, 1e-11)
             assert exchanged == times * size
 
 

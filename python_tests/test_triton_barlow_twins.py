@@ -206,11 +206,11 @@ def test_the_diagonal_of_the_product_becomes_zero(size):
     with red_zones():
         loss, components = passes.correlation_loss(p, 7, statistics, Definition(lambd=0.5))
     assert torch.equal(p, before.fill_diagonal_(0))
-    deficit = statistics[2].double()
-    on, off = deficit.square().sum(), before.double().square().sum() / 49
+    gap = statistics[2].double()
+    on, off = gap.square().sum(), before.double().square().sum() / 49
     close(loss, on + 0.5 * off, torch.float32)
     rms = (off / max(1, size * (size - 1))).sqrt()
-    close(components, torch.stack([on + 0.5 * off, on, off, 1 - deficit.mean(), rms]), torch.float32)
+    close(components, torch.stack([on + 0.5 * off, on, off, 1 - gap.mean(), rms]), torch.float32)
 
 
 def test_energies_below_zero_are_zero():
@@ -259,16 +259,16 @@ def test_narrow_gradient(dtype, gram):
             grams if gram else None,
             grads,
         )
-    r, deficit, mean = statistics[:2].double(), statistics[2].double(), statistics[3:].double()
+    r, gap, mean = statistics[:2].double(), statistics[2].double(), statistics[3:].double()
     hats = [(z.double() - mean[i]) * r[i] for i, z in enumerate((z_a, z_b))]
-    weight = 2 * u / rows * (deficit + (LAMBD if gram else 0) * (1 - deficit))
+    weight = 2 * u / rows * (gap + (LAMBD if gram else 0) * (1 - gap))
     for i, own in enumerate(hats):
         m = products[i].double() * 2**exponent
         if gram:
             m += grams[i].double().diagonal()[:, None] * own
         g = 2 * LAMBD * u / rows**2 * m - weight * hats[1 - i]
         # The projection on the own column: with 1 - c for the partner's, as in csrc/barlow_twins.h.
-        projection = 2 * LAMBD * u / rows**2 * (m * own).mean(0) - weight * (1 - deficit)
+        projection = 2 * LAMBD * u / rows**2 * (m * own).mean(0) - weight * (1 - gap)
         expected = r[i] * (g - own * projection)
         assert_rounded(grads[i].cpu(), expected.to(dtype).cpu())
 
