@@ -469,6 +469,7 @@ def test_attention_is_the_formula_with_the_scale_of_its_size():
 def attention_of_blocks(monkeypatch, dropout):
     """Queries, keys, values and lengths of attention that takes its seven queries in blocks of at most two."""
     monkeypatch.setattr(attention, "KEPT_SCORES", 12)
+    monkeypatch.setattr(attention, "BLOCK_SCORES", 12)
     generator = torch.Generator().manual_seed(5)
     x = [torch.randn(3, steps, 4, generator=generator, dtype=torch.float64) for steps in (7, 6, 6)]
     mask = real_steps(torch.tensor([6, 1, 3]), 6)

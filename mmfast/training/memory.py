@@ -11,12 +11,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmfast.errors import UserError
+from mmfast.models.attention import KEPT_SCORES
 from mmfast.training.config import RunConfig
 
 # Steps of the sample that is measured: from a few hundred on, what a step of time costs is the same.
 MEASURED_STEPS = 1000
 # Gradients and temporary results of a backward pass, over what the forward pass keeps for it.
 BACKWARD = 1.35
+# The same where attention goes in blocks, whose gradients leave holes in the heap: 1.6 to 2.4 times were seen.
+BACKWARD_IN_BLOCKS = 2.4
 # oneDNN's LSTM asks for more workspace (bytes, to autograd) than it touches: 32 to 68 % of it.
 WORKSPACE = 0.6
 
@@ -104,7 +107,8 @@ def sample_bytes(encoder: nn.Module, steps: int, views: int) -> int:
     total = sum(
         x.untyped_storage().nbytes() * (WORKSPACE if x.dtype == torch.uint8 else 1) for x in kept.values()
     )
-    return int((inputs + views * BACKWARD * total) * steps / measured)
+    backward = BACKWARD if steps**2 <= KEPT_SCORES else BACKWARD_IN_BLOCKS
+    return int((inputs + views * backward * total) * steps / measured)
 
 
 def free_bytes(accelerator: str) -> int | None:
