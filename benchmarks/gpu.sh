@@ -59,8 +59,8 @@ part build 120 env MMFAST_CUDA=1 MMFAST_NATIVE=1 MMFAST_CUDA_ARCHS="$capability"
 part info 30 "$python" -m mmfast info
 tests=("$python" -m pytest -p no:cacheprovider -q --tb=short)
 every=(env MMFAST_ROTATION=all) # also the cases that take turns elsewhere
-part gpu 90 "${every[@]}" "${tests[@]}" python_tests/test_{gpu,backends,augment}.py
-part loss 90 "${every[@]}" "${tests[@]}" python_tests/test_{barlow_twins,products}.py
+part gpu 90 "${every[@]}" "${tests[@]}" python_tests/{test_gpu,test_backends,ops/test_augment}.py
+part loss 90 "${every[@]}" "${tests[@]}" python_tests/ops/test_{barlow_twins,products}.py
 part benchmarks 160 "$python" benchmarks/gpu.py --out "$out/results.json" --seconds 130
 
 cases='(loss_and_gradients and float32 and (33 or 600) or views_are and float32) and cuda-cuda'
@@ -76,7 +76,7 @@ sanitizer synccheck "${check[@]}" --tool synccheck "${ours[@]}" "${watched[@]}"
 sanitizer initcheck "${alone[@]}" bash -c '"$@" | tee "$0"; ! grep -A 2 Uninitialized "$0" | grep mmfast' \
     "$out/initcheck.all" compute-sanitizer --print-limit 1000 --tool initcheck "${watched[@]}"
 # Last, for it is the longest: more than a hundred kernels are compiled.
-part triton 240 "${tests[@]}" python_tests/test_triton_{augment,barlow_twins}.py
+part triton 240 "${tests[@]}" python_tests/triton/test_{augment,barlow_twins}.py
 
 [[ -e $out/benchmarks.log ]] && asked benchmarks && cat "$out/benchmarks.log"
 ((${#failed[@]} == 0)) || echo "failed: ${failed[*]}"

@@ -14,7 +14,7 @@ def main() -> int:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # it may be ignored, as in the background of a shell
         signal.signal(signal.SIGINT, _leave)
-    from mmfast import cli
+    from mmfast.cli import main as cli
 
     return cli.main(sys.argv[1:], ready=lambda: signal.signal(signal.SIGINT, before))
 

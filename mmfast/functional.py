@@ -12,9 +12,7 @@ from torch import Tensor
 from mmfast import backends
 from mmfast.checks import check_bool, check_number, told
 from mmfast.errors import UserError
-from mmfast.ops.barlow_twins import barlow_twins as _two_views
-from mmfast.ops.barlow_twins import gram_is_cheaper
-from mmfast.ops.barlow_twins_checks import (
+from mmfast.ops.barlow_twins.checks import (
     OP,
     check_dense,
     check_views,
@@ -22,8 +20,10 @@ from mmfast.ops.barlow_twins_checks import (
     stacked_present,
     unusable,
 )
-from mmfast.ops.barlow_twins_many import Sharing, barlow_twins_many
-from mmfast.ops.barlow_twins_passes import Definition
+from mmfast.ops.barlow_twins.kernels import Definition
+from mmfast.ops.barlow_twins.multi_view import Sharing, barlow_twins_many
+from mmfast.ops.barlow_twins.op import barlow_twins as _two_views
+from mmfast.ops.barlow_twins.op import gram_is_cheaper
 from mmfast.ops.native import dtype_code
 from mmfast.ops.products import product
 

@@ -19,8 +19,8 @@ from mmfast.functional import (
     evaluate_multi_view,
     resolved,
 )
-from mmfast.ops.barlow_twins_checks import OP
-from mmfast.ops.barlow_twins_many import Sharing
+from mmfast.ops.barlow_twins.checks import OP
+from mmfast.ops.barlow_twins.multi_view import Sharing
 
 
 class _BarlowTwins(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mmfast.errors import UserError
 from mmfast.ops.augment import augment_apply
+from mmfast.ops.augment.plan import KIND_NAMES, RESAMPLE, Chains, layout, plan_width, unpack_bits
 from mmfast.ops.native import dtype_code
-from mmfast.ops.plan import KIND_NAMES, RESAMPLE, Chains, layout, plan_width, unpack_bits
 
 
 def structure(op: str, values) -> tuple[tuple[str, ...] | None, list[Tensor]]:

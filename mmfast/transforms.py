@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mmfast.checks import check_bool, check_number, check_seed, told
 from mmfast.errors import UserError
-from mmfast.ops.augment import LengthsError, augment_apply, augment_draw
-from mmfast.ops.plan import (
+from mmfast.ops.augment.op import LengthsError, augment_apply, augment_draw
+from mmfast.ops.augment.plan import (
     APPLY_NAMES,
     EXACT_COUNT,
     MASK_FEATURES,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mmfast import backends
-from mmfast.ops import barlow_twins as ops
-from mmfast.ops.barlow_twins_passes import passes_for
+from mmfast.ops.barlow_twins import op as ops
+from mmfast.ops.barlow_twins.kernels import passes_for
 
 # cuBLAS refuses the deterministic mode of `poisoned_memory` without it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -24,7 +24,7 @@ from mmfast import (
 from mmfast.data import BucketSampler, MultimodalDataset, Standardiser, collate, label_share, synthetic
 from mmfast.functional import barlow_twins
 from mmfast.models import M3Encoder, Projector, RegressionHead
-from mmfast.ops.plan import chains
+from mmfast.ops.augment.plan import chains
 
 PACKAGE = Path(mmfast.__file__).parent
 STEPS = [GaussianNoise(0.3, p=1), SeqAug(0.6, p=1, p_t=0.7), TimeMask(0.4, p=1), FeatureMask(0.3, p=1)]

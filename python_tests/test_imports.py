@@ -34,11 +34,11 @@ def run(code: str, *arguments: str) -> str:
     "code",
     [
         "import mmfast; dir(mmfast); mmfast.UserError",
-        "from mmfast.cli import main; main(['--version'])",
-        "from mmfast.cli import main; main(['--help'])",
-        "from mmfast.cli import main; main(['pretrain', '--help'])",
-        "from mmfast.cli import main; assert main(['experiment', '--run.seed=x']) == 2",
-        "from mmfast.cli import main; assert main(['evaluate']) == 2",
+        "from mmfast.cli.main import main; main(['--version'])",
+        "from mmfast.cli.main import main; main(['--help'])",
+        "from mmfast.cli.main import main; main(['pretrain', '--help'])",
+        "from mmfast.cli.main import main; assert main(['experiment', '--run.seed=x']) == 2",
+        "from mmfast.cli.main import main; assert main(['evaluate']) == 2",
     ],
 )
 def test_no_torch_is_imported_for(code):
@@ -56,7 +56,7 @@ def test_help_of_a_command_takes_a_fraction_of_importing_torch():
         return float(done.stderr)
 
     for argument in (["--version"], ["pretrain", "--help"]):
-        code = f"from mmfast.cli import main\ntry: main({argument})\nexcept SystemExit: pass\n" + clock
+        code = f"from mmfast.cli.main import main\ntry: main({argument})\nexcept SystemExit: pass\n" + clock
         assert cpu_seconds(code) < 0.5 * cpu_seconds("import torch;" + clock)
 
 

@@ -6,7 +6,8 @@ import pytest
 
 import mmfast
 from mmfast import functional, metrics, models
-from mmfast.models import attention, masking, rnn
+from mmfast.models.layers import attention, masking
+from mmfast.models.layers import recurrent as rnn
 
 PUBLIC = [
     mmfast.BarlowTwinsLoss,

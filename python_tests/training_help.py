@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mmfast.cli import main
+from mmfast.cli.main import main
 
 SHARED = Path(os.environ.get("MMFAST_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -9,7 +9,7 @@ from mmfast.checks import check_number
 from mmfast.errors import UserError
 from mmfast.functional import evaluate_barlow_twins
 from mmfast.losses import TwoViewLoss
-from mmfast.ops.barlow_twins_checks import check_dense
+from mmfast.ops.barlow_twins.checks import check_dense
 
 OP = "lifestream.BarlowTwinsLoss"
 NAMES = ("model_outputs[::2]", "model_outputs[1::2]")

@@ -9,7 +9,7 @@ from mmfast.checks import check_bool, check_number
 from mmfast.errors import UserError
 from mmfast.functional import barlow_twins_options, evaluate_barlow_twins
 from mmfast.losses import TwoViewLoss
-from mmfast.ops.barlow_twins_many import Sharing
+from mmfast.ops.barlow_twins.multi_view import Sharing
 
 OP = "lightly.BarlowTwinsLoss"
 

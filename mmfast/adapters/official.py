@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from mmfast.checks import check_number
 from mmfast.functional import barlow_twins_options, evaluate_barlow_twins
 from mmfast.losses import TwoViewLoss
-from mmfast.ops.barlow_twins_many import Sharing
+from mmfast.ops.barlow_twins.multi_view import Sharing
 
 OP = "official.BarlowTwins"
 

@@ -2,13 +2,13 @@
 
 from mmfast.data.batch import MODALITIES, MultimodalBatch, Sample, collate
 from mmfast.data.dataset import MultimodalData, MultimodalDataset
-from mmfast.data.ict_mmmo import read_ict_mmmo
 from mmfast.data.inspect import Inspection, inspect
 from mmfast.data.load import load
+from mmfast.data.readers.ict_mmmo import read_ict_mmmo
+from mmfast.data.readers.npz import save
 from mmfast.data.sampler import BucketSampler, make_loader
 from mmfast.data.split import Fold, folds, label_share, random_split
 from mmfast.data.standardise import NonFinite, Standardiser, count_nonfinite
-from mmfast.data.storage import save
 from mmfast.data.synthetic import synthetic
 
 __all__ = [

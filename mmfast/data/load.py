@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmfast.data import ict_mmmo, storage
 from mmfast.data.dataset import MultimodalData
-from mmfast.data.hdf5 import SIGNATURE as HDF5
-from mmfast.data.hdf5 import describe_hdf5
+from mmfast.data.readers import ict_mmmo
+from mmfast.data.readers import npz as storage
+from mmfast.data.readers.hdf5 import SIGNATURE as HDF5
+from mmfast.data.readers.hdf5 import describe_hdf5
 from mmfast.data.synthetic import synthetic
 from mmfast.errors import UserError
 

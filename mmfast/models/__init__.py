@@ -2,8 +2,8 @@
 
 from torch import nn
 
+from mmfast.models.encoders.m3 import M3Encoder
 from mmfast.models.head import RegressionHead
-from mmfast.models.m3 import M3Encoder
 from mmfast.models.projector import Projector
 
 __all__ = ["M3Encoder", "Projector", "RegressionHead", "parameter_count"]

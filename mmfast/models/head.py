@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmfast.checks import check_integer
-from mmfast.models.attention import check_dropout
+from mmfast.models.layers.attention import check_dropout
 from mmfast.models.projector import check_vectors
 
 

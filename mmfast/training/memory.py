@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmfast.errors import UserError
-from mmfast.models.attention import KEPT_SCORES
+from mmfast.models.layers.attention import KEPT_SCORES
 from mmfast.training.config import RunConfig
 
 # Steps of the sample that is measured: from a few hundred on, what a step of time costs is the same.

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmfast.ops import plan as layouts
 from mmfast.ops import random as stream
+from mmfast.ops.augment import plan as layouts
 from mmfast.triton import divisor, launch
 from mmfast.triton.random import normals, normals_at, philox, uniform, words
 

@@ -1,0 +1,1 @@
+"""The command line: arguments in, files and a few lines out. Nothing imports it."""

@@ -1,0 +1,198 @@
+"""The commands that train and predict: parsed arguments in, files and a few lines out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmfast.cli import arguments
+from mmfast.data import Standardiser
+from mmfast.errors import UserError
+from mmfast.files import write_json
+from mmfast.metrics import shown
+from mmfast.training import runs
+from mmfast.training.checkpoint import PRETRAINING, RECORD, fingerprint, read_checkpoint
+from mmfast.training.config import RunConfig, differences
+from mmfast.training.fitting import BEST, LAST
+from mmfast.training.folder import CONFIG, claim, examine
+from mmfast.training.predictions import measure, write_predictions
+from mmfast.training.predictions import predict as predictions_of
+from mmfast.training.presets import PRESETS
+from mmfast.training.restored import restore
+from mmfast.training.seen import Overlap
+from mmfast.training.splits import check_range, load_data, make_splits
+
+
+def pretrain(given: Any) -> None:
+    """``mmfast pretrain``: ``last.ckpt`` in ``run.folder``."""
+    config = given.settings
+    folder, settings = Path(config.run.folder), asdict(config)
+    with _sitting("pretrain", config.run):
+        examine(folder, settings, given.resume)
+        splits = make_splits(load_data(config.data), config.data, config.run.seed)
+        place = claim(folder, settings, given.resume, {"data.path": splits.identity})
+        result = runs.pretrain(config, splits, _announced(place, runs.few_steps(config, splits)))
+    last = result["history"][-1]
+    print(
+        f"pre-trained on {result['samples']['inputs']} samples for {result['epochs']} epochs "
+        f"({result['steps']} steps): loss {last['train_loss']:.4g}, mean diagonal "
+        f"{last['train_mean_diagonal']:.3f}; encoder in {folder / LAST}"
+    )
+
+
+def finetune(given: Any) -> None:
+    """``mmfast finetune``: ``best.ckpt``, ``result.json`` and ``predictions.csv`` in ``run.folder``."""
+    standardiser, said = None, []
+    if source := given["from"]:
+        record = read_checkpoint(source, PRETRAINING)[RECORD]
+        # The encoder comes with its shape, data and standardisation, unless they are given anew.
+        defaults = {name: record["config"][name] for name in ("data", "model")}
+        given = arguments.finetune(given.argv, defaults)
+        standardiser = Standardiser().load_state_dict(record["standardiser"])
+        said = _inherited(defaults, given)
+    config = given.settings
+    folder = Path(config.run.folder)
+    settings = {**asdict(config), "from": source, "freeze": given.freeze}
+    with _sitting("finetune", config.run):
+        examine(folder, settings, given.resume)
+        splits = make_splits(load_data(config.data), config.data, config.run.seed, standardiser)
+        inputs = {"data.path": splits.identity, "from": source and fingerprint(source)}
+        place = claim(folder, settings, given.resume, inputs)
+        place = _announced(place, *said)
+        result = runs.finetune(config, splits, place, source and Path(source), given.freeze)
+    print(
+        f"trained on {result['samples']['train']} samples for {result['epochs']} epochs ({result['steps']} steps), "
+        f"best validation MAE {result['valid_loss']:.4f} in epoch {result['best_epoch'] + 1}: {folder / BEST}"
+    )
+    if result["best_epoch"] + 1 == config.supervised.epochs:
+        print("warning: the last epoch was the best, so more of them (supervised.epochs) may be better")
+    for name, count in result["seen"].items():
+        _warn(f"finetune: of the {result['samples'][name]} {name} samples, {Overlap(**count)}")
+    if result["metrics"] is not None:
+        print(f"test, {result['samples']['test']} samples:\n{_lines(result['metrics'])}")
+
+
+def experiment(given: Any) -> None:
+    """``mmfast experiment``: all runs, ``report.html``, ``report.md`` and tables in ``run.folder``."""
+    config, settings = given.settings, given.experiment
+    # Here, because plots and baselines need libraries that no other command does.
+    from mmfast.studies.experiment import run_experiment
+    from mmfast.studies.report import write_report
+
+    with _sitting("experiment", config.run):
+        outcomes = run_experiment(config, settings)
+        report = write_report(config, settings, outcomes, shlex.join(["mmfast", "experiment", *given.argv]))
+    says = textwrap.fill(report.verdict, 80)
+    print(f"{says}\n\n{report.table}\n\nall metrics, intervals and plots: {report.path}")
+
+
+def evaluate(given: argparse.Namespace) -> None:
+    """``mmfast evaluate``: metrics of a checkpoint on a split."""
+    module, dataset, label_range, seen, own = restore(given.checkpoint, given.data, given.split)
+    dataset = dataset.subset(~dataset.labels.isnan())
+    if len(dataset) == 0:
+        raise UserError(f"evaluate: the {given.split} split holds no labelled samples")
+    overlap = seen.overlap(dataset)
+    if (overlap.labels or overlap.selection) and not (own and given.split in ("train", "valid")):
+        raise UserError(
+            f"evaluate: the {given.split} split must hold no sample that {given.checkpoint} was trained on, got "
+            f"{overlap} of {len(dataset)}; --split unseen leaves them out"
+        )
+    check_range(dataset, label_range, f"the range of the labels that {given.checkpoint} was trained on")
+    metrics = measure(predictions_of(module, dataset), dataset.labels, label_range)
+    if given.out:
+        write_json(given.out, metrics)
+    print(f"{given.split}, {len(dataset)} samples:\n{_lines(metrics)}")
+    if any(overlap):
+        _warn(f"evaluate: of {len(dataset)} samples, {overlap}")
+
+
+def predict(given: argparse.Namespace) -> None:
+    """``mmfast predict``: a CSV of name, prediction and truth."""
+    module, dataset, _, seen, _ = restore(given.checkpoint, given.data, given.split)
+    if len(dataset) == 0:
+        raise UserError(f"predict: the {given.split} split holds no samples")
+    write_predictions(Path(given.out), dataset, predictions_of(module, dataset))
+    print(f"{len(dataset)} predictions: {given.out}")
+    if any(overlap := seen.overlap(dataset)):
+        _warn(f"predict: of {len(dataset)} samples, {overlap}; --split unseen leaves them out")
+
+
+class _StandardOutput(logging.StreamHandler):
+    """Writes to what is standard output now: a progress bar takes its place to keep lines above itself."""
+
+    @property
+    def stream(self):
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, _) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _sitting(command: str, run: RunConfig) -> Iterator[None]:
+    """Threads and log for one command, and a sentence on how to go on after Ctrl-C."""
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
+    logger = logging.getLogger("mmfast")
+    handler, level = _StandardOutput(), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except KeyboardInterrupt:
+        settings = Path(run.folder) / CONFIG
+        if not settings.exists():
+            raise
+        again = shlex.join(["mmfast", command, "--config", str(settings)])
+        raise KeyboardInterrupt(
+            f"go on with: {again}{'' if command == 'experiment' else ' --resume'}"
+        ) from None
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _announced(place: runs.Place, *sentences: str | None) -> Iterator[Path]:
+    """``place``, and then the sentences, if any: what is refused is not warned about."""
+    with place as folder:
+        for sentence in filter(None, sentences):
+            print(f"warning: {sentence}")
+        yield folder
+
+
+def _inherited(theirs: Mapping[str, Any], given: Any) -> list[str]:
+    """Sentences on what of a checkpoint's settings is not taken, and what of a preset gives way to them."""
+    ours = {name: asdict(getattr(given.settings, name)) for name in theirs}
+    said = {
+        name: f"{name} is {own} here and was {before} in pre-training"
+        for name, before, own in differences(theirs, ours)
+    }
+    preset = PRESETS[given.preset].settings if given.preset else {}
+    for name, wanted, own in differences({name: preset.get(name, {}) for name in theirs}, ours):
+        if wanted is not None:  # the preset names it
+            said.setdefault(
+                name, f"{name} is {own} as in pre-training, not {wanted} as in --preset {given.preset}"
+            )
+    return list(said.values())
+
+
+def _warn(sentence: str) -> None:
+    print(f"mmfast: warning: {sentence}", file=sys.stderr)
+
+
+def _lines(metrics: Mapping[str, float]) -> str:
+    width = max(map(len, metrics))
+    return "\n".join(f"  {name:<{width}}  {shown(value, 4)}" for name, value in metrics.items())

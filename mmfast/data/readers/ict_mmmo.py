@@ -1,0 +1,163 @@
+"""The ICT-MMMO movie reviews as processed by CMU: a folder of HDF5 files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.readers.hdf5 import describe_hdf5, open_hdf5
+from mmfast.errors import UserError
+
+SPLITS = ("train", "valid", "test")
+FILES = {"text": "text_{}_emb.h5", "audio": "audio_{}.h5", "visual": "video_{}.h5"}
+LABELS = "y_{}.h5"
+FEATURES = {"text": 300, "audio": 74, "visual": 36}
+NEUTRAL = 3.0
+LABEL_RANGE = (-2.0, 2.0)
+
+
+def is_ict_mmmo(folder: Path) -> bool:
+    """Whether the folder holds files under this corpus's names; reading them tells whether they are its own."""
+    return folder.is_dir() and any((folder / name).is_file() for name in _names())
+
+
+def read_ict_mmmo(folder) -> MultimodalData:
+    """Read the folder `{text,audio,video,y}_{train,valid,test}[_emb].h5`.
+
+    Each file holds one data set `d1`: features (N, L, F) with F of text 300 (GloVe), audio 74 (COVAREP), visual 36
+    (FACET), labels (N,) in halves from 1 to 5, which become y - 3 in [-2, 2]. Anything else is another corpus under
+    these names, which are not ICT-MMMO's alone, and is refused.
+
+    `text_train_emb.h5` is missing from the public release, and may be: text then has length 0 in train, the train
+    split (which keeps its labels) is also the unlabelled pool, and `cross_validation` holds the samples of valid and
+    test that have every modality.
+
+    Lengths. Short utterances are padded with zeros in front. Besides, a quarter of the samples, nearly all of
+    them without padding in front, end in up to seven steps that are zero in every modality at once: no word,
+    sound or face was measured there. Such steps say nothing, and standardised they would lie far from all
+    data, so both ends are cut: the real steps run from the first to the last at which any modality is not all
+    zero. A zero step inside (a face not found) is real. The modalities are word-aligned and share one length,
+    but one that is zero at all steps of a sample is missing there and has length 0.
+
+    Raises:
+        UserError: missing, truncated, foreign or empty files, wrong shapes, sizes that do not match, other
+            labels; one sentence that names the file.
+    """
+    folder = Path(folder)
+    arrays = _read(folder)
+    datasets, first_id = {}, 0
+    for split in SPLITS:
+        labels = arrays["y", split] - NEUTRAL
+        values, lengths = _unpad({m: arrays[m, split] for m in FILES if (m, split) in arrays})
+        for modality in FILES.keys() - values.keys():
+            values[modality] = np.empty((0, FEATURES[modality]), np.float32)
+            lengths[modality] = np.zeros(len(labels), np.int64)
+        datasets[split] = MultimodalDataset.from_flat(
+            values,
+            lengths,
+            labels,
+            ids=np.arange(first_id, first_id + len(labels)),
+            names=[f"{split}/{i}" for i in range(len(labels))],
+        )
+        first_id += len(labels)
+    if ("text", "train") not in arrays:
+        rest = MultimodalDataset.concatenate([datasets["valid"], datasets["test"]])
+        complete = np.all([rest.lengths(m).numpy() > 0 for m in rest.modalities], axis=0)
+        datasets |= {"unlabelled": datasets["train"], "cross_validation": rest.subset(complete)}
+    return MultimodalData(**datasets, name="ICT-MMMO", label_range=LABEL_RANGE)
+
+
+def contents(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
+    """(file and key, shape, dtype) of every array in the folder."""
+    return [
+        (f"{name}:{key}", shape, dtype)
+        for name in _names()
+        if (folder / name).is_file()
+        for key, shape, dtype in describe_hdf5(folder / name)
+    ]
+
+
+def padding(folder: Path) -> str:
+    """What the files have as padding: samples with empty steps in front and at the back."""
+    arrays = _read(folder)
+    front = back = total = 0
+    for split in SPLITS:
+        real = _any_nonzero({m: arrays[m, split] for m in FILES if (m, split) in arrays})
+        front += int((~real[:, 0]).sum())
+        back += int((~real[:, -1]).sum())
+        total += len(real)
+    return f"in front of {front} and at the back of {back} of {total} samples, zeros; cut when read"
+
+
+def _names() -> list[str]:
+    return [pattern.format(split) for split in SPLITS for pattern in (*FILES.values(), LABELS)]
+
+
+def _read(folder: Path) -> dict[tuple[str, str], np.ndarray]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    arrays = {}
+    for split in SPLITS:
+        for modality, pattern in FILES.items():
+            path = folder / pattern.format(split)
+            if (modality, split) != ("text", "train") or path.exists():
+                arrays[modality, split] = _array(path, 3, "(N, L, F)")
+        path = folder / LABELS.format(split)
+        arrays["y", split] = _labels(path)
+        for modality, pattern in FILES.items():
+            if (modality, split) in arrays:
+                name, array = folder / pattern.format(split), arrays[modality, split]
+                _check(name, "N", len(array), len(arrays["y", split]), path.name)
+                _check(name, "L", array.shape[1], arrays["audio", split].shape[1], f"audio of {split}")
+                _check(name, "F", array.shape[2], FEATURES[modality], f"{modality} of ICT-MMMO")
+    return arrays
+
+
+def _check(path: Path, axis: str, got: int, wanted: int, reference: str) -> None:
+    if got != wanted:
+        raise UserError(f"{path}: d1 must have {axis} = {wanted} as {reference}, got {got}")
+
+
+def _labels(path: Path) -> np.ndarray:
+    labels = _array(path, 1, "(N,)")
+    foreign = np.flatnonzero(~((labels >= 1) & (labels <= 5) & (2 * labels % 1 == 0)))
+    if len(foreign):
+        i = foreign[0]
+        raise UserError(
+            f"{path}: labels must be halves in 1..5 as those of ICT-MMMO, got {labels[i]} in d1[{i}]"
+        )
+    return labels
+
+
+def _array(path: Path, ndim: int, shape: str) -> np.ndarray:
+    with open_hdf5(path) as file:
+        if "d1" not in file or not hasattr(file["d1"], "shape"):
+            raise UserError(f"{path}: must hold a data set named d1, found {sorted(file) or 'nothing'}")
+        node = file["d1"]
+        if node.dtype.kind not in "fiu":
+            raise UserError(f"{path}: d1 must hold numbers, got dtype {node.dtype}")
+        if node.ndim != ndim:
+            raise UserError(f"{path}: d1 must have shape {shape}, got {tuple(node.shape)}")
+        if 0 in node.shape:
+            raise UserError(f"{path}: d1 must not be empty, got shape {tuple(node.shape)}")
+        return node[()]
+
+
+def _any_nonzero(values: dict[str, np.ndarray]) -> np.ndarray:
+    return np.any([(value != 0).any(-1) for value in values.values()], axis=0)
+
+
+def _unpad(values: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(N, L, F) arrays -> the real steps of all samples (steps, F), and (N,) lengths."""
+    filled = _any_nonzero(values)
+    after_first = np.logical_or.accumulate(filled, axis=1)
+    before_last = np.logical_or.accumulate(filled[:, ::-1], axis=1)[:, ::-1]
+    flat, lengths = {}, {}
+    for modality, value in values.items():
+        present = (value != 0).any((1, 2))
+        real = after_first & before_last & present[:, None]
+        flat[modality] = value[real]
+        lengths[modality] = real.sum(1)
+    return flat, lengths

@@ -1,0 +1,453 @@
+"""The Barlow Twins loss of many views, of rows on many processes, of samples that lack views; and debiased.
+
+The sum over pairs of views (a, b) of weight * L(a, b), in the notation of ``mmfast/ops/barlow_twins/op.py``. What is
+shared is computed once: a view is standardised once and has, in Gram form, one Gram matrix, however many pairs it
+is in; the gradient of its embeddings takes one product, with the weighted sum of its partners' Gram matrices.
+
+Processes that share a batch (``Ranks``) send each other, in Gram form, the standardised rows, and keep their own
+rows of the Gram matrices; in direct form they add up C. For N rows in all and D columns that is 2 N D numbers
+against D^2 that are sent twice, and 8 N^2 D operations against 6 N D^2: for 4 N < 3 D the Gram form is cheaper in
+both.
+
+All of it is PyTorch around ``mmfast/ops/products.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import once_differentiable
+
+from mmfast.errors import UserError
+from mmfast.ops.barlow_twins.checks import (
+    OP,
+    check_present,
+    check_views,
+    compute_dtype,
+    not_finite,
+    too_large,
+)
+from mmfast.ops.barlow_twins.kernels import Definition
+from mmfast.ops.barlow_twins.op import gram_is_cheaper
+from mmfast.ops.barlow_twins.standardise import Standardise
+from mmfast.ops.collectives import Ranks, agree, check_group, raise_together, world
+from mmfast.ops.products import product
+
+
+class Setting(NamedTuple):
+    """What is computed: of ``pairs`` (a, b, weight) of views, standardised as ``definition`` says."""
+
+    pairs: tuple[tuple[int, int, float], ...]
+    definition: Definition
+    pooled: bool = False
+    """Statistics are those of all views together."""
+    debias: bool = False
+    shared: bool = True
+    """Statistics are those of the rows of all processes, not of this one's."""
+    share: float = 1.0
+    """The part of the true gradient that is returned."""
+    gram: bool = True
+    narrow: bool = False
+    """Operands of products are of the embeddings' half type."""
+
+
+class Sharing(NamedTuple):
+    """How processes that work on one batch share it; :func:`mmfast.functional.barlow_twins` explains the fields."""
+
+    stats: str | None = "global"
+    grad_convention: str = "true"
+    group: Any = None
+
+    def across(self) -> Any:
+        """The process group, or None where this process is alone."""
+        check_group("barlow_twins", self.group)
+        return None if self.stats is None else world(self.group)
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Raises on every process an error that this one met before it spoke to the others."""
+        group = self.across()
+        if group is not None:
+            agree(OP, group, 0, {}, error)
+        raise error
+
+    def check(self) -> None:
+        for name, value, choices in (
+            ("stats", self.stats, ("global", "local", None)),
+            ("grad_convention", self.grad_convention, ("true", "legacy")),
+        ):
+            if value not in choices:
+                known = ", ".join(map(repr, choices))
+                raise UserError(f"barlow_twins: {name} must be one of {known}, got {value!r}")
+
+
+_ALONE, _OFFICIAL, _TWO_VIEWS = Sharing(None), Definition(), ((0, 1, 1.0),)
+
+
+def barlow_twins_many(
+    views: Mapping[str, Tensor],
+    pairs: Sequence[tuple[int, int, float]] = _TWO_VIEWS,
+    present: Tensor | None = None,
+    definition: Definition = _OFFICIAL,
+    pooled: bool = False,
+    debias: bool = False,
+    sharing: Sharing = _ALONE,
+    corresponding: bool = False,
+    gram: bool | None = None,
+    op: str = OP,
+) -> tuple[Tensor, Tensor]:
+    """The loss, and detached components (pairs, 5) of its terms, which are those of two views: see
+    ``barlow_twins``.
+
+    views: (B, D_m) on this process, of one D if ``corresponding``. present: None, or bool (B, M): which samples
+    have which views; what is not present is not looked at. A view's statistics are those of the rows that have it,
+    a pair's C is the mean over the rows that have both; a pair that fewer than two rows have is left out. Views of
+    different widths have no diagonal: their term is lambd times the sum of all D_a x D_b squares.
+
+    ``debias``: the off-diagonal part is an estimate without bias of that of the distribution the rows come from:
+    with a_b for row b of Â,
+
+        |C|^2 ~ sum_{b != c} (a_b . a_c) (b_b . b_c) / (N (N - 1))
+
+    for known means (``center=False``), and where means were taken out
+
+        |C|^2 ~ (sum_{b != c} (a_b . a_c) (b_b . b_c) - 2 / (N - 2) sum_b |a_b|^2 |b_b|^2
+                 + |Â|^2 |B̂|^2 / ((N - 1) (N - 2))) / (N (N - 3)),
+
+    the U-statistic of Song et al., JMLR 13 (2012), eq. 5, for Gram matrices whose rows sum to zero; of either the
+    same of c_ii^2 is subtracted for every column.
+
+    ``gram`` forces a form; by default it is the cheaper one. Every process raises the same error, in which views
+    have their names and ``op`` is whose they are.
+    """
+    group, problem = sharing.across(), None
+    try:
+        _check_ordinary(views)
+        sharing.check()
+        definition.check()
+        check_views(views, 2 if group is None else 0, corresponding, op)
+        if present is not None:
+            check_present(present, views)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        problem = error
+    if group is not None:
+        ranks = _agreed(
+            group, views, pairs, present, (definition, pooled, debias, sharing[:2], gram), problem
+        )
+    elif problem is not None:
+        raise problem
+    else:
+        ranks = Ranks((len(next(iter(views.values()))),))
+    _check_rows(ranks, sharing.stats == "local", debias, definition.center)
+
+    matrices = list(views.values())
+    z, widths = matrices[0], [z.shape[1] for z in matrices]
+    setting = Setting(
+        pairs=tuple(pairs),
+        definition=definition,
+        pooled=pooled,
+        debias=debias,
+        shared=sharing.stats != "local",
+        share=1 / len(ranks.rows) if sharing.grad_convention == "legacy" else 1.0,
+        gram=gram_is_cheaper(ranks.total, min(widths)) if gram is None else gram,
+        narrow=z.is_cuda and compute_dtype(z) != z.dtype,
+    )
+    loss, components = _loss(matrices, present, setting, ranks)
+    # Asking a GPU would wait for it: there the loss becomes NaN.
+    if not (torch.compiler.is_compiling() or loss.is_cuda or loss.detach().isfinite()):
+        if present is not None:
+            views = {
+                name: torch.where(present[:, m, None], z, 0) for m, (name, z) in enumerate(views.items())
+            }
+        for wrong in (not_finite(views, op), too_large(views, op)):
+            raise_together(group, wrong)
+    return loss, components
+
+
+_ORDINARY = (
+    "barlow_twins: torch.func transforms, forward-mode and batched derivatives are for two complete views of one "
+    "process, without debias and pooled statistics"
+)
+
+
+def _check_ordinary(views: Mapping[str, Tensor]) -> None:
+    for z in views.values():
+        if not isinstance(z, Tensor) or torch.compiler.is_compiling():
+            continue
+        dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(z).tangent is not None
+        if dual or torch._C._functorch.is_functorch_wrapped_tensor(z):
+            raise NotImplementedError(_ORDINARY)
+
+
+def _agreed(group, views, pairs, present, options, problem: Exception | None) -> Ranks:
+    if problem is not None:
+        return agree("barlow_twins", group, 0, {}, problem)
+    grad = torch.is_grad_enabled()
+    facts = {
+        "the number of views": len(views),
+        "the number of columns": [z.shape[1] for z in views.values()],
+        "dtype": next(iter(views.values())).dtype,
+        "that a gradient is required": [grad and z.requires_grad for z in views.values()],
+        "that present is given": present is not None,
+        "the pairs": list(pairs),
+        "the options": options,
+    }
+    return agree("barlow_twins", group, len(next(iter(views.values()))), facts, None)
+
+
+def _check_rows(ranks: Ranks, local: bool, debias: bool, center: bool) -> None:
+    every = "" if ranks.group is None else f" on the {len(ranks.rows)} ranks"
+    if ranks.total < 2:
+        raise UserError(
+            f"barlow_twins: a batch must have at least 2 rows (a correlation over one sample is undefined), "
+            f"got {ranks.total}{every}"
+        )
+    if debias and ranks.total < (least := 4 if center else 2):
+        raise UserError(f"barlow_twins: debias must have at least {least} rows, got {ranks.total}{every}")
+    if local and min(ranks.rows) < 2:
+        raise UserError(
+            "barlow_twins: with stats='local' every rank must have at least 2 rows, "
+            f"got {', '.join(map(str, ranks.rows))}"
+        )
+
+
+def _loss(
+    views: list[Tensor], present: Tensor | None, setting: Setting, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(views[0])
+    count = len(views)
+    outputs = Standardise.apply(setting, ranks, present, *views)
+    hats, shrinkages = outputs[:count], outputs[count:]
+    energies, *gaps = _Pairs.apply(setting, ranks, present, views[0].dtype, *hats, *shrinkages)
+    rows = _rows_of_pairs(present, ranks)
+
+    gaps = iter(gaps)
+    sums = []
+    for a, b, _ in setting.pairs:
+        sums.append({"gap": next(gaps)} if _same(hats, a, b) else {})
+        if setting.debias:
+            sums[-1] |= _lengths(hats[a], hats[b])
+    flat = torch.cat(
+        [
+            # In direct form every process has all of these.
+            energies if setting.gram else energies[:0],
+            *(x.reshape(-1).double() for one in sums for x in one.values()),
+        ]
+    )
+    flat = _Sum.apply(ranks, flat)
+    if setting.gram:
+        energies, flat = flat.split([len(energies), len(flat) - len(energies)])
+    parts = iter(flat.split([x.numel() for one in sums for x in one.values()]))
+
+    loss, components = 0.0, []
+    for (a, b, weight), energy, one in zip(setting.pairs, energies.unbind(), sums, strict=True):
+        known = {name: next(parts).view(x.shape) for name, x in one.items()}
+        n = rows if present is None else rows[a, b]
+        term, summary = _term(n, energy, known, views[a], views[b], setting)
+        loss = loss + weight * term
+        components.append(summary)
+    return _Upstream.apply(ranks, setting.share, loss.to(dtype)), torch.stack(components).to(dtype)
+
+
+def _same(views, a: int, b: int) -> bool:
+    """Whether the columns of two views correspond."""
+    return views[a].shape[1] == views[b].shape[1]
+
+
+def _rows_of_pairs(present: Tensor | None, ranks: Ranks) -> float | Tensor:
+    """How many rows have both views of a pair: (M, M) in fp64, or the same number for all."""
+    if present is None:
+        return float(ranks.total)
+    has = present.double()
+    return ranks.sum((has[:, :, None] * has[:, None, :]).sum(0))
+
+
+def _lengths(hat_a: Tensor, hat_b: Tensor) -> dict[str, Tensor]:
+    """Sums over this process's rows, for :func:`_debiased`."""
+    a, b = hat_a.square(), hat_b.square()
+    lengths = {"rows": (a.sum(1) * b.sum(1)).sum(), "columns_a": a.sum(0), "columns_b": b.sum(0)}
+    if a.shape == b.shape:
+        lengths["elements"] = (a * b).sum(0)
+    return lengths
+
+
+def _term(rows, energy: Tensor, sums: dict[str, Tensor], z_a: Tensor, z_b: Tensor, setting: Setting):
+    """The loss of one pair, and its components (5,), in fp64; zeros for a pair that fewer than two rows have."""
+    definition, masked = setting.definition, isinstance(rows, Tensor)
+    n = rows.clamp(min=2) if masked else rows
+    columns = z_a.shape[1], z_b.shape[1]
+    on, mean, pairs = energy.new_zeros(()), energy.new_full((), float("nan")), columns[0] * columns[1]
+    off = energy
+    if "gap" in sums:
+        gap = sums["gap"] / (2 * n)
+        if definition.divide:
+            c = 1 - gap
+        else:
+            c, gap = -gap, 1 / n + gap
+        on, mean, pairs = gap.square().sum(), c.mean(), pairs - columns[0]
+        if setting.gram:
+            off = off - (n * c).square().sum()
+    if setting.debias:
+        off = _debiased(off, n, sums, definition.center)
+    else:
+        off = off / n**2
+        off = off + (off.clamp(min=0) - off).detach()
+    factor = definition.scale if definition.divide else definition.scale * n**2
+    loss = factor * (on + definition.lambd * off)
+    rms = (off.clamp(min=0) / max(1, pairs)).sqrt()
+    summary = torch.stack((loss, on, off, mean, rms)).detach()
+    if masked:
+        loss, summary = (torch.where(rows > 1, x, 0) for x in (loss, summary))
+    return loss, summary
+
+
+def _debiased(off: Tensor, n: float, sums: dict[str, Tensor], center: bool) -> Tensor:
+    """The sum of squares of C less its diagonal, without bias: from that of N C and lengths of rows and columns."""
+    lengths, product = sums["rows"], sums["columns_a"].sum() * sums["columns_b"].sum()
+    if "elements" in sums:
+        lengths = lengths - sums["elements"].sum()
+        product = product - (sums["columns_a"] * sums["columns_b"]).sum()
+    if not center:
+        return (off - lengths) / (n * (n - 1))
+    return (off - lengths * n / (n - 2) + product / ((n - 1) * (n - 2))) / (n * (n - 3))
+
+
+class _Upstream(Function):
+    """The loss that every process has; its gradient is that of the sum over processes, or a share of it."""
+
+    @staticmethod
+    def forward(ctx, ranks, share, loss):
+        ctx.ranks, ctx.share = ranks, share
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream):
+            raise NotImplementedError(_ORDINARY)
+        return None, None, ctx.ranks.sum(upstream) * ctx.share
+
+
+class _Sum(Function):
+    """Sums over the processes, of what contributes to a loss that every process has alike."""
+
+    @staticmethod
+    def forward(ctx, ranks, x):
+        return ranks.sum(x.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        return None, upstream
+
+
+class _Pairs(Function):
+    """Of all pairs, in fp64, the sum of the squares of N C; for pairs with a diagonal (D,) what :func:`_gap` gives.
+
+    The latter, and in Gram form the former, are this process's part of a sum over all; in direct form the former is
+    that of all, less the diagonal where there is one.
+    """
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        # Dynamo (torch 2.13) takes the context for an argument if there are as many as names in the signature.
+        setting, ranks, present, dtype, *rest = arguments
+        count = len(rest) // 2
+        hats, shrinkages = rest[:count], rest[count:]
+        operands = [hat.to(dtype) if setting.narrow else hat for hat in hats]
+        pairs = [pair[:2] for pair in setting.pairs]
+        if setting.gram:
+            finish = [ranks.start_gather(x) for x in operands]
+        else:
+            # The sums of one pair travel while the next one's are computed.
+            finish = [ranks.start_sum(product(operands[a].t(), operands[b].t())) for a, b in pairs]
+        divide = setting.definition.divide
+        gaps = [_gap(hats, shrinkages, a, b, present, divide) for a, b in pairs if _same(hats, a, b)]
+        if setting.gram:
+            every, matrices = [], []
+            for x, hat, gathered in zip(operands, hats, finish, strict=True):
+                every.append(gathered())
+                matrices.append(product(x, every[-1]))
+                if setting.narrow:
+                    # The diagonal is most of the energy: rounded rows would tell in the loss.
+                    matrices[-1].diagonal(ranks.first).copy_(hat.square().sum(1))
+            energies = [(matrices[a] * matrices[b]).sum(dtype=torch.float64) for a, b in pairs]
+        else:
+            every, matrices = operands, [p() for p in finish]
+            for p, (a, b) in zip(matrices, pairs, strict=True):
+                if _same(hats, a, b):
+                    p.fill_diagonal_(0)
+            energies = [p.square().sum(dtype=torch.float64) for p in matrices]
+        ctx.setting, ctx.first = setting, ranks.first
+        ctx.save_for_backward(*hats, *every, *matrices)
+        return torch.stack(energies), *gaps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, of_energies, *of_gaps):
+        setting, count = ctx.setting, (len(ctx.needs_input_grad) - 4) // 2
+        saved = ctx.saved_tensors
+        hats, every, matrices = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        of_gaps = iter(of_gaps)
+        weights = [
+            (2 * of_energies[i], -2 * next(of_gaps) if _same(hats, a, b) else None)
+            for i, (a, b, _) in enumerate(setting.pairs)
+        ]
+        grads = []
+        for m, hat in enumerate(hats):
+            partners = [
+                (a + b - m, i, *weights[i]) for i, (a, b, _) in enumerate(setting.pairs) if m in (a, b)
+            ]
+            if not (ctx.needs_input_grad[4 + m] and partners):
+                grads.append(None)
+                continue
+            total = None
+            for other, i, weight, _ in partners:
+                if setting.gram:
+                    part = matrices[other] * weight.to(hat.dtype)
+                else:
+                    p = matrices[i] if m == setting.pairs[i][0] else matrices[i].t()
+                    part = _product(every[other], p).mul_(weight.to(hat.dtype))
+                total = part if total is None else total.add_(part)
+            if setting.gram:
+                total = _gram_product(total, every[m], hat, ctx.first)
+            for other, _, _, weight in partners:
+                if weight is not None:
+                    total.addcmul_(hats[other], weight.to(hat.dtype))
+            grads.append(total)
+        return None, None, None, None, *grads, *([None] * count)
+
+
+def _gap(hats, shrinkages, a: int, b: int, present: Tensor | None, divide: bool) -> Tensor:
+    """(D,) sums over the rows that have both views, in fp64: of 2 (1 - â b̂), or if not ``divide`` of -2 â b̂."""
+    if not divide:
+        return -2 * (hats[a] * hats[b]).sum(0).double()
+    if present is None:
+        # Without cancellation where the views nearly agree, for the lengths of columns are known.
+        lost = shrinkages[a] + shrinkages[b]
+        return (hats[a] - hats[b]).square_().sum(0).double() + len(hats[a]) * lost
+    both = present[:, a] & present[:, b]
+    return 2 * (both.sum() - (hats[a] * hats[b]).sum(0).double())
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y.T; where one of them is of a half type, the other is rounded to it."""
+    if x.dtype == y.dtype:
+        return product(x, y)
+    wide, half = (x, y.dtype) if x.dtype.itemsize > y.dtype.itemsize else (y, x.dtype)
+    # Within the range of fp16, whatever its elements are.
+    size = wide.abs().amax().clamp(min=torch.finfo(wide.dtype).tiny)
+    x, y = (z if z.dtype == half else (z / size).to(half) for z in (x, y))
+    return product(x, y) * size
+
+
+def _gram_product(x: Tensor, rows: Tensor, own: Tensor, first: int) -> Tensor:
+    """x @ rows, for weighted Gram matrices x (n, N), of which the large diagonal is not rounded."""
+    if x.dtype == rows.dtype:
+        return product(x, rows.t())
+    diagonal = x.diagonal(first).clone()
+    x.diagonal(first).zero_()
+    return _product(x, rows.t()).addcmul_(diagonal[:, None], own)

@@ -1,0 +1,1 @@
+"""Many runs: experiments, statistics, reports."""
