@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import reduce
 from itertools import combinations
 from typing import Literal
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mmfast.checks import check_bool, check_integer
 from mmfast.errors import UserError
+from mmfast.models.encoders.base import Encoder, Steps
 from mmfast.models.layers.attention import Attention, SymmetricAttention, check_dropout
-from mmfast.models.layers.lengths import back_padded, check_lengths, check_values
 from mmfast.models.layers.masking import ModalityMasking
 from mmfast.models.layers.recurrent import MaskedLSTM
 
@@ -22,7 +22,7 @@ DIRECTIONS = {False: (None, None), "fusion": (None, "cat"), True: ("sum", "cat")
 POOLING = ("mean", "sum", "last")
 
 
-class M3Encoder(nn.Module):
+class M3Encoder(Encoder):
     """M3 (Georgiou et al. 2021): modality -> (B, L, F_m) to one fused vector (B, ``out_features``).
 
     1. Per modality: LSTM F -> H, dropout, self-attention (single head, no residual).
@@ -39,7 +39,8 @@ class M3Encoder(nn.Module):
     NaN included) nor on the other samples. All modalities that a sample has must be aligned, that is of one
     length; length 0 says that the sample lacks the modality. Attention over a missing modality or by one is
     zero, so m_xy = y where x is missing, and a sample without any modality gets a fused vector of zeros.
-    Gradients stay finite.
+    Gradients stay finite. :meth:`encode` is 1 and 2, :meth:`fuse` the rest; a modality that is left out there is
+    missing in every sample, so that its attentions are zero, too, and not averages of zeros.
 
     Args:
         features: modality -> F. Names are Python identifiers.
@@ -59,6 +60,8 @@ class M3Encoder(nn.Module):
     ``attention=False``); 1,633,801 for ``bidirectional=True``.
     """
 
+    aligned = True
+
     def __init__(
         self,
         features: dict[str, int],
@@ -72,8 +75,7 @@ class M3Encoder(nn.Module):
         masking_mode: Literal["step", "sequence"] = "step",
         masking_weights: dict[str, float] | None = None,
     ):
-        super().__init__()
-        check_features(features)
+        super().__init__(features)
         hidden = check_integer("M3Encoder", "hidden", hidden, 1)
         dropout = check_dropout("M3Encoder", dropout)
         attention = check_bool("M3Encoder", "attention", attention)
@@ -82,7 +84,6 @@ class M3Encoder(nn.Module):
         if pooling not in POOLING:
             raise UserError(f"M3Encoder: pooling must be one of {[*POOLING]}, got {pooling!r}")
         encoder_merge, fusion_merge = DIRECTIONS[bidirectional]
-        self.features = dict(features)
         self.pooling = pooling
 
         self.recurrent = nn.ModuleDict(
@@ -109,46 +110,25 @@ class M3Encoder(nn.Module):
         self.out_features = self.fusion.out_features
         self.fusion_attention = None if pooling == "last" else Attention(self.out_features, dropout=dropout)
 
-    def forward(
+    def encode(
         self, values: Mapping[str, Tensor], lengths: Mapping[str, Tensor], padding: str = "back"
-    ) -> Tensor:
-        """Fused vectors (B, out_features) in the dtype of the values.
-
-        Args:
-            values: modality -> (B, L_m, F_m) floating point, in the encoder's dtype unless autocast is on.
-                L_m may differ: each modality is padded for itself.
-            lengths: modality -> (B,) int64 or int32, each in [0, L_m].
-            padding: ``"back"`` or ``"front"``, where the padding is.
-
-        Raises:
-            UserError, TypeError: other names, shapes or dtypes; an empty batch; lengths outside [0, L_m];
-                unequal non-zero lengths within a sample. Under ``torch.compile`` the caller answers for the
-                lengths' values: nothing looks at them.
-        """
-        check_values("M3Encoder", self.features, values, lengths, padding)
-        self._check_dtype(next(iter(values.values())))
-        if torch.compiler.is_compiling():
-            longest = max(x.shape[1] for x in values.values())
-        else:
-            longest = check_lengths("M3Encoder", values, lengths)
-        steps = max(longest, 1)  # an LSTM needs a step, also where every modality of every sample is missing
-
-        n = {name: lengths[name].to(values[name].device, torch.int64) for name in self.features}
-        x = {name: back_padded(values[name], n[name], steps, padding) for name in self.features}
-        return self._pool(*self._fuse(self._encode(x, n), n))
-
-    def _check_dtype(self, x: Tensor) -> None:
-        dtype = next(self.parameters()).dtype
-        casts = x.is_floating_point() and torch.is_autocast_enabled(x.device.type)
-        if x.dtype != dtype and not casts:
-            raise TypeError(f"M3Encoder: values must have the encoder's dtype, {dtype}, got {x.dtype}")
-
-    def _encode(self, x: dict[str, Tensor], n: dict[str, Tensor]) -> dict[str, Tensor]:
-        encoded = {name: self.recurrent[name](x[name], n[name]) for name in x}
+    ) -> dict[str, Steps]:
+        """Modality -> steps of size ``hidden`` on one time axis; arguments and errors as of :meth:`Encoder.steps`."""
+        steps = self.steps(values, lengths, padding)
+        encoded = {name: self.recurrent[name](x, n) for name, (x, n) in steps.items()}
         for name, layer in self.attention.items():
-            encoded[name] = layer(encoded[name], encoded[name], n[name], n[name])
-        masked = self.masking(list(encoded.values()), list(n.values()))
-        return dict(zip(encoded, masked, strict=True))
+            n = steps[name].lengths
+            encoded[name] = layer(encoded[name], encoded[name], n, n)
+        n = [lengths for _, lengths in steps.values()]
+        masked = self.masking(list(encoded.values()), n)
+        return dict(zip(encoded, map(Steps, masked, n), strict=True))
+
+    def fuse(self, representations: Mapping[str, Steps], without: Collection[str] = ()) -> Tensor:
+        """Fused vectors (B, ``out_features``) of what :meth:`encode` returned."""
+        kept = self.leave_out(representations, without)
+        m = {name: x for name, (x, _) in kept.items()}
+        n = {name: lengths for name, (_, lengths) in kept.items()}
+        return self._pool(*self._fuse(m, n))
 
     def _fuse(self, m: dict[str, Tensor], n: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """All uni-, bi- and trimodal terms through the fusion LSTM: (B, L, out_features) and lengths (B,)."""
@@ -169,15 +149,3 @@ class M3Encoder(nn.Module):
             return self.fusion.last(fused, lengths)
         total = self.fusion_attention(fused, fused, lengths, lengths).sum(dim=1)
         return total if self.pooling == "sum" else total / lengths.clamp(min=1)[:, None]
-
-
-def check_features(features: Mapping[str, int]) -> None:
-    if not features:
-        raise UserError("M3Encoder: features must name at least one modality, got none")
-    for name, size in features.items():
-        # Names become attributes of modules and parts of parameter names.
-        if not (isinstance(name, str) and name.isidentifier()) or hasattr(nn.ModuleDict(), name):
-            raise UserError(
-                f"M3Encoder: modality {name!r} must be an identifier and no attribute of a module"
-            )
-        check_integer("M3Encoder", f"features of {name}", size, 1)

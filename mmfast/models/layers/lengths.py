@@ -88,12 +88,14 @@ def check_values(
         raise UserError(f"{op}: the batch is empty; it must hold at least one sample")
 
 
-def check_lengths(op: str, values: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> int:
-    """The rules that need the lengths themselves; returns the greatest length (one device read).
+def check_lengths(
+    op: str, values: Mapping[str, Tensor], lengths: Mapping[str, Tensor], aligned: bool
+) -> dict[str, int]:
+    """The rules that need the lengths themselves; returns each modality's greatest length (one device read).
 
-    A length is in [0, L], and the lengths of one sample are equal across the modalities that it has
-    (length 0 = it has not that modality), because cross-modal residuals and the concatenation on features
-    need one time axis.
+    A length is in [0, L]. Where ``aligned``, the lengths of one sample are equal across the modalities that it has
+    (length 0 = it has not that modality), because cross-modal residuals and the concatenation on features need one
+    time axis.
     """
     names = list(values)
     n = torch.stack([lengths[name].to(torch.int64) for name in names]).cpu()
@@ -104,13 +106,12 @@ def check_lengths(op: str, values: Mapping[str, Tensor], lengths: Mapping[str, T
             sample = int(wrong.nonzero()[0])
             got = f"{int(row[sample])} for sample {sample}"
             raise UserError(f"{op}: lengths of {name} must lie in [0, {limit}], got {got}")
-    longest = n.amax(dim=0)
-    unequal = (n != 0) & (n != longest)
-    if unequal.any():
+    unequal = (n != 0) & (n != n.amax(dim=0))
+    if aligned and unequal.any():
         sample = int(unequal.any(dim=0).nonzero()[0])
         got = ", ".join(f"{name} {int(k)}" for name, k in zip(names, n[:, sample], strict=True))
         raise UserError(
             f"{op}: a sample must have one length for all its modalities (0 where one is missing), "
             f"got {got} for sample {sample}; align the modalities first"
         )
-    return int(longest.max())
+    return dict(zip(names, n.amax(dim=1).tolist(), strict=True))
