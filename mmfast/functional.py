@@ -349,7 +349,7 @@ def _prepared(views, present, weights, options, debias):
 
 
 # Up to so many rows in Gram form, or columns in direct form, times the pairs that a view is in, kernels of two
-# views are faster than what computes once what pairs share (measured on 2 CPU cores: docs/loss.md).
+# views are faster than what computes once what pairs share (measured on 2 CPU cores: docs/losses.md).
 _PAIR_BY_PAIR = {"gram": 512, "direct": 2048}
 
 

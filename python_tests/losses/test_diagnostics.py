@@ -1,10 +1,8 @@
 """Effective rank and the plot of the cross-correlation."""
 
 import os
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -250,12 +248,3 @@ def test_without_matplotlib_one_sentence_says_so():
     assert run.stdout == (
         "plot_cross_correlation: drawing needs matplotlib, install mmfast[train] or matplotlib\n"
     )
-
-
-GUIDE = (Path(__file__).parents[2] / "docs" / "loss.md").read_text()
-
-
-@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL))
-def test_examples_of_the_guide(example, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(example, {})
