@@ -1,12 +1,12 @@
-"""The network: encoders, projector and regression head."""
+"""The network: encoders, projector and heads."""
 
 from torch import nn
 
 from mmfast.models.encoders import Encoder, M3Encoder, Steps
-from mmfast.models.head import RegressionHead
+from mmfast.models.head import LinearHead, RegressionHead
 from mmfast.models.projector import Projector
 
-__all__ = ["Encoder", "M3Encoder", "Projector", "RegressionHead", "Steps", "parameter_count"]
+__all__ = ["Encoder", "LinearHead", "M3Encoder", "Projector", "RegressionHead", "Steps", "parameter_count"]
 
 
 def parameter_count(module: nn.Module) -> int:
