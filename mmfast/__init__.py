@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from mmfast import ops as ops
     from mmfast.backends import backend, info
     from mmfast.errors import UserError
-    from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss
-    from mmfast.micro_batches import backward_in_micro_batches
+    from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss, backward_in_micro_batches
     from mmfast.plan import Plan
     from mmfast.plots import plot_cross_correlation
     from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
@@ -31,9 +30,8 @@ EXPORTS = {
     "data": (),
     "errors": ("UserError",),
     "functional": (),
-    "losses": ("BarlowTwinsLoss", "MultiViewBarlowTwinsLoss"),
+    "losses": ("BarlowTwinsLoss", "MultiViewBarlowTwinsLoss", "backward_in_micro_batches"),
     "metrics": (),
-    "micro_batches": ("backward_in_micro_batches",),
     "models": (),
     "ops": (),
     "plan": ("Plan",),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
-from mmfast.functional import barlow_twins_components
+from mmfast.losses.barlow_twins import barlow_twins_components
 from mmfast.ops.barlow_twins.checks import check_views, compute_dtype
 
 if TYPE_CHECKING:

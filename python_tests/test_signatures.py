@@ -14,7 +14,7 @@ PUBLIC = [
     mmfast.MultiViewBarlowTwinsLoss,
     mmfast.backward_in_micro_batches,
     mmfast.plot_cross_correlation,
-    *(f for f in vars(functional).values() if inspect.isfunction(f) and f.__module__ == functional.__name__),
+    *(f for name in functional.__all__ if inspect.isfunction(f := getattr(functional, name))),
     *(f for f in vars(metrics).values() if inspect.isfunction(f) and f.__module__ == metrics.__name__),
     *(getattr(models, name) for name in models.__all__),
     attention.Attention,

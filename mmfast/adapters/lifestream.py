@@ -7,8 +7,7 @@ from torch import Tensor
 
 from mmfast.checks import check_number
 from mmfast.errors import UserError
-from mmfast.functional import evaluate_barlow_twins
-from mmfast.losses import TwoViewLoss
+from mmfast.losses.barlow_twins import TwoViewLoss, evaluate_barlow_twins
 from mmfast.ops.barlow_twins.checks import check_dense
 
 OP = "lifestream.BarlowTwinsLoss"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmfast.checks import check_number
-from mmfast.functional import barlow_twins_options, evaluate_barlow_twins
-from mmfast.losses import TwoViewLoss
+from mmfast.losses.barlow_twins import TwoViewLoss, barlow_twins_options, evaluate_barlow_twins
 from mmfast.ops.barlow_twins.multi_view import Sharing
 
 OP = "official.BarlowTwins"

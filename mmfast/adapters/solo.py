@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmfast.checks import check_number
-from mmfast.functional import barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
 from mmfast.ops.barlow_twins.multi_view import Sharing
 
 OP = "solo.barlow_loss_func"

@@ -13,12 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmfast
 from mmfast.adapters import lightly, official, solo, vissl
-from mmfast.functional import (
-    barlow_twins,
-    barlow_twins_options,
-    evaluate_barlow_twins,
-    multi_view_barlow_twins,
-)
+from mmfast.functional import barlow_twins, multi_view_barlow_twins
+from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
 from mmfast.ops.barlow_twins import op as ops
 from mmfast.ops.barlow_twins.multi_view import Sharing, barlow_twins_many
 

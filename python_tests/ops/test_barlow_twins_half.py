@@ -7,6 +7,7 @@ from barlow_twins_help import native
 
 from mmfast import backends
 from mmfast import functional as F
+from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
 from mmfast.ops.barlow_twins import op as ops
 from mmfast.ops.barlow_twins.kernels import Definition, NarrowCpu, Plain, _native
 
@@ -193,7 +194,7 @@ CONSTANT = ["in both views", "mean 100", "in one view", "all", "all, of their ow
 )
 def test_constant_columns_get_no_gradient(variant, kind, isa):
     """However much 1 / eps magnifies the rounding of sums; and the others get theirs."""
-    options = F.barlow_twins_options(variant)
+    options = barlow_twins_options(variant)
     z = with_constant_columns(kind, 52, 200)
     truth = gradients(ops.reference, *z, dtype=torch.float64, **options)
     plain = gradients(narrow_loss, *z, narrow=False, **options)
@@ -250,7 +251,7 @@ def test_which_calls_are_narrow(fast, monkeypatch):
 
     def narrow(rows, columns, dtype=BF16, **options):
         calls.clear()
-        F.evaluate_barlow_twins(*views("correlated", rows, columns, dtype), options)
+        evaluate_barlow_twins(*views("correlated", rows, columns, dtype), options)
         return bool(calls)
 
     assert narrow(64, 500)

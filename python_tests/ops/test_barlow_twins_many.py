@@ -11,15 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmfast
-from mmfast import backends, functional
+from mmfast import backends
 from mmfast.functional import (
     BARLOW_TWINS_VARIANTS,
     barlow_twins,
     barlow_twins_components,
-    barlow_twins_options,
     multi_view_barlow_twins,
 )
 from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss
+from mmfast.losses import multi_view_barlow_twins as multi_view
+from mmfast.losses.barlow_twins import barlow_twins_options
 from mmfast.ops.barlow_twins import op as ops
 from mmfast.ops.barlow_twins.kernels import Definition
 from mmfast.ops.barlow_twins.multi_view import Setting, _loss, barlow_twins_many
@@ -32,7 +33,7 @@ ROADS = pytest.mark.parametrize("road", ["pair by pair", "together"], indirect=T
 
 @pytest.fixture
 def road(request, monkeypatch):
-    monkeypatch.setattr(functional, "_pair_by_pair", lambda *_: request.param == "pair by pair")
+    monkeypatch.setattr(multi_view, "_pair_by_pair", lambda *_: request.param == "pair by pair")
 
 
 def modalities(rows, widths, dtype=torch.float64):
@@ -368,8 +369,8 @@ def test_a_backend_that_cannot_serve_says_so(monkeypatch):
     ],
 )
 def test_views_that_share_little_go_pair_by_pair(shape, views, weights, fused, monkeypatch):
-    calls, two = [], functional._two_views
-    monkeypatch.setattr(functional, "_two_views", lambda *z, **options: calls.append(z) or two(*z, **options))
+    calls, two = [], multi_view._two_views
+    monkeypatch.setattr(multi_view, "_two_views", lambda *z, **options: calls.append(z) or two(*z, **options))
     z = [torch.randn(shape) for _ in range(views)]
     multi_view_barlow_twins(z, weights=weights)
     assert bool(calls) == fused

@@ -19,6 +19,7 @@ from torch import nn
 import mmfast
 from mmfast import functional as F
 from mmfast.data import collate, synthetic
+from mmfast.losses.barlow_twins import barlow_twins_options
 from mmfast.models import M3Encoder, Projector
 from mmfast.ops.barlow_twins import op as ops
 
@@ -27,7 +28,7 @@ VARIANTS = pytest.mark.parametrize("variant", list(FORMULAS))
 SHAPES = pytest.mark.parametrize("shape", [(12, 50), (40, 17)], ids=str)
 # The root over the variance plus eps, or the deviation plus eps: the power of a scale that eps goes with.
 POWER = {name: 1 if name in ("monai", "stable-pretraining") else 2 for name in FORMULAS}
-UNBIASED = [name for name in FORMULAS if F.barlow_twins_options(name).get("unbiased")]
+UNBIASED = [name for name in FORMULAS if barlow_twins_options(name).get("unbiased")]
 
 
 def loss_of(variant, **options):
@@ -50,7 +51,7 @@ def double(*shape, **options):
 def by_hand(z_a, z_b, variant):
     """Loops over Python's floats."""
     options = {"eps_outside": False, "unbiased": False, "divide": True, "pooled": False}
-    options |= F.barlow_twins_options(variant)
+    options |= barlow_twins_options(variant)
     rows = len(z_a)
     columns = [z_a.double().T.tolist(), z_b.double().T.tolist()]
 
@@ -179,7 +180,7 @@ def test_repeated_rows(shape, variant):
 def test_a_scale_is_another_eps(shape, scale, variant, backend):
     """L(s z; eps) is L(z; eps / s) of deviations, L(z; eps / s^2) of variances, and s times the gradient its."""
     z_a, z_b = double(*shape)
-    eps = F.barlow_twins_options(variant)["eps"]
+    eps = barlow_twins_options(variant)["eps"]
     truth = gradients(loss_of(variant, eps=eps / scale ** POWER[variant]), z_a, z_b)
     loss, grad_a, grad_b = gradients(loss_of(variant), z_a * scale, z_b * scale)
     same((loss, grad_a * scale, grad_b * scale), truth, 1e-10)
@@ -221,7 +222,7 @@ def test_embeddings_of_zeros(variant, backend):
     z = torch.zeros(4, 6)
     loss, *grads = gradients(loss_of(variant), z, z, dtype=torch.float32)
     # On the diagonal 1 - 0, times B^2 (1 / B)^2 where C is not divided.
-    assert float(loss) == pytest.approx(6 * F.barlow_twins_options(variant)["scale"], rel=1e-6)
+    assert float(loss) == pytest.approx(6 * barlow_twins_options(variant)["scale"], rel=1e-6)
     assert not any(g.any() for g in grads)
 
 

@@ -1,0 +1,7 @@
+"""Losses: one file a family, functions and modules side by side; :mod:`mmfast.functional` has all functions."""
+
+from mmfast.losses.barlow_twins import BarlowTwinsLoss
+from mmfast.losses.micro_batches import backward_in_micro_batches
+from mmfast.losses.multi_view_barlow_twins import MultiViewBarlowTwinsLoss
+
+__all__ = ["BarlowTwinsLoss", "MultiViewBarlowTwinsLoss", "backward_in_micro_batches"]
