@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from mmfast.cli.flags import Parser
 from mmfast.errors import UserError
-from mmfast.flags import Parser
 from mmfast.training.config import Config, ExperimentConfig, check_experiment
 from mmfast.training.parsing import config_parser, sections
 from mmfast.training.presets import PRESETS

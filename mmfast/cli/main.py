@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mmfast.cli.flags import Parser
 from mmfast.errors import UserError
-from mmfast.flags import Parser
 from mmfast.version import __version__
 
 # name -> (where its arguments are parsed, where its work is done, one line of help), both by functions of the

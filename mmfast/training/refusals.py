@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser
 
-from mmfast.flags import guess, no_such_flag, one_of
+from mmfast.wording import guess, no_such_flag, one_of
 
 # Type -> (what a value is, what several are, two of them).
 _PLAIN = {
