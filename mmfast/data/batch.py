@@ -47,6 +47,7 @@ class MultimodalBatch:
         labels: (B,) float32, NaN for samples without a label, or None where labels play no part.
         ids: (B,) int64, stable sample ids.
         padding: side of the padded steps, "back" or "front".
+        filler: no sample of its step, see :func:`stand_in`.
 
     Raises:
         UserError: shapes that do not belong together.
@@ -57,6 +58,7 @@ class MultimodalBatch:
     labels: Tensor | None
     ids: Tensor
     padding: str = "back"
+    filler: bool = False
 
     def __post_init__(self) -> None:
         _check_padding("MultimodalBatch", self.padding)
@@ -140,6 +142,12 @@ def collate(samples: Sequence[Sample], padding: str = "back") -> MultimodalBatch
     labels = torch.tensor([sample.label for sample in samples], dtype=torch.float32, device="cpu")
     ids = torch.tensor([sample.id for sample in samples], dtype=torch.int64, device="cpu")
     return MultimodalBatch(values, lengths, labels, ids, padding)
+
+
+def stand_in(sample: Sample, padding: str = "back") -> MultimodalBatch:
+    """A batch for a process that has no sample in a step of several: its rows, without labels, count for nothing."""
+    batch = collate([sample], padding)
+    return replace(batch, labels=torch.full_like(batch.labels, torch.nan), filler=True)
 
 
 def _pad(steps: list[Tensor], padding: str) -> Tensor:

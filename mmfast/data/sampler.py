@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from mmfast.checks import check_seed
-from mmfast.data.batch import collate
+from mmfast.data.batch import MultimodalBatch, Sample, collate, stand_in
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.errors import UserError
 
@@ -24,24 +24,26 @@ class BucketSampler(Sampler[list[int]]):
 
     The samples, sorted by length (longest modality, then real cells), are cut into buckets of
     `STEPS_PER_BUCKET` steps. Shuffling orders ties, each bucket and the steps at random; without it the order
-    is by length. One step is one batch on each of `world_size` ranks, all of the same bucket, so that the
-    ranks finish together.
+    is by length.
 
     The order is a pure function of (seed, epoch): `set_epoch` chooses the epoch, and torch's random state is
     neither read nor changed. Every sample occurs exactly once per epoch over all ranks, except those that
-    `drop_last` leaves out, which are drawn anew each epoch. Without `drop_last` the samples of the last,
-    incomplete step are spread evenly over the ranks, so that every rank sees the same number of batches.
+    `drop_last` leaves out, which are drawn anew each epoch.
+
+    Which samples make a step does not depend on `world_size`: the ranks share each step in parts that differ by
+    one sample at most. The last step without `drop_last` may have fewer samples than there are ranks; then some
+    of them get an empty list, and all have the same number of steps.
 
     Args:
         dataset: gives the lengths.
-        batch_size: samples per batch and rank.
+        batch_size: samples per step, over all ranks.
         shuffle: random order, a new one for each epoch.
         drop_last: leave out the incomplete step.
         seed: of the order.
         rank, world_size: which of how many processes this is.
 
     Raises:
-        UserError: sizes out of range, or too few samples for a batch on every rank.
+        UserError: sizes out of range, or too few samples for one on every rank.
     """
 
     def __init__(
@@ -59,8 +61,13 @@ class BucketSampler(Sampler[list[int]]):
                 raise UserError(f"BucketSampler: {name} must be an integer >= {least}, got {value!r}")
         if rank not in range(world_size):
             raise UserError(f"BucketSampler: rank must lie in [0, world_size = {world_size}), got {rank!r}")
+        if batch_size < world_size:
+            raise UserError(
+                f"BucketSampler: batch_size must be at least the {world_size} processes that share it, "
+                f"got {batch_size}"
+            )
         self._key = _sort_key(dataset)
-        self._step = batch_size * world_size
+        self._batch_size = batch_size
         self._shuffle, self._drop_last, self._seed = (
             shuffle,
             drop_last,
@@ -68,28 +75,19 @@ class BucketSampler(Sampler[list[int]]):
         )
         self._rank, self._world_size = rank, world_size
         self._epoch = 0
-        self._sizes = self._step_sizes(len(dataset), batch_size)
+        self._sizes = self._step_sizes(len(dataset))
 
-    def _step_sizes(self, n: int, batch_size: int) -> list[int]:
-        full, rest = divmod(n, self._step)
-        sizes = [self._step] * full
+    def _step_sizes(self, n: int) -> list[int]:
+        full, rest = divmod(n, self._batch_size)
         if self._drop_last and rest and not full:
             raise UserError(
-                f"BucketSampler: drop_last leaves no batch, {n} samples are fewer than "
-                f"batch_size * world_size = {self._step}"
+                f"BucketSampler: drop_last leaves no step, {n} samples are fewer than batch_size = {self._batch_size}"
             )
-        if self._drop_last or rest == 0:
-            return sizes
-        if rest < self._world_size and full and batch_size > 1:
-            # Too few samples for one on each rank: share them with a full step.
-            both = sizes.pop() + rest
-            return [*sizes, both - both // 2, both // 2]
-        if rest < self._world_size:
+        if 0 < n < self._world_size:
             raise UserError(
-                f"BucketSampler: {n} samples cannot give each of {self._world_size} ranks the same number of "
-                f"batches of at most {batch_size}; use drop_last or other sizes"
+                f"BucketSampler: there must be a sample for each of {self._world_size} processes, got {n}"
             )
-        return [*sizes, rest]
+        return [self._batch_size] * full + ([rest] if rest and not self._drop_last else [])
 
     @property
     def sampler(self) -> BucketSampler:
@@ -101,7 +99,7 @@ class BucketSampler(Sampler[list[int]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Batches per epoch, the same on every rank and in every epoch."""
+        """Steps per epoch, the same on every rank and in every epoch."""
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -119,7 +117,7 @@ class BucketSampler(Sampler[list[int]]):
         # Cut before sorting: any sample may be left out, not only the longest.
         order = permutation(len(self._key))[: sum(self._sizes)]
         order = order[torch.sort(self._key[order], stable=True).indices]
-        buckets = order.split(self._step * STEPS_PER_BUCKET)
+        buckets = order.split(self._batch_size * STEPS_PER_BUCKET)
         order = torch.cat([bucket[permutation(len(bucket))] for bucket in buckets])
         steps = order.split(self._sizes) if self._sizes else ()
         mine = (step.tensor_split(self._world_size)[self._rank] for step in steps)
@@ -141,18 +139,24 @@ def make_loader(
     """DataLoader of `MultimodalBatch`es in length buckets; arguments as in `BucketSampler` and `collate`.
 
     Before each epoch call `loader.batch_sampler.set_epoch(epoch)` (Lightning does). With several ranks, tell
-    Lightning `use_distributed_sampler=False`: the sampler shards by itself.
+    Lightning `use_distributed_sampler=False`: the sampler shards by itself. A rank without a sample in a step gets
+    a batch with `filler` set, so that it can take part in what all must do together.
     """
+    filler = dataset[0] if world_size > 1 and len(dataset) else None
     return DataLoader(
         dataset,
         batch_sampler=BucketSampler(dataset, batch_size, shuffle, drop_last, seed, rank, world_size),
-        collate_fn=partial(collate, padding=padding),
+        collate_fn=partial(_collate, padding=padding, filler=filler),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
         # DataLoader draws a number per epoch: from here, so that the global random state stays as it is.
         generator=torch.Generator("cpu").manual_seed(check_seed("make_loader", "seed", seed)),
     )
+
+
+def _collate(samples: list[Sample], padding: str, filler: Sample | None) -> MultimodalBatch:
+    return collate(samples, padding) if samples or filler is None else stand_in(filler, padding)
 
 
 def _sort_key(dataset: MultimodalDataset) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmfast.checks import check_integer, told
 from mmfast.errors import UserError
+from mmfast.models.layers.batch_norm import SharedBatchNorm
 
 
 class Projector(nn.Sequential):
@@ -38,7 +39,8 @@ class Projector(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         check_vectors("Projector", x, self.in_features)
-        if self.training and len(self) > 1 and len(x) == 1:
+        shared = any(isinstance(layer, SharedBatchNorm) for layer in self)
+        if self.training and len(self) > 1 and len(x) == 1 and not shared:
             raise UserError("Projector: a batch must hold at least two samples in training mode, got 1")
         return super().forward(x)
 
