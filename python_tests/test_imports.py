@@ -39,6 +39,8 @@ def run(code: str, *arguments: str) -> str:
         "from mmfast.cli.main import main; main(['pretrain', '--help'])",
         "from mmfast.cli.main import main; assert main(['experiment', '--run.seed=x']) == 2",
         "from mmfast.cli.main import main; assert main(['evaluate']) == 2",
+        "from mmfast.cli.main import main; assert main(['embed']) == 2",
+        "import mmfast.training; dir(mmfast.training)",
     ],
 )
 def test_no_torch_is_imported_for(code):

@@ -11,12 +11,10 @@ from typing import Any
 
 from mmfast.cli.flags import Parser
 from mmfast.errors import UserError
-from mmfast.training.config import Config, ExperimentConfig, check_experiment
+from mmfast.training.config import SPLITS, Config, ExperimentConfig, check_experiment
 from mmfast.training.parsing import config_parser, sections
 from mmfast.training.presets import PRESETS
 from mmfast.training.refusals import Settings, in_plain_words, wrong_arguments
-
-SPLITS = ("train", "valid", "test", "unlabelled", "all", "unseen")
 
 
 def pretrain(argv: list[str]) -> Any:
@@ -69,8 +67,21 @@ def predict(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _add_source(parser: argparse.ArgumentParser, split: str) -> None:
-    parser.add_argument("checkpoint", help="best.ckpt of a finetune run")
+def embed(argv: list[str]) -> argparse.Namespace:
+    """The arguments of ``mmfast embed``."""
+    parser = Parser(
+        prog="mmfast embed",
+        description="Vectors that the encoder of a checkpoint makes of each sample, as an .npz archive.",
+    )
+    _add_source(parser, split="all", checkpoint="last.ckpt of a pretrain run or best.ckpt of a finetune run")
+    parser.add_argument("--out", default="embeddings.npz", help="the file to write (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def _add_source(
+    parser: argparse.ArgumentParser, split: str, checkpoint: str = "best.ckpt of a finetune run"
+) -> None:
+    parser.add_argument("checkpoint", help=checkpoint)
     parser.add_argument("--data", help="file or folder of features; the run's own data when left out")
     parser.add_argument("--split", choices=SPLITS, default=split, help="which samples (default %(default)s)")
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "finetune": (*_TRAINING, "train encoder and head with labels, from random or pre-trained weights"),
     "evaluate": (*_TRAINING, "metrics of a fine-tuned checkpoint"),
     "predict": (*_TRAINING, "predictions of a fine-tuned checkpoint as CSV"),
+    "embed": (*_TRAINING, "vectors that an encoder makes of each sample, as .npz"),
     "experiment": (*_TRAINING, "compare methodologies over seeds and folds, with a report"),
     "inspect": (*_LOOKING, "look at a data set: sizes, lengths, gaps, broken cells, labels"),
     "info": (*_LOOKING, "versions, and which kernels run here"),

@@ -20,7 +20,7 @@ from mmfast.data import Standardiser
 from mmfast.errors import UserError
 from mmfast.files import write_json
 from mmfast.metrics import shown
-from mmfast.training import runs
+from mmfast.training import embedding, runs
 from mmfast.training.checkpoint import PRETRAINING, RECORD, fingerprint, read_checkpoint
 from mmfast.training.config import RunConfig, differences
 from mmfast.training.fitting import BEST, LAST
@@ -98,7 +98,7 @@ def experiment(given: Any) -> None:
 
 def evaluate(given: argparse.Namespace) -> None:
     """``mmfast evaluate``: metrics of a checkpoint on a split."""
-    module, dataset, label_range, seen, own = restore(given.checkpoint, given.data, given.split)
+    module, dataset, seen, own, label_range = restore(given.checkpoint, given.data, given.split)
     dataset = dataset.subset(~dataset.labels.isnan())
     if len(dataset) == 0:
         raise UserError(f"evaluate: the {given.split} split holds no labelled samples")
@@ -119,13 +119,24 @@ def evaluate(given: argparse.Namespace) -> None:
 
 def predict(given: argparse.Namespace) -> None:
     """``mmfast predict``: a CSV of name, prediction and truth."""
-    module, dataset, _, seen, _ = restore(given.checkpoint, given.data, given.split)
+    module, dataset, seen, *_ = restore(given.checkpoint, given.data, given.split)
     if len(dataset) == 0:
         raise UserError(f"predict: the {given.split} split holds no samples")
     write_predictions(Path(given.out), dataset, predictions_of(module, dataset))
     print(f"{len(dataset)} predictions: {given.out}")
     if any(overlap := seen.overlap(dataset)):
         _warn(f"predict: of {len(dataset)} samples, {overlap}; --split unseen leaves them out")
+
+
+def embed(given: argparse.Namespace) -> None:
+    """``mmfast embed``: an .npz archive of vectors."""
+    embeddings = embedding.embed(given.checkpoint, given.data, given.split)
+    embeddings.save(given.out)
+    print(f"{len(embeddings)} vectors of {embeddings.fused.shape[1]} numbers: {given.out}")
+    if count := int(embeddings.seen.sum()):
+        _warn(
+            f"embed: of {len(embeddings)} samples, {count} seen in training; --split unseen leaves them out"
+        )
 
 
 class _StandardOutput(logging.StreamHandler):

@@ -15,6 +15,9 @@ from typing import Any, Literal
 from mmfast.errors import UserError
 from mmfast.shares import are_shares
 
+# Which samples of a data set: a part of it, all of them, or those of them that a network has not seen.
+SPLITS = ("train", "valid", "test", "unlabelled", "all", "unseen")
+
 
 @dataclass
 class SyntheticConfig:

@@ -30,18 +30,19 @@ def evaluation_batches(dataset: MultimodalDataset) -> DataLoader:
 
 def predict(module: nn.Module, dataset: MultimodalDataset) -> Tensor:
     """Predictions (N,) of a :class:`~mmfast.training.supervised.Supervised`; see :func:`encode`."""
-    return _in_order(module, module, dataset)
+    return in_order(module, module, dataset)
 
 
 def encode(encoder: nn.Module, dataset: MultimodalDataset) -> Tensor:
     """Fused vectors (N, out_features) float32 on the CPU, in the order of the standardised data set; dropout off."""
-    return _in_order(encoder, lambda batch: encoder(batch.values, batch.lengths, batch.padding), dataset)
+    return in_order(encoder, lambda batch: encoder(batch.values, batch.lengths, batch.padding), dataset)
 
 
 @torch.no_grad()
-def _in_order(
+def in_order(
     module: nn.Module, function: Callable[[MultimodalBatch], Tensor], dataset: MultimodalDataset
 ) -> Tensor:
+    """Rows float32 on the CPU that a function of the ``module`` makes of batches, in the order of the data set."""
     device = next(module.parameters()).device
     loader = evaluation_batches(dataset)
     order = [index for batch in loader.batch_sampler.batches(0) for index in batch]

@@ -6,33 +6,40 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mmfast.data import MultimodalData, MultimodalDataset, load
+from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, load
 from mmfast.errors import UserError
 from mmfast.training import runs
-from mmfast.training.config import DataConfig
+from mmfast.training.config import SPLITS, DataConfig
+from mmfast.training.parsing import config_of
 from mmfast.training.seen import Seen
 from mmfast.training.splits import check_aligned, load_data, select
 from mmfast.training.supervised import Supervised
 
 
-class Restored(NamedTuple):
-    """What :func:`restore` finds.
+class Samples(NamedTuple):
+    """What :func:`samples` finds.
 
     Attributes:
-        module: the network.
-        dataset: the chosen samples, standardised as those that it was trained on.
-        label_range: of the labels that it was trained on.
+        dataset: the chosen samples, standardised as those that the network was trained on.
         seen: the samples that it has seen.
         own: whether the data are those of its run, under whatever path, so that splits and folds are the run's.
     """
 
-    module: Supervised
     dataset: MultimodalDataset
-    label_range: tuple[float, float]
     seen: Seen
     own: bool
+
+
+class Restored(NamedTuple):
+    """What :func:`restore` finds: the network, :class:`Samples`, and the range of the labels it was trained on."""
+
+    module: Supervised
+    dataset: MultimodalDataset
+    seen: Seen
+    own: bool
+    label_range: tuple[float, float]
 
 
 def restore(checkpoint: str, path: str | None, split: str) -> Restored:
@@ -48,7 +55,15 @@ def restore(checkpoint: str, path: str | None, split: str) -> Restored:
         UserError: not such a checkpoint, no such data, other features; without ``path``, data that are no longer
             those of the run.
     """
-    module, config, standardiser, record = runs.restore(Path(checkpoint))
+    module, record = runs.restore(Path(checkpoint))
+    return Restored(module, *samples(checkpoint, record, path, split), record["label_range"])
+
+
+def samples(checkpoint: str, record: Mapping[str, Any], path: str | None, split: str) -> Samples:
+    """The samples of a split for a network whose checkpoint holds a ``record``; as :func:`restore`."""
+    if split not in SPLITS:
+        raise UserError(f"{checkpoint}: split must be one of {', '.join(SPLITS)}, got {split!r}")
+    config = config_of(record["config"])
     data, own = _data(path, config.data, record["data"])
     if path is None and not own:
         raise UserError(
@@ -59,13 +74,14 @@ def restore(checkpoint: str, path: str | None, split: str) -> Restored:
     dataset = select(data, "all" if split == "unseen" else split, config.data if own else None)
     if split == "unseen":
         dataset = dataset.subset(~seen.mask(dataset))
-    wanted = module.encoder.features
+    wanted = record["features"]
     if dataset.features != wanted:
         raise UserError(
             f"{checkpoint}: was trained on the features {_sizes(wanted)}, the data have {_sizes(dataset.features)}"
         )
     check_aligned(dataset)
-    return Restored(module, standardiser.transform(dataset), record["label_range"], seen, own)
+    standardiser = Standardiser().load_state_dict(record["standardiser"])
+    return Samples(standardiser.transform(dataset), seen, own)
 
 
 def _data(path: str | None, config: DataConfig, fingerprint: str) -> tuple[MultimodalData, bool]:

@@ -13,10 +13,11 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmfast.data import Standardiser, make_loader
+from mmfast.data import make_loader
 from mmfast.errors import UserError
+from mmfast.models import Encoder
 from mmfast.training.checkpoint import PRETRAINING, RECORD, SUPERVISED, read_checkpoint
-from mmfast.training.components import make_pretraining, make_supervised
+from mmfast.training.components import make_encoder, make_pretraining, make_supervised
 from mmfast.training.config import Config
 from mmfast.training.fitting import BEST, check_device, fit
 from mmfast.training.folder import PREDICTIONS, load_result, save_result
@@ -208,19 +209,27 @@ def tested_on_seen(module: Supervised, splits: Splits) -> dict[str, Overlap]:
     return {name: count for name, count in counts.items() if any(count)}
 
 
-def restore(path: Path) -> tuple[Supervised, Config, Standardiser, dict[str, Any]]:
-    """A supervised run's network, configuration, standardiser and whole record from its checkpoint.
+def restore(path: Path) -> tuple[Supervised, dict[str, Any]]:
+    """A supervised run's network and record from its checkpoint.
 
     Raises:
         UserError: not a checkpoint of a supervised run, or weights that do not fit its own configuration.
     """
     checkpoint = read_checkpoint(path, SUPERVISED)
     record = checkpoint[RECORD]
-    config = config_of(record["config"])
-    module = make_supervised(config, record["features"], record["freeze"])
+    module = make_supervised(config_of(record["config"]), record["features"], record["freeze"])
     for part in ("encoder", "head"):
         load_part(getattr(module, part), checkpoint["state_dict"], part, str(path))
-    return module, config, Standardiser().load_state_dict(record["standardiser"]), record
+    return module, record
+
+
+def restore_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder and the record of a checkpoint of either phase; errors as of :func:`restore`."""
+    checkpoint = read_checkpoint(path)
+    record = checkpoint[RECORD]
+    encoder = make_encoder(config_of(record["config"]).model, record["features"])
+    load_part(encoder, checkpoint["state_dict"], "encoder", str(path))
+    return encoder, record
 
 
 def _record(kind: str, config: Config, splits: Splits, seen: Seen, freeze: bool = False) -> dict[str, Any]:
