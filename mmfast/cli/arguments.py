@@ -53,7 +53,10 @@ def experiment(argv: list[str]) -> Any:
 
 def evaluate(argv: list[str]) -> argparse.Namespace:
     """The arguments of ``mmfast evaluate``."""
-    parser = Parser(prog="mmfast evaluate", description="Metrics of a fine-tuned checkpoint.")
+    parser = Parser(
+        prog="mmfast evaluate",
+        description="Metrics of a fine-tuned checkpoint on samples that it was not trained on.",
+    )
     _add_source(parser, split="test")
     parser.add_argument("--out", help="write the metrics as JSON to this file")
     return parser.parse_args(argv)
@@ -61,7 +64,10 @@ def evaluate(argv: list[str]) -> argparse.Namespace:
 
 def predict(argv: list[str]) -> argparse.Namespace:
     """The arguments of ``mmfast predict``."""
-    parser = Parser(prog="mmfast predict", description="Predictions of a fine-tuned checkpoint as CSV.")
+    parser = Parser(
+        prog="mmfast predict",
+        description="Predictions of a fine-tuned checkpoint as CSV: name, prediction and truth of each sample.",
+    )
     _add_source(parser, split="all")
     parser.add_argument("--out", default="predictions.csv", help="the file to write (default %(default)s)")
     return parser.parse_args(argv)
@@ -71,7 +77,8 @@ def embed(argv: list[str]) -> argparse.Namespace:
     """The arguments of ``mmfast embed``."""
     parser = Parser(
         prog="mmfast embed",
-        description="Vectors that the encoder of a checkpoint makes of each sample, as an .npz archive.",
+        description="Vectors that the encoder of a checkpoint makes of each sample, as an .npz archive "
+        "(its keys: docs/training.md).",
     )
     _add_source(parser, split="all", checkpoint="last.ckpt of a pretrain run or best.ckpt of a finetune run")
     parser.add_argument("--out", default="embeddings.npz", help="the file to write (default %(default)s)")
@@ -83,7 +90,12 @@ def _add_source(
 ) -> None:
     parser.add_argument("checkpoint", help=checkpoint)
     parser.add_argument("--data", help="file or folder of features; the run's own data when left out")
-    parser.add_argument("--split", choices=SPLITS, default=split, help="which samples (default %(default)s)")
+    parser.add_argument(
+        "--split",
+        choices=SPLITS,
+        default=split,
+        help="which samples: a part of the data, all, or those that the run has not seen (default %(default)s)",
+    )
 
 
 def _take(flag: str, argv: list[str]) -> tuple[list[str | None], list[str]]:

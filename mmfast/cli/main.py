@@ -73,7 +73,9 @@ def _run(argv: list[str], ready: Callable[[], Any]) -> int:
         prog="mmfast",
         description="Self-supervised multimodal learning.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:<12}{text}" for name, (*_, text) in COMMANDS.items()),
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<12}{text}" for name, (*_, text) in COMMANDS.items())
+        + "\n\nto see all of it at work, in minutes on synthetic data: mmfast experiment --preset demo",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="one of those below")
