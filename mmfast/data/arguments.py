@@ -52,24 +52,6 @@ def named(names: Sequence[str] | None, i: int) -> str:
     return f" of sample {str(names[i])!r}" if names is not None and i < len(names) else ""
 
 
-def labels(labels, size: int, names: Sequence[str] | None) -> Tensor:
-    if labels is None:
-        return torch.full((size,), float("nan"), device="cpu")
-    try:
-        labels = torch.from_numpy(np.asarray(labels).astype(np.float32))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"MultimodalDataset: labels must be numbers ({error})") from None
-    if labels.shape != (size,):
-        raise UserError(f"MultimodalDataset: labels must be ({size},), got shape {tuple(labels.shape)}")
-    if torch.isinf(labels).any():
-        i = int(torch.isinf(labels).nonzero()[0])
-        raise UserError(
-            f"MultimodalDataset: labels must be finite, or NaN for none, got {float(labels[i])} in labels[{i}]"
-            f"{named(names, i)}"
-        )
-    return labels
-
-
 def strings(value: Sequence, name: str, size: int) -> np.ndarray:
     value = np.array([str(item) for item in value], dtype=str)
     if len(value) != size:

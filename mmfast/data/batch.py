@@ -26,13 +26,13 @@ class Sample(NamedTuple):
 
     Attributes:
         values: modality -> float32 (n, F); n may differ between modalities, 0 means that it is missing.
-        label: NaN if there is none.
+        label: a number or index of a class, NaN if there is none; (K,) float32 numbers or labels where there are K.
         id: stable number of the sample, the key of its random draws.
         name: what its source calls it.
     """
 
     values: dict[str, Tensor]
-    label: float
+    label: float | Tensor
     id: int
     name: str
 
@@ -44,7 +44,7 @@ class MultimodalBatch:
     Attributes:
         values: modality -> (B, L_m, F_m) float32, 0 at padded steps; L_m is the modality's longest here.
         lengths: modality -> (B,) int64, the number of real steps, 0 where the modality is missing.
-        labels: (B,) float32, NaN for samples without a label, or None where labels play no part.
+        labels: (B,) or (B, K) float32, NaN for none (see `MultimodalDataset`), or None where labels play no part.
         ids: (B,) int64, stable sample ids.
         padding: side of the padded steps, "back" or "front".
         filler: no sample of its step, see :func:`stand_in`.
@@ -76,7 +76,8 @@ class MultimodalBatch:
                 )
         vectors = {f"lengths[{m!r}]": v for m, v in self.lengths.items()}
         if self.labels is not None:
-            vectors["labels"] = self.labels
+            # One row of K is as good as one number a sample.
+            vectors["labels"] = self.labels[:, 0] if self.labels.ndim == 2 else self.labels
         for name, vector in vectors.items():
             if vector.shape != (size,):
                 raise UserError(
@@ -139,7 +140,11 @@ def collate(samples: Sequence[Sample], padding: str = "back") -> MultimodalBatch
                     f"{step.shape[1]} in sample {sample.name!r} (id {sample.id})"
                 )
         values[modality] = _pad(steps, padding)
-    labels = torch.tensor([sample.label for sample in samples], dtype=torch.float32, device="cpu")
+    labels = [sample.label for sample in samples]
+    if isinstance(labels[0], Tensor):
+        labels = torch.stack(labels)
+    else:
+        labels = torch.tensor(labels, dtype=torch.float32, device="cpu")
     ids = torch.tensor([sample.id for sample in samples], dtype=torch.int64, device="cpu")
     return MultimodalBatch(values, lengths, labels, ids, padding)
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmfast.data import arguments, fingerprint
+from mmfast.data import arguments, fingerprint, targets
 from mmfast.data.batch import PADDINGS, Sample, canonical
 from mmfast.errors import UserError
 
@@ -26,14 +26,16 @@ class MultimodalDataset(Dataset):
     Args:
         values: modality -> one (n, F) array or tensor per sample; n may be 0 (missing). Kept as float32. NaN
             and inf are legal (`Standardiser` repairs them); float64 beyond float32's range becomes inf.
-        labels: one number per sample, NaN for none; default all NaN.
+        labels: (N,) numbers; (N,) classes by name or index; or (N, K) numbers or labels of 0 and 1. NaN, None or ""
+            where there is none, -1 for classes and labels; default none at all. Names say that they are classes; what
+            numbers are, `MultimodalData` is told.
         ids: one unique int64 per sample; default 0, 1, 2, ...
         names: one string per sample; default the ids.
         groups: one string per sample, such as its speaker or its video; default none. `random_split` and `folds`
             keep the samples of a group together, lest a network be tested on somebody that it was trained on.
 
     Raises:
-        UserError: sizes that do not fit together, infinite labels, repeated ids.
+        UserError: sizes that do not fit together, infinite labels, names of classes among numbers, repeated ids.
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class MultimodalDataset(Dataset):
         out = cls.from_flat(
             {m: torch.cat([d.flat(m) for d in datasets]) for m in first.modalities},
             {m: torch.cat([d.lengths(m) for d in datasets]) for m in first.modalities},
-            torch.cat([d.labels for d in datasets]),
+            None,
             torch.cat([d.ids for d in datasets]),
             [name for d in datasets for name in d.names],
             # Where only some have groups, each sample of the others is its own.
@@ -131,6 +133,15 @@ class MultimodalDataset(Dataset):
         )
         if any(d._fingerprints is not None for d in datasets):
             out._fingerprints = torch.cat([d.fingerprints() for d in datasets])
+        op = "MultimodalDataset.concatenate"
+        out._task, out._targets = task, names = targets.common(op, datasets)
+        if task is None:
+            columns = max(d.labels.shape[1] for d in datasets if d.labels.ndim == 2)
+            out._labels = torch.cat(
+                [d.labels if d.labelled().any() else targets.nothing(len(d), columns) for d in datasets]
+            )
+        else:
+            out._labels = torch.cat([targets.fitted(op, d, task, names) for d in datasets])
         return out
 
     def _set(self, values, lengths, labels, ids, names, groups) -> None:
@@ -154,7 +165,7 @@ class MultimodalDataset(Dataset):
             self._values[modality] = value
             self._lengths[modality] = count
             self._starts[modality] = count.cumsum(0) - count
-        self._labels = arguments.labels(labels, size, names)
+        self._labels, self._task, self._targets = targets.read(labels, size, names)
         self._ids = arguments.ids(ids, size)
         self._names = arguments.strings(self._ids.tolist() if names is None else names, "names", size)
         self._groups = None if groups is None else arguments.strings(groups, "groups", size)
@@ -170,7 +181,9 @@ class MultimodalDataset(Dataset):
         for modality, flat in self._values.items():
             start = int(self._starts[modality][index])
             values[modality] = flat[start : start + int(self._lengths[modality][index])]
-        return Sample(values, float(self._labels[index]), int(self._ids[index]), str(self._names[index]))
+        label = self._labels[index]
+        label = float(label) if label.ndim == 0 else label
+        return Sample(values, label, int(self._ids[index]), str(self._names[index]))
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -183,8 +196,23 @@ class MultimodalDataset(Dataset):
 
     @property
     def labels(self) -> Tensor:
-        """(N,) float32, NaN for samples without a label."""
+        """(N,) numbers or indices of classes, or (N, K) numbers or labels of 0 and 1: float32, NaN for none."""
         return self._labels
+
+    def labelled(self) -> Tensor:
+        """(N,) bool: which samples have a label, or one at least of several."""
+        known = ~self._labels.isnan()
+        return known if known.ndim == 1 else known.any(1)
+
+    @property
+    def task(self) -> str | None:
+        """regression, classification or multilabel; None for (N, K) labels of which nobody has said what they are."""
+        return self._task
+
+    @property
+    def targets(self) -> tuple[str, ...] | None:
+        """Names of the columns of the labels, or of the classes; None where `task` is."""
+        return self._targets
 
     @property
     def ids(self) -> Tensor:
@@ -251,9 +279,30 @@ class MultimodalDataset(Dataset):
         return out
 
     def with_labels(self, labels) -> MultimodalDataset:
-        """The same samples with other labels ((N,), NaN for none)."""
+        """The same samples with other labels, of any kind that the constructor takes."""
         out = self._share()
-        out._labels = arguments.labels(labels, len(self), self._names)
+        out._labels, out._task, out._targets = targets.read(labels, len(self), self._names)
+        return out
+
+    def keep_labels(self, mask: Tensor) -> MultimodalDataset:
+        """The same samples, without the labels of those where the mask (N,) is False."""
+        out = self._share()
+        out._labels = self._labels.clone()
+        out._labels[~mask] = torch.nan
+        return out
+
+    def as_task(self, task: str, names: Sequence[str]) -> MultimodalDataset:
+        """The same samples with labels of a task and with these targets, names of columns or classes.
+
+        Raises:
+            UserError: labels that are none of the task, or other targets.
+        """
+        names = tuple(names)
+        if (self._task, self._targets) == (task, names):
+            return self
+        out = self._share()
+        out._labels = targets.fitted("MultimodalData", self, task, names)
+        out._task, out._targets = task, names
         return out
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> MultimodalDataset:
@@ -262,7 +311,8 @@ class MultimodalDataset(Dataset):
         Its samples keep the fingerprints of those they were made from.
         """
         values = {m: function(m, self.flat(m)) for m in self.modalities}
-        out = self.from_flat(values, self._lengths, self._labels, self._ids, self._names, self._groups)
+        out = self.from_flat(values, self._lengths, None, self._ids, self._names, self._groups)
+        out._labels, out._task, out._targets = self._labels, self._task, self._targets
         out._fingerprints = self.fingerprints()
         return out
 
@@ -304,12 +354,19 @@ class MultimodalData:
         cross_validation: the samples to evaluate by k-fold cross-validation where the splits are no fair test
             (see `folds`), or None where they are.
         name: of the corpus.
-        label_range: smallest and largest possible label, which decide the metrics (see `mmfast.metrics.metrics_for`).
-            Where it is not given, the first of [-1, 1] and [-3, 3] that holds all labels, else from the smallest
-            label to the largest.
+        label_range: smallest and largest possible label of a regression, which decide the metrics (see
+            `mmfast.metrics.metrics_for`). Where it is not given, the first of [-1, 1] and [-3, 3] that holds all
+            labels, else from the smallest label to the largest. None for other tasks.
+        task: what the labels are: "regression", numbers; "classification", one class of several; "multilabel", labels
+            that are there or not. Where it is not given, names of classes are classification and (N,) numbers
+            regression; (N, K) numbers may be two things, so of those it must be given.
+        targets: names of the classes in the order of their indices, or of the K columns. Where they are not given,
+            classes that came as names are sorted; others are called 0, 1, ..., columns label0, label1, ..., and a
+            single one label.
 
     Raises:
-        UserError: no split, splits that do not fit together, a sample in two of them, a range that is none.
+        UserError: no split, splits that do not fit together, a sample in two of them, a range that is none, labels
+            that do not fit the task or the targets.
     """
 
     train: MultimodalDataset | None = None
@@ -319,6 +376,8 @@ class MultimodalData:
     cross_validation: MultimodalDataset | None = None
     name: str = "data"
     label_range: tuple[float, float] | None = None
+    task: str | None = None
+    targets: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         own = [d for d in (self.train, self.valid, self.test, self.unlabelled) if d is not None]
@@ -340,7 +399,55 @@ class MultimodalData:
         for split in ("train", "valid", "test"):
             if getattr(self, split) is None:
                 setattr(self, split, MultimodalDataset.empty(given[0].features))
-        self.label_range = _range_of(given) if self.label_range is None else _range(self.label_range)
+        self._settle_targets(given)
+        if self.task != targets.REGRESSION and self.label_range is not None:
+            raise UserError(f"MultimodalData: label_range is for regression, the task is {self.task}")
+        if self.task == targets.REGRESSION:
+            self.label_range = _range_of(given) if self.label_range is None else _range(self.label_range)
+
+    def _settle_targets(self, given: Sequence[MultimodalDataset]) -> None:
+        """What the labels are, in every split."""
+        op, names = "MultimodalData", self.targets
+        if self.task is None or names is None:
+            task, known = targets.common(op, given)
+            columns = {d.labels.shape[1] for d in given if d.labels.ndim == 2}
+            if self.task is None and task is None and columns:
+                raise UserError(
+                    f"MultimodalData: task must be regression or multilabel, as labels (N, {columns.pop()}) may be "
+                    "either, got none"
+                )
+            several = names is not None and len(names) > 1 and not columns
+            self.task = self.task or (targets.CLASSIFICATION if several else task)
+            # Columns keep their names when a task is overridden, classes are none of a number's.
+            kept = known is not None and (
+                self.task == task or (columns and self.task != targets.CLASSIFICATION)
+            )
+            names = names or (known if kept else targets.default(given, self.task))
+        if self.task not in targets.TASKS:
+            raise UserError(
+                f"MultimodalData: task must be one of {', '.join(targets.TASKS)}, got {self.task!r}"
+            )
+        self.targets = tuple(map(str, [names] if isinstance(names, str) else names))
+        if not self.targets or len(set(self.targets)) < len(self.targets) or "" in self.targets:
+            raise UserError(f"MultimodalData: targets must be names, each once, got {list(self.targets)}")
+        done: dict[int, MultimodalDataset] = {}
+        for split in (*SPLITS, "cross_validation"):
+            # One result per data set, so that splits that are the same stay the same.
+            if (old := getattr(self, split)) is not None:
+                done.setdefault(id(old), old.as_task(self.task, self.targets))
+                setattr(self, split, done[id(old)])
+
+    def as_task(self, task: str, names: Sequence[str] | None = None) -> MultimodalData:
+        """The same data with labels taken for those of a task: classes as numbers, whole numbers as classes, ...
+
+        Raises:
+            UserError: labels that do not fit.
+        """
+        if task == self.task and names in (None, self.targets):
+            return self
+        same = task == targets.REGRESSION == self.task
+        names = self.targets if names is None and task == self.task else names
+        return replace(self, task=task, targets=names, label_range=self.label_range if same else None)
 
     @property
     def features(self) -> dict[str, int]:
@@ -362,11 +469,14 @@ class MultimodalData:
     def fingerprint(self) -> str:
         """32 hexadecimal digits for the content: samples with labels, split by split, and the range of labels.
 
-        Whatever the name of the corpus, the path and format of its file, ids, names and the order in a split.
+        Also the task and the targets. Whatever the name of the corpus, the path and format of its file, ids, names
+        and the order in a split.
         """
         named = {name: getattr(self, name) for name in (*SPLITS, "cross_validation")}
         parts = [(name, d.fingerprint()) for name, d in named.items() if d is not None and len(d)]
-        return fingerprint.of_parts(self.label_range, parts)
+        if (self.task, self.targets) == (targets.REGRESSION, targets.UNNAMED):
+            return fingerprint.of_parts(self.label_range, parts)
+        return fingerprint.of_parts(self.label_range, self.task, self.targets, parts)
 
     def splits(self) -> dict[str, MultimodalDataset]:
         """Name -> data set of the splits that hold samples."""

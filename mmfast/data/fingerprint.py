@@ -30,9 +30,9 @@ def of_samples(
 
 
 def of_all(features: Mapping[str, int], samples: Tensor, labels: Tensor) -> str:
-    """32 hexadecimal digits from the samples' fingerprints and labels (N,), in any order."""
+    """32 hexadecimal digits from the samples' fingerprints and labels (N,) or (N, K), in any order."""
     bits = torch.where(labels.isnan(), torch.nan, labels + 0.0).view(torch.int32)
-    rows = np.stack([samples.numpy(), bits.numpy()], axis=1)
+    rows = np.concatenate([samples.numpy()[:, None], bits.numpy().reshape(len(samples), -1)], axis=1)
     rows = rows[np.lexsort(rows.T)].astype("<i8", copy=False)
     return of_parts(sorted(features.items()), rows.tobytes())
 

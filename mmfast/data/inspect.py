@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from mmfast.data.dataset import MultimodalData, MultimodalDataset
 from mmfast.data.load import load, recognise
 from mmfast.data.standardise import Standardiser, count_nonfinite
+from mmfast.data.targets import REGRESSION, UNNAMED, presence
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,12 @@ class SplitReport:
     """One split.
 
     Attributes:
-        label_min, label_mean, label_max: NaN without labels.
-        histogram: counts of labels rounded to whole numbers.
+        label_min, label_mean, label_max: of all numbers; NaN without labels, and where they are no numbers.
+        histogram: counts of one number a sample, rounded to whole numbers.
+        columns: of several numbers a sample, the smallest, mean and largest of each.
+        counts: class or label -> its samples.
+        unknown: of several numbers or labels, those that are not known in samples that have others.
+        without: samples whose known labels are all absent.
         outside: names of the samples with a label outside the corpus's range.
         unaligned: names of the samples whose modalities differ in length, beside those that they lack.
         empty: names of the samples without any modality.
@@ -51,6 +58,10 @@ class SplitReport:
     label_mean: float
     label_max: float
     histogram: dict[int, int]
+    columns: dict[str, tuple[float, float, float]]
+    counts: dict[str, int]
+    unknown: dict[str, int]
+    without: int
     outside: tuple[str, ...]
     unaligned: tuple[str, ...]
     empty: tuple[str, ...]
@@ -65,7 +76,8 @@ class Inspection:
     Attributes:
         source: the path, or "synthetic".
         name: of the corpus.
-        label_range: smallest and largest possible label.
+        task, targets: what the labels are, and the names of their columns or classes.
+        label_range: smallest and largest possible number; None for other tasks.
         padding: side of the padding in the files.
         contents: (key, shape, dtype) of every array in the files.
         splits: split -> its report.
@@ -75,7 +87,9 @@ class Inspection:
 
     source: str
     name: str
-    label_range: tuple[float, float]
+    task: str
+    targets: tuple[str, ...]
+    label_range: tuple[float, float] | None
     padding: str
     contents: list[tuple[str, tuple[int, ...], str]]
     splits: dict[str, SplitReport]
@@ -83,8 +97,11 @@ class Inspection:
     shared_groups: dict[tuple[str, str], tuple[str, ...]]
 
     def __str__(self) -> str:
-        low, high = self.label_range
-        lines = [f"{self.name} ({self.source})", f"labels in [{low:g}, {high:g}]; padding {self.padding}"]
+        kind = f"{self.task} of {', '.join(self.targets)}"
+        if self.label_range is not None:
+            kind = "" if self.targets == UNNAMED else f"{kind}: "
+            kind += "labels in [{:g}, {:g}]".format(*self.label_range)
+        lines = [f"{self.name} ({self.source})", f"{kind}; padding {self.padding}"]
         if self.contents:
             width = max(len(key) for key, _, _ in self.contents)
             lines += ["", "arrays"]
@@ -112,9 +129,8 @@ def inspect(source) -> Inspection:
         path = Path(source)
         kind = recognise(path)
         data, contents, padding = kind.read(path), kind.contents(path), kind.padding(path)
-    return Inspection(
-        str(source), data.name, data.label_range, padding, contents, _splits(data), *_shared(data)
-    )
+    kind = data.task, data.targets, data.label_range
+    return Inspection(str(source), data.name, *kind, padding, contents, _splits(data), *_shared(data))
 
 
 def _splits(data: MultimodalData) -> dict[str, SplitReport]:
@@ -140,12 +156,37 @@ def _names(dataset: MultimodalDataset, mask: Tensor) -> tuple[str, ...]:
     return tuple(dataset.names[i] for i in torch.nonzero(mask).flatten().tolist())
 
 
-def _report(dataset: MultimodalDataset, label_range: tuple[float, float]) -> SplitReport:
-    labels = dataset.labels[~torch.isnan(dataset.labels)]
-    low, mean, high = (
-        float(f(labels)) if len(labels) else float("nan") for f in (torch.min, torch.mean, torch.max)
-    )
-    values, counts = labels.round().to(torch.int64).unique(return_counts=True)
+def _span(labels: Tensor) -> tuple[float, float, float]:
+    """Smallest, mean and largest of the numbers that are known, NaN without any."""
+    known = labels[~labels.isnan()]
+    return tuple(float(f(known)) if len(known) else math.nan for f in (torch.min, torch.mean, torch.max))
+
+
+def _labels(dataset: MultimodalDataset, label_range: tuple[float, float] | None) -> dict[str, Any]:
+    labels, labelled = dataset.labels, dataset.labelled()
+    found = dict.fromkeys(("label_min", "label_mean", "label_max"), math.nan)
+    found |= {"histogram": {}, "columns": {}, "counts": {}, "unknown": {}, "without": 0, "outside": ()}
+    if dataset.task == REGRESSION:
+        found |= dict(zip(("label_min", "label_mean", "label_max"), _span(labels), strict=True))
+        outside = (labels < label_range[0]) | (labels > label_range[1])
+        found["outside"] = _names(dataset, outside.reshape(len(dataset), -1).any(1))
+    else:
+        there = presence(dataset).sum(0).tolist()
+        found["counts"] = dict(zip(dataset.targets, there, strict=True))
+    if labels.ndim == 2:
+        unknown = labels[labelled].isnan().sum(0).tolist()
+        found["unknown"] = {name: n for name, n in zip(dataset.targets, unknown, strict=True) if n}
+        if dataset.task == REGRESSION:
+            found["columns"] = {name: _span(labels[:, k]) for k, name in enumerate(dataset.targets)}
+        else:
+            found["without"] = int((labelled & (labels != 1).all(1)).sum())
+    elif dataset.task == REGRESSION:
+        values, counts = labels[labelled].round().to(torch.int64).unique(return_counts=True)
+        found["histogram"] = dict(zip(values.tolist(), counts.tolist(), strict=True))
+    return {"labelled": int(labelled.sum()), **found}
+
+
+def _report(dataset: MultimodalDataset, label_range: tuple[float, float] | None) -> SplitReport:
     nonfinite, scale = count_nonfinite(dataset), Standardiser().fit(dataset).scale
     modalities = {}
     for modality, features in dataset.features.items():
@@ -167,12 +208,7 @@ def _report(dataset: MultimodalDataset, label_range: tuple[float, float]) -> Spl
         )
     return SplitReport(
         samples=len(dataset),
-        labelled=len(labels),
-        label_min=low,
-        label_mean=mean,
-        label_max=high,
-        histogram=dict(zip(values.tolist(), counts.tolist(), strict=True)),
-        outside=_names(dataset, (dataset.labels < label_range[0]) | (dataset.labels > label_range[1])),
+        **_labels(dataset, label_range),
         unaligned=_names(dataset, dataset.unaligned()),
         empty=_names(dataset, dataset.without_steps()),
         blank=_names(dataset, torch.stack([_blank(dataset, m) for m in dataset.modalities]).any(0)),
@@ -193,14 +229,35 @@ def _few(kind: str, names: tuple[str, ...], limit: int = 5) -> str:
     return f"{len(names)} {kind}{'s' if len(names) > 1 else ''} ({shown})"
 
 
-def _split_lines(name: str, report: SplitReport, label_range: tuple[float, float]) -> list[str]:
-    lines = [f"{name}: {report.samples} samples, {report.labelled} labelled"]
-    if report.labelled:
+def _label_lines(report: SplitReport) -> list[str]:
+    if not report.labelled:
+        return []
+    lines = []
+    if report.columns:
+        width = max(map(len, report.columns))
+        for name, (low, mean, high) in report.columns.items():
+            unknown = f", unknown {report.unknown[name]}" if name in report.unknown else ""
+            lines.append(f"  {name:<{width}}  {low:.2f} to {high:.2f}, mean {mean:.2f}{unknown}")
+    elif report.counts:
+        parts = []
+        for name, count in report.counts.items():
+            known = report.labelled - report.unknown.get(name, 0)
+            unknown = f", {report.unknown[name]} unknown" if name in report.unknown else ""
+            parts.append(f"{name} {count} ({count / max(known, 1):.1%}{unknown})")
+        lines.append(f"  {'  '.join(parts)}")
+        if report.without:
+            lines.append(f"  {report.without} without any label ({report.without / report.labelled:.1%})")
+    else:
         bars = "  ".join(f"{value:+d}: {count}" for value, count in report.histogram.items())
         lines.append(
             f"  labels {report.label_min:.2f} to {report.label_max:.2f}, mean {report.label_mean:.2f}; "
             f"rounded {bars}"
         )
+    return lines
+
+
+def _split_lines(name: str, report: SplitReport, label_range: tuple[float, float] | None) -> list[str]:
+    lines = [f"{name}: {report.samples} samples, {report.labelled} labelled", *_label_lines(report)]
     for modality, m in report.modalities.items():
         text = f"  {modality:<8} F {m.features:<4} missing {m.missing:6.1%}"
         text += f"  length {m.shortest} / {m.median} / {m.longest} (min / median / max)"
@@ -210,7 +267,7 @@ def _split_lines(name: str, report: SplitReport, label_range: tuple[float, float
             text += f"  constant features {len(m.constant)} ({shown})"
         lines.append(text)
     faults = {
-        f"with a label outside [{label_range[0]:g}, {label_range[1]:g}]": report.outside,
+        "with a label outside [{:g}, {:g}]".format(*label_range or (0, 0)): report.outside,
         "with modalities of different lengths, which must be aligned before training": report.unaligned,
         "without any modality": report.empty,
         "with a modality that is 0 or no number throughout; what is missing has no steps": report.blank,

@@ -95,7 +95,7 @@ def test_batch_without_labels_moves():
         ({"values": {"text": torch.zeros(2, 4)}}, r"values\['text'\] must be \(B, L, F\).*got \(2, 4\)"),
         ({"lengths": {"text": torch.zeros(3)}}, r"lengths\['text'\] must be \(2,\) as ids, got shape \(3,\)"),
         ({"lengths": {"audio": torch.zeros(2)}}, r"lengths must name the modalities of values \['text'\]"),
-        ({"labels": torch.zeros(2, 1)}, r"labels must be \(2,\) as ids, got shape \(2, 1\)"),
+        ({"labels": torch.zeros(3, 1)}, r"labels must be \(2,\) as ids, got shape \(3,\)"),
         ({"padding": "right"}, 'padding must be "back" or "front"'),
     ],
 )

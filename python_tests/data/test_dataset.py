@@ -122,8 +122,11 @@ BAD = [
         dict(values={"text": [np.ones((1, 3))], "audio": [np.ones((1, 3))] * 2}),
         r"lengths\['audio'\] must be \(1,\) integers, got int64 of shape \(2,\)",
     ),
-    (dict(labels=[1.0]), r"labels must be \(2,\), got shape \(1,\)"),
-    (dict(labels=["good", "bad"]), "labels must be numbers"),
+    (dict(labels=[1.0]), r"labels must be \(2,\) or \(2, K\), got shape \(1,\)"),
+    (
+        dict(labels=["good", 2.5]),
+        r"labels must be names of classes throughout, or None for none, got 2.5 in labels\[1\]",
+    ),
     (dict(labels=[1.0, math.inf]), "labels must be finite, or NaN for none, got inf"),
     (dict(ids=[3, 3]), "ids must be unique, got 3 twice"),
     (dict(ids=[0.5, 1.5]), r"ids must be \(2,\) integers, got float64"),

@@ -4,10 +4,14 @@ The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
 
     format                       the string "mmfast-data 1"
     name                         string, the corpus (optional)
-    label_range                  (2,) float, smallest and largest possible label (optional, see MultimodalData)
+    task                         string, regression, classification or multilabel (optional, regression)
+    targets                      (T,) string, names of the classes or of the K columns of the labels (optional)
+    label_range                  (2,) float, smallest and largest possible label of a regression (optional, see
+                                 MultimodalData)
     SPLIT/MODALITY/values        (sum of lengths, F) float: the real steps of all samples, one after another
     SPLIT/MODALITY/lengths       (N,) integer: steps of each sample, 0 where the modality is missing
-    SPLIT/labels                 (N,) float, NaN for none (optional, all NaN)
+    SPLIT/labels                 (N,) numbers, or indices or names of classes; (N, K) numbers, or labels of 0 and 1;
+                                 NaN for none, -1 for classes and labels, "" for names (optional, none at all)
     SPLIT/ids                    (N,) integer, unique over train, valid, test and unlabelled (optional)
     SPLIT/names                  (N,) string (optional, the ids)
     SPLIT/groups                 (N,) string, speakers or videos that are not to be divided (optional, none)
@@ -57,8 +61,11 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
     arrays = {
         "format": np.array(FORMAT),
         "name": np.array(data.name),
-        "label_range": np.array(data.label_range, dtype=np.float64),
+        "task": np.array(data.task),
+        "targets": np.array(data.targets),
     }
+    if data.label_range is not None:
+        arrays["label_range"] = np.array(data.label_range, dtype=np.float64)
     for split in POOLS:
         dataset = getattr(data, split)
         if dataset is None or len(dataset) == 0:
@@ -125,6 +132,8 @@ def read_saved(path) -> MultimodalData:
             **datasets,
             name=str(arrays.get("name", path.stem)),
             label_range=arrays["label_range"].flatten().tolist() if "label_range" in arrays else None,
+            task=str(arrays["task"]) if "task" in arrays else None,
+            targets=arrays["targets"].flatten().tolist() if "targets" in arrays else None,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
@@ -161,7 +170,7 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
     splits: dict[str, dict] = {}
     for key, array in arrays.items():
         match key.split("/"):
-            case ["name" | "label_range"]:
+            case ["name" | "label_range" | "task" | "targets"]:
                 pass
             case [split, ("labels" | "ids" | "names" | "groups") as kind] if split in POOLS:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind] = array
@@ -169,8 +178,8 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind][modality] = array
             case _:
                 raise UserError(
-                    f"{path}: keys must be name, label_range, SPLIT/labels, SPLIT/ids, SPLIT/names, SPLIT/groups, "
-                    f"SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, SPLIT in {POOLS}, got {key!r}"
+                    f"{path}: keys must be name, task, targets, label_range, SPLIT/labels, SPLIT/ids, SPLIT/names, "
+                    f"SPLIT/groups, SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, SPLIT in {POOLS}, got {key!r}"
                 )
     for split, content in splits.items():
         if content["values"].keys() != content["lengths"].keys():
