@@ -23,7 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from mmfast.ops.augment.plan import MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains, plan_width
 from mmfast.ops.barlow_twins.kernels import Definition
-from mmfast.triton import augment, barlow_twins
+from mmfast.triton import augment, augment_chain, barlow_twins
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 HALF = (torch.bfloat16, torch.float16)
@@ -90,10 +90,10 @@ def augmentation(recorder, dtype):
     if dtype == torch.float32:
         recorder.case = f"{name} strided"
         augment.apply([torch.zeros(8, 50, 80)[:, :, :72]], [lengths], seed, None, plan, quiet, True, True)
-        most, augment.MOST_INT32 = augment.MOST_INT32, 0
+        most, augment_chain.MOST_INT32 = augment_chain.MOST_INT32, 0
         recorder.case = f"{name} 64-bit"
         augment.apply([x], [lengths], seed, None, plan, quiet, True, True)
-        augment.MOST_INT32 = most
+        augment_chain.MOST_INT32 = most
 
 
 def barlow_twins_loss(recorder, dtype):
@@ -120,7 +120,9 @@ def barlow_twins_loss(recorder, dtype):
 
 def main():
     recorder = Recorder(int(sys.argv[1]))
-    augment.launch = barlow_twins.launch = recorder
+    for name, module in sys.modules.items():
+        if name.startswith("mmfast.triton.") and hasattr(module, "launch"):
+            module.launch = recorder
     for name in sys.argv[2:]:
         for run in (augmentation, barlow_twins_loss):
             run(recorder, getattr(torch, name))

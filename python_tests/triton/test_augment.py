@@ -19,6 +19,7 @@ from mmfast.ops.augment.reference import adjoint as adjoint_reference
 from mmfast.ops.augment.reference import apply as apply_reference
 from mmfast.ops.augment.reference import draw as draw_reference
 from mmfast.triton import augment as kernels
+from mmfast.triton import augment_chain
 from mmfast.triton.random import normals, normals_at, words
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -51,9 +52,9 @@ def large_blocks():
     """The interpreter's time goes with the number of programs; small blocks have tests of their own."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            patch.setattr(kernels, "DRAW_KEYS", 128)
-            patch.setattr(kernels, "APPLY_BYTES", 2**14)
-            patch.setattr(kernels, "ADJOINT_BLOCK", 2**12)
+            patch.setattr("mmfast.triton.augment_draw.DRAW_KEYS", 128)
+            patch.setattr("mmfast.triton.augment_apply.APPLY_BYTES", 2**14)
+            patch.setattr("mmfast.triton.augment_adjoint.ADJOINT_BLOCK", 2**12)
         yield
 
 
@@ -210,7 +211,7 @@ def test_any_strides():
 
 
 def test_offsets_of_64_bits(monkeypatch):
-    monkeypatch.setattr(kernels, "MOST_INT32", 0)
+    monkeypatch.setattr(augment_chain, "MOST_INT32", 0)
     xs, lengths, seed, ids, table = example()
     for front in (False, True):
         compare(xs, lengths, seed, ids, table, front, [torch.randn_like(x) for _ in range(2) for x in xs])
@@ -271,7 +272,7 @@ def test_without_steps_views_are_copies():
 
 
 def test_tables_are_bounded(monkeypatch):
-    tables = kernels._Tables()
+    tables = augment_chain._Tables()
     tables.most = 3
     mask = chains([[[Step(MASK_STEPS, 1.0, "sample", 0.5)]]])
     first = tables(mask, [(1, 1)], DEVICE)
@@ -283,7 +284,7 @@ def test_tables_are_bounded(monkeypatch):
 
 def test_a_captured_table_is_kept_once_and_serves_all_streams(monkeypatch):
     """Graphs that are captured again and again, with eager calls on other streams between them."""
-    tables, copies = kernels._Tables(), []
+    tables, copies = augment_chain._Tables(), []
     now = SimpleNamespace(cuda_stream=1, capturing=False)
     monkeypatch.setattr(tables, "_copy", lambda *_: copies.append(1) or [object()])
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
