@@ -49,7 +49,7 @@ bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const voi
                            const mmfast::BarlowTwinsDefinition& definition, void* grad_a, void* grad_b,
                            int threads);
 
-// barlow_twins_narrow.cpp: the Gram form for bf16 embeddings, with bf16 operands of all products; arguments
+// barlow_twins_narrow*.cpp: the Gram form for bf16 embeddings, with bf16 operands of all products; arguments
 // and results as above. native: by AVX512-BF16, which the caller knows to be there, else by arithmetic in its
 // place.
 int barlow_twins_narrow_forward(bool native, const void* z_a, int64_t stride_a, const void* z_b,

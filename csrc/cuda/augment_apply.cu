@@ -1,70 +1,13 @@
-// Apply and its adjoint. A chain is walked backwards for every element: a resample step moves its time step,
-// a mask ends it, noise adds to it. x is read once, every view written once, and no intermediate exists.
+// Apply. A chain is walked backwards for every element: a resample step moves its time step, a mask ends it,
+// noise adds to it. x is read once, every view written once, and no intermediate exists.
 #include <string.h>
 
-#include <vector>
-
-#include "../scalar.h"
-#include "launch.h"
+#include "augment_chain.h"
 
 namespace mmfast {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kRounds = 16;  // vectors of a thread at most
-constexpr int kSteps = kLongestChain, kViews = 16, kModalities = 8;
-
-// i / divisor for i < 2^31 without a division (Granlund and Montgomery, PLDI 1994).
-struct Divider {
-  uint32_t divisor, magic, shift;
-
-  Divider(uint32_t d = 1) : divisor(d), magic(0), shift(0) {
-    while (((uint64_t)1 << shift) < d) ++shift;
-    magic = (uint32_t)((((uint64_t)1 << 32) * (((uint64_t)1 << shift) - d)) / d + 1);
-  }
-  MMFAST_HD uint32_t operator()(uint32_t i) const {
-    return ((uint32_t)((uint64_t)i * magic >> 32) + i) >> shift;
-  }
-};
-
-// A step of a view's chain for one modality; its words in a sample's plan begin behind `fired`, at `words`.
-template <class C>
-struct Step {
-  int64_t words;
-  int32_t kind, position;
-  C amount, spread;
-};
-
-struct View {
-  void* out;
-  int32_t first, count;  // its steps
-  int32_t view;
-};
-
-struct Modality {
-  ModalitySpec shape;
-  const void* x;
-  int64_t stride_b, stride_t;
-  int64_t first_block;
-  Divider features;
-  int32_t chunks;        // blocks of a sample
-  int32_t first, count;  // its views
-  int32_t modality;
-  bool aligned;  // vectors of out are vectors of x
-};
-
-template <class C>
-struct Tables {
-  const int32_t* plan;
-  int64_t plan_stride;
-  const uint64_t* seed;
-  const int64_t* ids;
-  int32_t modalities, views, steps;
-  Modality modality[kModalities];
-  View view[kViews];
-  Step<C> step[kSteps];
-};
-static_assert(sizeof(Tables<double>) <= 4000, "kernel parameters");
 
 // 16 bytes, loaded and stored at once. Stores stream: the cache is for x, whose rows are read again.
 template <class E>
@@ -284,112 +227,6 @@ __global__ void __launch_bounds__(kThreads, kNoisy ? 3 : 4)
   }
 }
 
-// One thread per sample and feature adds up what the views pull back to each time step of x; nobody else
-// touches that column. Grad pointers stand where apply has its outputs.
-template <class E, class C>
-__global__ void __launch_bounds__(kThreads)
-    adjoint_kernel(const __grid_constant__ Tables<C> call, int64_t batch) {
-  const Modality& modality = call.modality[0];
-  const ModalitySpec& shape = modality.shape;
-  const int32_t features = (int32_t)shape.features, steps = (int32_t)shape.steps;
-  const int64_t column = (int64_t)blockIdx.x * kThreads + threadIdx.x;
-  if (column >= batch * features) return;
-  const int64_t b = column / features;
-  const int32_t f = (int32_t)(column % features);
-  const int32_t* plan = call.plan + b * call.plan_stride;
-  const int32_t n = (int32_t)clamped_steps(shape, b);
-  const int32_t start = shape.front ? steps - n : 0;
-  const int64_t at = b * steps * features + f;
-  C* const sum = (C*)modality.x + at;
-  if (call.view[0].view == 0)
-    for (int32_t t = 0; t < steps; ++t) sum[(int64_t)t * features] = 0;
-  for (int v = 0; v < modality.count; ++v) {
-    const View& view = call.view[v];
-    const E* const grad = (const E*)view.out + at;
-    for (int32_t t = 0; t < steps; ++t) {
-      const bool real = t >= start && t - start < n;
-      int32_t source = real ? t - start : 0;
-      bool live = true;
-      for (int s = view.first + view.count - 1; real && live && s >= view.first; --s) {
-        const Step<C>& step = call.step[s];
-        const int32_t* words = plan + step.words;
-        if (!words[-1]) continue;
-        if (step.kind == kMaskSteps)
-          live = !get_bit(words, source);
-        else if (step.kind == kMaskFeatures)
-          live = !get_bit(words, f);
-        else if (step.kind == kResample && get_bit(words, f)) {
-          const int32_t* order = words + bit_words(features);
-          if (get_bit(order + steps, source)) source = order[source];
-        }
-      }
-      const int32_t to = real ? start + source : t;
-      if (live) sum[(int64_t)to * features] += Scalar<E>::load(grad[(int64_t)t * features]);
-    }
-  }
-}
-
-// Cuts a call into launches whose tables fit into kernel parameters: send(tables) for each. x[m] has
-// `strides`, out is dense.
-template <class C, class Send>
-int each_launch(const AugmentCall& call, const int32_t* plan, bool with_noise, int most_modalities,
-                const void* const* x, const int64_t* strides, const void* const* out, const Send& send) {
-  Tables<C> tables = {};
-  int error = 0;
-  const auto flush = [&] {
-    if (tables.views && !error) error = send(tables);
-    tables = {};
-    tables.plan = plan;
-    tables.plan_stride = call.plan_stride;
-    tables.seed = call.seed;
-    tables.ids = call.ids;
-  };
-  flush();
-  for (int64_t m = 0; m < call.modalities; ++m) {
-    const ModalitySpec& shape = call.shapes[m];
-    if (shape.steps * shape.features == 0) continue;
-    bool open = false;
-    const StepSpec* specs = call.steps;
-    int64_t words = 0;  // in front of the current step
-    for (int64_t v = 0; v < call.views; ++v) {
-      const int64_t length = call.steps_per_view[v];
-      if (tables.views == kViews || tables.steps + length > kSteps ||
-          (!open && tables.modalities == most_modalities)) {
-        flush();
-        open = false;
-      }
-      if (!open) {
-        Modality& modality = tables.modality[tables.modalities++];
-        modality.shape = shape;
-        modality.x = x[m];
-        modality.stride_b = strides[2 * m];
-        modality.stride_t = strides[2 * m + 1];
-        modality.features = Divider((uint32_t)shape.features);
-        modality.first = tables.views;
-        modality.modality = (int32_t)m;
-        modality.aligned = modality.stride_t == shape.features &&
-                           modality.stride_b == shape.steps * shape.features && (uintptr_t)x[m] % 16 == 0;
-        open = true;
-      }
-      View& view = tables.view[tables.views++];
-      view.out = const_cast<void*>(out[v * call.modalities + m]);
-      view.first = tables.steps;
-      view.view = (int32_t)v;
-      for (int64_t s = 0; s < length; ++s)
-        for (int64_t i = 0; i < call.modalities; ++i, ++specs) {
-          if (i == m && (specs->kind != kGaussianNoise || with_noise))
-            tables.step[tables.steps++] = {words + 1, (int32_t)specs->kind, (int32_t)s, (C)specs->amount,
-                                           (C)specs->spread};
-          words += plan_words(*specs, call.shapes[i]);
-        }
-      view.count = tables.steps - view.first;
-      ++tables.modality[tables.modalities - 1].count;
-    }
-  }
-  flush();
-  return error;
-}
-
 template <class E, class C, bool kNoisy>
 int apply_typed(const AugmentCall& call, const int32_t* plan, const void* const* x, const int64_t* strides,
                 void* const* out, const Target& target) {
@@ -405,21 +242,6 @@ int apply_typed(const AugmentCall& call, const int32_t* plan, const void* const*
       blocks += call.batch * modality.chunks;
     }
     return launch(target, {blocks}, kThreads, apply_kernel<E, C, kNoisy>, tables);
-  });
-}
-
-template <class E, class C>
-int adjoint_typed(const AugmentCall& call, const int32_t* plan, const void* const* grads,
-                  void* const* x_grads, const Target& target) {
-  std::vector<int64_t> strides;
-  for (int64_t m = 0; m < call.modalities; ++m) {
-    strides.push_back(call.shapes[m].steps * call.shapes[m].features);
-    strides.push_back(call.shapes[m].features);
-  }
-  return each_launch<C>(call, plan, false, 1, x_grads, strides.data(), grads, [&](const Tables<C>& tables) {
-    const int64_t columns = call.batch * tables.modality[0].shape.features;
-    return launch(target, {(columns + kThreads - 1) / kThreads}, kThreads, adjoint_kernel<E, C>, tables,
-                  call.batch);
   });
 }
 
@@ -447,20 +269,6 @@ int cuda_augment_apply(const AugmentCall& call, const int32_t* plan, int dtype, 
       if (!noisy) return apply_typed<uint16_t, float, false>(call, plan, x, strides, out, target);
       return dtype == kBFloat16 ? apply_typed<bfloat16, float, true>(call, plan, x, strides, out, target)
                                 : apply_typed<float16, float, true>(call, plan, x, strides, out, target);
-  }
-}
-
-int cuda_augment_adjoint(const AugmentCall& call, const int32_t* plan, int dtype, const void* const* grads,
-                         void* const* x_grads, const Target& target) {
-  switch (dtype) {
-    case kFloat64:
-      return adjoint_typed<double, double>(call, plan, grads, x_grads, target);
-    case kBFloat16:
-      return adjoint_typed<bfloat16, float>(call, plan, grads, x_grads, target);
-    case kFloat16:
-      return adjoint_typed<float16, float>(call, plan, grads, x_grads, target);
-    default:
-      return adjoint_typed<float, float>(call, plan, grads, x_grads, target);
   }
 }
 

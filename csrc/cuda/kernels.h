@@ -33,7 +33,7 @@ int cuda_augment_apply(const AugmentCall& call, const int32_t* plan, int dtype, 
 int cuda_augment_adjoint(const AugmentCall& call, const int32_t* plan, int dtype, const void* const* grads,
                          void* const* x_grads, const Target& target);
 
-// barlow_twins_*.cu: the five passes of mmfast/ops/barlow_twins.py (_Plain says what they compute).
+// barlow_twins_*.cu: the five passes of mmfast/ops/barlow_twins/kernels.py (Plain says what they compute).
 // Embeddings, and views of a half type, have unit column stride and any row stride; all else is dense.
 // `wide`: the compute type C is fp64, else fp32. `scratch` holds as many values of C as the function of that
 // name says; null for 0.
