@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mmfast.cli.flags import Parser
 from mmfast.errors import UserError
-from mmfast.training.config import SPLITS, Config, ExperimentConfig, check_experiment
+from mmfast.training.config import SPLITS, ExperimentConfig, check_experiment
+from mmfast.training.model_section import SHARED, config_type, encoder_name, open_config_type
 from mmfast.training.parsing import config_parser, sections
 from mmfast.training.presets import PRESETS
 from mmfast.training.refusals import Settings, in_plain_words, wrong_arguments
@@ -19,9 +23,9 @@ from mmfast.training.refusals import Settings, in_plain_words, wrong_arguments
 
 def pretrain(argv: list[str]) -> Any:
     """The arguments of ``mmfast pretrain``."""
-    line = _Line("pretrain", "Self-supervised pre-training; writes last.ckpt.")
+    line = _Line("pretrain", "Self-supervised pre-training; writes last.ckpt.", argv)
     line.add_resume()
-    return line.parse(argv)
+    return line.parse()
 
 
 def finetune(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
@@ -29,11 +33,11 @@ def finetune(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
 
     ``argv`` is among them, for another call with a checkpoint's ``defaults``.
     """
-    line = _Line("finetune", "Supervised training; writes best.ckpt and tests it.")
+    line = _Line("finetune", "Supervised training; writes best.ckpt and tests it.", argv, defaults)
     line.add("from", str | None, "Checkpoint of a pre-training run; random weights without it.")
     line.add("freeze", bool, "Train only the linear head (linear evaluation).", default=False)
     line.add_resume()
-    given = line.parse(argv, defaults)
+    given = line.parse()
     given.argv = argv
     return given
 
@@ -43,9 +47,10 @@ def experiment(argv: list[str]) -> Any:
     line = _Line(
         "experiment",
         "Methodologies over seeds and folds, with a report; the same command goes on where it stopped.",
+        argv,
     )
     line.add_section("experiment", ExperimentConfig)
-    given = line.parse(argv)
+    given = line.parse()
     check_experiment(given.experiment)
     given.argv = argv
     return given
@@ -106,16 +111,61 @@ def _take(flag: str, argv: list[str]) -> tuple[list[str | None], list[str]]:
     return getattr(found, flag), rest
 
 
-class _Line:
-    """The command line of a command that has settings."""
+def _told(name: str, argv: list[str]) -> Any:
+    """The value of a setting on a command line or in its files, before its parser is there; None if it has none."""
+    section, _, key = name.rpartition(".")
+    found = []
+    for file in filter(None, _take("config", argv)[0]):
+        values = _mapping(file)
+        if section:
+            values = _mapping(values.get(section), Path(file).parent)
+        found.append(values.get(key))
+    if section:
+        found += [_mapping(value).get(key) for value in _take(section, argv)[0]]
+    found += _take(name, argv)[0]
+    return next((value for value in reversed(found) if value is not None), None)
 
-    def __init__(self, command: str, description: str) -> None:
-        self.command = command
+
+def _mapping(given: Any, folder: Path = Path()) -> Mapping[str, Any]:
+    """Settings that stand in a word or in the YAML file that it names; none where they cannot be read."""
+    for read in (
+        lambda: given,
+        lambda: yaml.safe_load(given),
+        lambda: yaml.safe_load((folder / given).read_text()),
+    ):
+        try:
+            if isinstance(values := read(), Mapping):
+                return values
+        except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError):
+            continue
+    return {}
+
+
+class _Line:
+    """The command line of a command that has settings.
+
+    Args:
+        command: its name.
+        description: one line of help.
+        argv: its words.
+        defaults: settings that stand behind flags and files and before the preset, such as a checkpoint's.
+    """
+
+    def __init__(
+        self, command: str, description: str, argv: list[str], defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self.command, self.argv, self.defaults = command, argv, dict(defaults or {})
+        told = _told("model.encoder", argv)
+        self.encoder = encoder_name(self.defaults) if told is None else str(told)
+        # A checkpoint that is still to be read knows the encoder, and what it takes.
+        ahead = command == "finetune" and not defaults and _told("from", argv) and "--help" not in argv
+        self.kind = open_config_type() if ahead and told is None else config_type(self.encoder)
         self.parser = config_parser(
             f"mmfast {command}",
             f"{description} A flag given twice counts as given last; flags go before --config before --preset.",
+            self.kind,
         )
-        self.settings = Settings(Config)
+        self.settings = Settings(self.kind)
         presets = "; ".join(f"{name}: {preset.help}" for name, preset in PRESETS.items())
         self.parser.usage = "%(prog)s [--preset NAME] [--config FILE] [--SETTING VALUE ...]"
         self.parser.add_argument(
@@ -136,11 +186,12 @@ class _Line:
         self.parser.add_argument("--resume", action="store_true", help="Go on with the run in run.folder.")
         self.settings.add("resume", bool)
 
-    def parse(self, argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
+    def parse(self) -> Any:
         """The arguments, with the checked configuration as ``settings``.
 
         Flags come before the configuration file before ``defaults`` before the preset.
         """
+        argv = self.argv
         preset = [None, *_take("preset", argv)[0]][-1]
         files, rest = _take("config", argv)
         if None not in files:
@@ -148,9 +199,8 @@ class _Line:
             argv = [*(f"--config={file}" for file in files), *rest]
         if preset in PRESETS:
             known, chosen = self.parser.get_defaults(), PRESETS[preset].settings
-            self.parser.set_defaults({name: values for name, values in chosen.items() if name in known})
-        if defaults:
-            self.parser.set_defaults(dict(defaults))
+            self._set_defaults({name: values for name, values in chosen.items() if name in known})
+        self._set_defaults(self.defaults)
         try:
             given = self.parser.parse_args(argv)
         except argparse.ArgumentError as error:
@@ -162,8 +212,16 @@ class _Line:
         if reason := self.settings.wrong({name: given.as_dict()[name] for name in self.settings.top}):
             raise self._refusal(wrong_arguments(self.parser, self.settings, argv) or reason)
         given = self.parser.instantiate(given)
-        given.settings = sections(given)
+        given.settings = sections(given, self.kind)
         return given
+
+    def _set_defaults(self, values: Mapping[str, Any]) -> None:
+        """Of another encoder's settings only what all have is taken."""
+        if "model" in values and encoder_name(values) != self.encoder:
+            shared = {name: value for name, value in values["model"].items() if name in SHARED[1:]}
+            values = {**values, "model": shared}
+        if values:
+            self.parser.set_defaults(dict(values))
 
     def _refusal(self, reason: str) -> UserError:
         return UserError(f"{self.command}: {reason} (see {self.parser.prog} --help)")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from mmfast.errors import UserError
 from mmfast.losses import BarlowTwinsLoss
-from mmfast.models import M3Encoder, Projector, RegressionHead
-from mmfast.training.config import AugmentationConfig, Config, ModelConfig
+from mmfast.models import Projector, RegressionHead
+from mmfast.training.config import AugmentationConfig, Config
+from mmfast.training.encoder import make_encoder
 from mmfast.training.memory import check_weights
 from mmfast.training.pretraining import Pretraining
 from mmfast.training.seeds import derive
@@ -26,14 +26,6 @@ STEPS = {
     "feature_masking": (FeatureMask, {"q": 0.7}, 0.6, 0.6),
     "seqaug": (SeqAug, {"alpha": {"text": 0.15, "audio": 0.10, "visual": 0.20}}, 0.5, 0.5),
 }
-
-
-def make_encoder(config: ModelConfig, features: dict[str, int]) -> M3Encoder:
-    """The encoder for these modalities."""
-    settings = asdict(config)
-    settings.pop("projector")
-    check_weights("model.hidden", config.hidden, lambda: M3Encoder(features, **settings))
-    return M3Encoder(features, **settings)
 
 
 def make_views(config: AugmentationConfig, modalities: tuple[str, ...]) -> TwoViews:

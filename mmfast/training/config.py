@@ -69,9 +69,14 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    """The M3 encoder and the projector.
+    """The encoder with its arguments, here those of M3, and the projector.
+
+    :func:`mmfast.training.model_section.config_type` makes the same of another encoder's arguments. Those of M3 stand
+    here, so that the command line need not import torch to know them.
 
     Args:
+        encoder: ``M3Encoder``, or the import path of a class of your own such as ``my.module.MyEncoder``, whose
+            arguments then take the place of those of M3; ``--model.encoder my.module.MyEncoder --help`` lists them.
         hidden: Width H of the recurrent layers and attentions.
         dropout: Dropout of the encoder, in [0, 1).
         bidirectional: ``false`` (thesis text), ``fusion`` (what the thesis code ran: only the last LSTM) or ``true``
@@ -81,9 +86,11 @@ class ModelConfig:
             one length; over true lengths the sum's scale follows the length, and small data sets are learnt badly.
         masking: Probability of M3's modality masking in training of both phases; 0 switches it off.
         masking_mode: Hide one modality at each ``step``, or one for the whole ``sequence``.
+        masking_weights: Modality to its chance of being hidden; equal ones when left out.
         projector: Widths of the projector's layers. The last one is the embedding size D.
     """
 
+    encoder: str = "M3Encoder"
     hidden: int = 100
     dropout: float = 0.2
     bidirectional: bool | Literal["fusion"] = False
@@ -91,6 +98,7 @@ class ModelConfig:
     pooling: Literal["mean", "sum", "last"] = "mean"
     masking: float = 0.0
     masking_mode: Literal["step", "sequence"] = "step"
+    masking_weights: dict[str, float] | None = None
     projector: list[int] = field(default_factory=lambda: [1000, 1000, 1000])
 
 

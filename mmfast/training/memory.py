@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmfast.errors import UserError
+from mmfast.models import M3Encoder
 from mmfast.models.layers.attention import KEPT_SCORES
 from mmfast.training.config import RunConfig
+from mmfast.training.model_section import blamed
 
-# Steps of the sample that is measured: from a few hundred on, what a step of time costs is the same.
-MEASURED_STEPS = 1000
+# Size of the batch that is measured: BatchNorm needs two samples; from a few hundred steps on, what a step of time
+# costs is the same.
+MEASURED, MEASURED_STEPS = 2, 1000
 # Gradients and temporary results of a backward pass, over what the forward pass keeps for it.
 BACKWARD = 1.35
 # The same where attention goes in blocks, whose gradients leave holes in the heap: 1.6 to 2.4 times were seen.
@@ -31,7 +35,7 @@ def check_memory(
 
     Args:
         phase: "pretraining" or "supervised", the section that has the batch size.
-        encoder: with ``features``, modality -> F; run once, on one sample of zeros.
+        encoder: with ``features``, modality -> F; run once, on samples of zeros.
         loader: batches of :class:`~mmfast.data.MultimodalBatch` by a bucket sampler, whose first epoch is looked at.
         processes: how many such runs are going to share what is free now.
 
@@ -48,7 +52,7 @@ def check_memory(
     if need * processes > free:
         fitting = int(samples * free / processes / need)
         least = 2 if views > 1 else 1
-        remedy = f"lower {phase}.batch_size to {fitting}" if fitting >= least else "lower model.hidden"
+        remedy = f"lower {phase}.batch_size to {fitting}" if fitting >= least else _smaller(encoder)
         if processes > 1:
             remedy = f"lower experiment.workers, {processes} here, {remedy}"
         raise UserError(
@@ -70,10 +74,15 @@ def check_weights(setting: str, value: Any, build: Callable[[], nn.Module]) -> N
     with torch.device("meta"):
         try:
             need = 4 * sum(parameter.nbytes for parameter in build().parameters())
-        except RuntimeError as error:  # more bytes than a number of 64 bits counts
-            raise UserError(
-                f"config: {setting} must be a size that a tensor can have, got {value}"
-            ) from error
+        except UserError:
+            raise
+        except Exception as error:
+            if "overflow" in str(error):  # more bytes than a number of 64 bits counts
+                raise UserError(
+                    f"config: {setting} must be a size that a tensor can have, got {value}"
+                ) from error
+            # A user's constructor that reads an element; whatever else is wrong shows when it is built in earnest.
+            return
     free = free_bytes("cpu")
     if free is not None and need > free:
         raise UserError(
@@ -83,12 +92,9 @@ def check_weights(setting: str, value: Any, build: Callable[[], nn.Module]) -> N
 
 
 def sample_bytes(encoder: nn.Module, steps: int, views: int) -> int:
-    """About what a training step takes for each sample of so many time steps, by what autograd keeps for one."""
+    """About what a training step takes for each sample of so many time steps, by what autograd keeps for two."""
     measured = min(steps, MEASURED_STEPS)
-    parameter = next(encoder.parameters())
-    like = {"dtype": parameter.dtype, "device": parameter.device}
-    values = {name: torch.zeros(1, measured, size, **like) for name, size in encoder.features.items()}
-    lengths = {name: torch.full((1,), measured, device=parameter.device) for name in values}
+    values, lengths = zeros(encoder, dict.fromkeys(encoder.features, [measured] * MEASURED))
     weights = {p.data_ptr() for p in encoder.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by address, and alive, so that no address is used twice
 
@@ -98,17 +104,44 @@ def sample_bytes(encoder: nn.Module, steps: int, views: int) -> int:
             kept[address] = x
         return x
 
-    training = encoder.training
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), hooks:
+    kind = type(encoder)
+    blame = blamed(kind.__qualname__, kind.__module__, f"that encodes samples of {measured} time steps")
+    with untouched(encoder), torch.enable_grad(), hooks, blame:
         encoder.train()(values, lengths)
-    encoder.train(training)
     inputs = sum(x.nbytes for x in values.values())
     total = sum(
         x.untyped_storage().nbytes() * (WORKSPACE if x.dtype == torch.uint8 else 1) for x in kept.values()
     )
     backward = BACKWARD if steps**2 <= KEPT_SCORES else BACKWARD_IN_BLOCKS
-    return int((inputs + views * backward * total) * steps / measured)
+    return int((inputs + views * backward * total) / MEASURED * steps / measured)
+
+
+def zeros(
+    encoder: nn.Module, lengths: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A batch of zeros, values and lengths, in the encoder's dtype and on its device."""
+    parameter = next(encoder.parameters(), torch.empty(()))
+    like = {"dtype": parameter.dtype, "device": parameter.device}
+    values = {m: torch.zeros(len(n), max(n), encoder.features[m], **like) for m, n in lengths.items()}
+    return values, {m: torch.tensor(n, device=parameter.device) for m, n in lengths.items()}
+
+
+@contextlib.contextmanager
+def untouched(encoder: nn.Module) -> Iterator[None]:
+    """Mode, buffers and random state are afterwards what they were."""
+    training, buffers = encoder.training, [(buffer, buffer.clone()) for buffer in encoder.buffers()]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            encoder.train(training)
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _smaller(encoder: nn.Module) -> str:
+    return "lower model.hidden" if isinstance(encoder, M3Encoder) else "make the encoder smaller"
 
 
 def free_bytes(accelerator: str) -> int | None:

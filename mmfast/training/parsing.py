@@ -14,14 +14,15 @@ from jsonargparse import ArgumentParser
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
 from mmfast.training.config import Config, check
+from mmfast.training.model_section import config_type, encoder_name
 from mmfast.training.refusals import Settings, in_plain_words
 
 
-def config_parser(prog: str, description: str = "") -> ArgumentParser:
-    """A parser whose flags and YAML keys are the fields of :class:`~mmfast.training.config.Config`."""
+def config_parser(prog: str, description: str = "", kind: type[Config] = Config) -> ArgumentParser:
+    """A parser whose flags and YAML keys are the fields of ``kind``."""
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of any of the settings below.")
-    parser.add_class_arguments(Config, None)
+    parser.add_class_arguments(kind, None)
     return parser
 
 
@@ -29,20 +30,21 @@ def config_of(values: Mapping[str, Any]) -> Config:
     """The configuration in a mapping, such as the one that a checkpoint holds; missing keys take their defaults.
 
     Raises:
-        UserError: an unknown key or a value of the wrong type or out of range.
+        UserError: an unknown key, a value of the wrong type or out of range, or an encoder that cannot be imported.
     """
-    parser = config_parser("config")
+    kind = config_type(encoder_name(values))
+    parser = config_parser("config", kind=kind)
     try:
         namespace = parser.parse_object(dict(values))
     except Exception as error:
-        reason = Settings(Config).wrong(values) or in_plain_words(error, Settings(Config))
+        reason = Settings(kind).wrong(values) or in_plain_words(error, Settings(kind))
         raise UserError(f"config: {reason}") from error
-    return sections(parser.instantiate(namespace))
+    return sections(parser.instantiate(namespace), kind)
 
 
-def sections(namespace: Any) -> Config:
-    """The checked :class:`Config` among a parser's instantiated values."""
-    config = Config(**{name: getattr(namespace, name) for name in Config.__dataclass_fields__})
+def sections(namespace: Any, kind: type[Config] = Config) -> Config:
+    """The checked configuration among a parser's instantiated values."""
+    config = kind(**{name: getattr(namespace, name) for name in kind.__dataclass_fields__})
     check(config)
     return config
 

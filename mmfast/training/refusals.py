@@ -114,6 +114,8 @@ def wrong_arguments(parser: ArgumentParser, settings: Settings, argv: Sequence[s
 
 def in_plain_words(error: Exception, settings: Settings) -> str:
     """The parser's own sentence, without its types where it names a setting."""
+    if missing := re.search(r"arguments are required: ([\w.]+)", str(error)):
+        return f"{missing[1]} must be given, {describe(settings.types[missing[1]])}: it has no default"
     name = re.search(r'Parser key "([^"]+)"', str(error))
     kind = settings.types.get(name[1]) if name else None
     return " ".join(str(error).split()) if kind is None else f"{name[1]} must be {describe(kind)}"
@@ -215,7 +217,7 @@ def _many(kind: Any) -> str:
         return _PLAIN[kind][1]
     if get_origin(kind) is Literal:
         return f"some of {', '.join(map(str, get_args(kind)))}"
-    return "mappings"
+    return "lists" if get_origin(kind) is list else "mappings"
 
 
 def _examples(kind: Any) -> Sequence[str]:
@@ -223,6 +225,10 @@ def _examples(kind: Any) -> Sequence[str]:
         return _PLAIN[kind][2]
     if get_origin(kind) is Literal:
         return [str(option) for option in get_args(kind)[:2]]
+    if get_origin(kind) is list:
+        return [f"[{', '.join(_examples(get_args(kind)[0]))}]"]
+    if get_origin(kind) in (Union, types.UnionType):
+        return _examples(get_args(kind)[0])
     return [f"{{name: {_examples(get_args(kind)[1])[0]}}}"]
 
 
@@ -239,10 +245,11 @@ def _choices(kind: Any) -> list[str]:
 
 def _accepted(value: Any, kind: Any) -> bool:
     """Whether the value fits as it is or, as text, by what it says: 3 is text where text is wanted."""
-    return _fits(value, kind) or (isinstance(value, str) and _fits(_parsed(value), kind))
+    return fits(value, kind) or (isinstance(value, str) and fits(_parsed(value), kind))
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of the type of a setting."""
     origin, options = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -253,12 +260,12 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return value in options
     if origin in (Union, types.UnionType):
-        return any(_fits(value, option) for option in options)
+        return any(fits(value, option) for option in options)
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, options[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, options[0]) for item in value)
     if origin is dict:
         return isinstance(value, Mapping) and all(
-            _fits(key, options[0]) and _fits(item, options[1]) for key, item in value.items()
+            fits(key, options[0]) and fits(item, options[1]) for key, item in value.items()
         )
     return isinstance(value, kind)
 

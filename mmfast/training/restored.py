@@ -12,9 +12,11 @@ from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, load
 from mmfast.errors import UserError
 from mmfast.training import runs
 from mmfast.training.config import SPLITS, DataConfig
+from mmfast.training.encoder import check_takes
+from mmfast.training.model_section import encoder_class
 from mmfast.training.parsing import config_of
 from mmfast.training.seen import Seen
-from mmfast.training.splits import check_aligned, load_data, select
+from mmfast.training.splits import load_data, select
 from mmfast.training.supervised import Supervised
 
 
@@ -79,7 +81,7 @@ def samples(checkpoint: str, record: Mapping[str, Any], path: str | None, split:
         raise UserError(
             f"{checkpoint}: was trained on the features {_sizes(wanted)}, the data have {_sizes(dataset.features)}"
         )
-    check_aligned(dataset)
+    check_takes(encoder_class(config.model.encoder), dataset)
     standardiser = Standardiser().load_state_dict(record["standardiser"])
     return Samples(standardiser.transform(dataset), seen, own)
 

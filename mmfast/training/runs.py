@@ -19,6 +19,7 @@ from mmfast.models import Encoder
 from mmfast.training.checkpoint import PRETRAINING, RECORD, SUPERVISED, read_checkpoint
 from mmfast.training.components import make_encoder, make_pretraining, make_supervised
 from mmfast.training.config import Config
+from mmfast.training.encoder import check_takes
 from mmfast.training.fitting import BEST, check_device, fit
 from mmfast.training.folder import PREDICTIONS, load_result, save_result
 from mmfast.training.handover import Handover, load_part
@@ -88,6 +89,7 @@ def prepare_pretraining(config: Config, splits: Splits, processes: int = 1) -> t
         )
     record = _record(PRETRAINING, config, splits, Seen.by_pretraining(splits))
     module = make_pretraining(config, splits.features, record)
+    check_takes(module.encoder, splits.inputs, splits.valid)
     batches = make_loader(
         splits.inputs,
         min(size, wanted),
@@ -186,6 +188,7 @@ def prepare_finetuning(
     seen = Seen.by_finetuning(splits, checkpoint and checkpoint[RECORD])
     record = _record(SUPERVISED, config, splits, seen, freeze)
     module = make_supervised(config, splits.features, freeze, record)
+    check_takes(module.encoder, splits.train, splits.valid, splits.test)
     handover = None
     if checkpoint is not None:
         handover = load_part(module.encoder, checkpoint["state_dict"], "encoder", str(pretrained))

@@ -82,8 +82,6 @@ def make_splits(
         raise UserError(
             f"data {data.name}: there is nothing to train on, its train and unlabelled splits are empty; {DIVIDE}"
         )
-    for part in (inputs, valid, test):
-        check_aligned(part)
     for part in (train, valid, test):
         check_range(part, data.label_range, f"label_range of data {data.name}")
     standardiser = standardiser or Standardiser().fit(inputs)
@@ -134,7 +132,7 @@ def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[
 
 
 def check_aligned(dataset: MultimodalDataset) -> None:
-    """Refuse samples whose modalities differ in length, which the M3 encoder cannot put on one time axis."""
+    """Refuse samples whose modalities differ in length, which some encoders cannot put on one time axis."""
     unaligned = torch.nonzero(dataset.unaligned()).flatten().tolist()
     if unaligned:
         lengths = ", ".join(f"{m} {int(dataset.lengths(m)[unaligned[0]])}" for m in dataset.modalities)

@@ -12,7 +12,7 @@ from training_help import TINY, mmfast, train
 
 from mmfast.data import MultimodalDataset
 from mmfast.models import M3Encoder
-from mmfast.training import components, memory
+from mmfast.training import components, encoder, memory
 from mmfast.training.predictions import STEPS, evaluation_batches
 
 FEATURES = {"text": 8, "audio": 6}
@@ -28,6 +28,13 @@ def test_estimate_grows_with_steps_and_views_and_leaves_the_encoder_as_it_was():
     assert 4 * memory.sample_bytes(encoder, memory.MEASURED_STEPS, 1) == pytest.approx(long, rel=1e-3)
     assert not encoder.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in encoder.state_dict().items())
+
+
+@pytest.fixture
+def unweighed(monkeypatch):
+    """Weights may take what they want, for the tests that are about a step."""
+    for module in (components, encoder):
+        monkeypatch.setattr(module, "check_weights", lambda *a: None)
 
 
 MEASURE = """
@@ -65,9 +72,8 @@ def test_estimate_is_near_what_a_step_takes(batch, steps):
 
 @pytest.mark.parametrize("command, section", [("pretrain", "pretraining"), ("finetune", "supervised")])
 def test_a_step_that_does_not_fit_is_refused_with_a_batch_size_that_does(
-    command, section, tmp_path, capsys, monkeypatch
+    command, section, tmp_path, capsys, monkeypatch, unweighed
 ):
-    monkeypatch.setattr(components, "check_weights", lambda *a: None)
     monkeypatch.setattr(memory, "sample_bytes", lambda *a: 1000)
     monkeypatch.setattr(memory, "free_bytes", lambda accelerator: 4001)
     assert mmfast(command, *TINY, f"--run.folder={tmp_path / 'run'}") == 2
@@ -78,15 +84,13 @@ def test_a_step_that_does_not_fit_is_refused_with_a_batch_size_that_does(
     train(command, tmp_path / "run", f"--{section}.batch_size=4")
 
 
-def test_where_no_batch_fits_the_sentence_names_the_model(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(components, "check_weights", lambda *a: None)
+def test_where_no_batch_fits_the_sentence_names_the_model(tmp_path, capsys, monkeypatch, unweighed):
     monkeypatch.setattr(memory, "free_bytes", lambda accelerator: 1000)
     assert mmfast("pretrain", *TINY, f"--run.folder={tmp_path / 'run'}") == 2
     assert "lower model.hidden, or shorten the sequences" in capsys.readouterr().err
 
 
-def test_runs_side_by_side_share_what_is_free(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(components, "check_weights", lambda *a: None)
+def test_runs_side_by_side_share_what_is_free(tmp_path, capsys, monkeypatch, unweighed):
     monkeypatch.setattr(memory, "sample_bytes", lambda *a: 1000)
     monkeypatch.setattr(memory, "free_bytes", lambda accelerator: 8001)
     arguments = (
