@@ -1,6 +1,6 @@
 """The loss and the augmentation as parts of a whole pre-training step: where they matter, and where not.
 
-Two forward passes, backward, Adam, on synthetic data, as :class:`mmfast.training.pretraining.Pretraining` does it.
+Two forward passes, backward, Adam, on synthetic data, as :mod:`mmfast.training` does it.
 The same step with lightly's loss takes turns with ours.
 """
 
@@ -20,9 +20,10 @@ from mmfast.models import Projector
 pytest.importorskip("lightning", reason="steps of training need mmfast[train]")
 
 from mmfast.data import make_loader
-from mmfast.training.components import make_pretraining
+from mmfast.training.components import make_module
 from mmfast.training.config import Config, ModelConfig
 from mmfast.training.splits import load_data, make_splits
+from mmfast.training.stages import pretraining_stage
 
 # Rounds, and seconds that they may take beyond the fewest.
 ROUNDS, BUDGET = (3, 9), 10.0
@@ -72,10 +73,11 @@ def of_model(model: ModelConfig, batch_size: int = BATCH, samples: int = 2000) -
     config = Config(model=model)
     config.data.synthetic.samples = samples
     splits = make_splits(load_data(config.data), config.data, config.run.seed)
-    module = make_pretraining(config, splits.features).train()
+    module = make_module(config, splits.features, pretraining_stage(config)).train()
+    augment = module.objectives["two_views"].augment
     return Step(
         list(make_loader(splits.inputs, batch_size, shuffle=True, drop_last=True, seed=0)),
-        lambda batch: module.views(batch.values, batch.lengths, ids=batch.ids, padding=batch.padding),
+        lambda batch: augment(batch.values, batch.lengths, ids=batch.ids, padding=batch.padding),
         lambda view, batch: module.projector(module.encoder(view, batch.lengths, batch.padding)),
         module.parameters(),
     )

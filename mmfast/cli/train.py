@@ -21,7 +21,7 @@ from mmfast.errors import UserError
 from mmfast.files import write_json
 from mmfast.metrics import shown
 from mmfast.training import embedding, runs
-from mmfast.training.checkpoint import PRETRAINING, RECORD, fingerprint, read_checkpoint
+from mmfast.training.checkpoint import RECORD, fingerprint, read_checkpoint
 from mmfast.training.config import RunConfig, differences
 from mmfast.training.fitting import BEST, LAST
 from mmfast.training.folder import CONFIG, claim, examine
@@ -31,6 +31,7 @@ from mmfast.training.presets import PRESETS
 from mmfast.training.restored import restore
 from mmfast.training.seen import Overlap
 from mmfast.training.splits import check_range, load_data, make_splits
+from mmfast.training.stages import PRETRAINING, pretraining_stage, supervised_stage
 
 
 def pretrain(given: Any) -> None:
@@ -41,7 +42,8 @@ def pretrain(given: Any) -> None:
         examine(folder, settings, given.resume)
         splits = make_splits(load_data(config.data), config.data, config.run.seed)
         place = claim(folder, settings, given.resume, {"data.path": splits.identity})
-        result = runs.pretrain(config, splits, _announced(place, runs.few_steps(config, splits)))
+        stage = pretraining_stage(config)
+        result = runs.run_stage(config, stage, splits, _announced(place, runs.few_steps(stage, splits)))
     last = result["history"][-1]
     print(
         f"pre-trained on {result['samples']['inputs']} samples for {result['epochs']} epochs "
@@ -69,7 +71,8 @@ def finetune(given: Any) -> None:
         inputs = {"data.path": splits.identity, "from": source and fingerprint(source)}
         place = claim(folder, settings, given.resume, inputs)
         place = _announced(place, *said)
-        result = runs.finetune(config, splits, place, source and Path(source), given.freeze)
+        stage = supervised_stage(config, given.freeze)
+        result = runs.run_stage(config, stage, splits, place, source and Path(source))
     print(
         f"trained on {result['samples']['train']} samples for {result['epochs']} epochs ({result['steps']} steps), "
         f"best validation MAE {result['valid_loss']:.4f} in epoch {result['best_epoch'] + 1}: {folder / BEST}"

@@ -28,6 +28,7 @@ from mmfast.training.folder import PREDICTIONS, claim, examine, finished, load_r
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import measure, read_predictions, write_predictions
 from mmfast.training.splits import Splits, identity, load_data, make_splits, require_labels
+from mmfast.training.stages import pretraining_stage, supervised_stage
 
 log = logging.getLogger(__name__)
 
@@ -142,9 +143,10 @@ def _accept(
         splits = make_splits(data, own.data, unit.seed)
         require_labels({"train": splits.train, "valid": splits.valid, "test": splits.test})
         if any(method.pretrained for method in methods):
-            runs.prepare_pretraining(own, splits, processes=workers)
-            sentences[runs.few_steps(own, splits)] = None
-        module, _, _ = runs.prepare_finetuning(own, splits, processes=workers)
+            stage = pretraining_stage(own)
+            runs.prepare(own, stage, splits, processes=workers)
+            sentences[runs.few_steps(stage, splits)] = None
+        module = runs.prepare(own, supervised_stage(own), splits, processes=workers).module
         for name, count in runs.tested_on_seen(module, splits).items():
             sentences[f"{unit}: of the {len(getattr(splits, name))} {name} samples, {count}"] = None
     for sentence in filter(None, sentences):
@@ -330,7 +332,7 @@ def _pretrain(config: Config, splits: Splits) -> dict[str, Any]:
     folder, settings, inputs = Path(config.run.folder), asdict(config), {"data.path": splits.identity}
     if (done := finished(folder, settings, inputs)) is not None:
         return done
-    return runs.pretrain(config, splits, claim(folder, settings, None, inputs))
+    return runs.run_stage(config, pretraining_stage(config), splits, claim(folder, settings, None, inputs))
 
 
 def _finetune(config: Config, splits: Splits, source: Path | None, freeze: bool) -> dict[str, Any]:
@@ -340,7 +342,8 @@ def _finetune(config: Config, splits: Splits, source: Path | None, freeze: bool)
     inputs = {"data.path": splits.identity}
     if (done := finished(folder, settings, inputs)) is not None:
         return done
-    return runs.finetune(config, splits, claim(folder, settings, None, inputs), source, freeze)
+    place = claim(folder, settings, None, inputs)
+    return runs.run_stage(config, supervised_stage(config, freeze), splits, place, source)
 
 
 def _baseline(name: str, folder: Path, splits: Splits) -> dict[str, Any]:

@@ -19,8 +19,7 @@ from mmfast.files import write_atomically
 
 # The entry that says what a checkpoint is, and what that holds.
 RECORD = "mmfast"
-KEYS = ("kind", "config", "features", "standardiser", "label_range", "freeze", "data", "seen")
-PRETRAINING, SUPERVISED = "pretraining", "supervised"
+KEYS = ("kind", "config", "stage", "features", "standardiser", "label_range", "data", "seen")
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -42,16 +41,17 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """``<name>`` in a run's folder: the weights of the epoch with the lowest ``monitor``, overwritten in place.
+    """``<name>`` in a run's folder: the weights of the epoch with the best ``monitor``, overwritten in place.
 
     Unlike its base it keeps its state when the run's folder was moved between two sittings.
     """
 
-    def __init__(self, folder: str | os.PathLike, name: str, monitor: str) -> None:
+    def __init__(self, folder: str | os.PathLike, name: str, monitor: str, mode: str) -> None:
         super().__init__(
             dirpath=folder,
             filename=Path(name).stem,
             monitor=monitor,
+            mode=mode,
             save_weights_only=True,
             enable_version_counter=False,
             save_on_train_epoch_end=True,

@@ -1,111 +1,35 @@
-"""Networks, views and losses as a configuration describes them."""
+"""Networks as a configuration describes them."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from mmfast.errors import UserError
-from mmfast.losses import BarlowTwinsLoss
-from mmfast.models import Projector, RegressionHead
-from mmfast.training.config import AugmentationConfig, Config
+from mmfast.training.config import Config
 from mmfast.training.encoder import make_encoder
-from mmfast.training.memory import check_weights
-from mmfast.training.pretraining import Pretraining
+from mmfast.training.module import StageModule
+from mmfast.training.objectives import OBJECTIVES
 from mmfast.training.seeds import derive
-from mmfast.training.supervised import Supervised
-from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, Transform, TwoViews
-
-# name -> (transform, its arguments, p in the first view, p in the second): thesis table 8.2.1.
-STEPS = {
-    "noise": (GaussianNoise, {"mu": 0.0, "sigma": 0.1}, 0.9, 0.1),
-    "masking": (TimeMask, {"q": 0.7}, 0.6, 0.6),
-    "feature_masking": (FeatureMask, {"q": 0.7}, 0.6, 0.6),
-    "seqaug": (SeqAug, {"alpha": {"text": 0.15, "audio": 0.10, "visual": 0.20}}, 0.5, 0.5),
-}
+from mmfast.training.stages import Stage
 
 
-def make_views(config: AugmentationConfig, modalities: tuple[str, ...]) -> TwoViews:
-    """The two chains, from their steps or the preset.
+def make_module(
+    config: Config, features: dict[str, int], stage: Stage, record: dict[str, Any] | None = None
+) -> StageModule:
+    """Encoder and objectives of a stage; weights are a function of ``config.run.seed`` and the parts' names.
 
     Raises:
-        UserError: an unknown name of a step, an argument that its transform does not take, or a value out of range.
+        UserError: settings that a part refuses, or a monitor that the objectives do not log.
     """
-    chains = []
-    for number, (view, steps) in enumerate((("view_a", config.view_a), ("view_b", config.view_b))):
-        if steps is None:
-            steps = [_preset_step(name, number, modalities) for name in config.preset.split("+")]
-        where = f"augmentation.{view}"
-        chains.append(Chain([_step(step, where, config.apply, modalities) for step in steps]))
-    return TwoViews(*chains)
-
-
-def _preset_step(name: str, view: int, modalities: tuple[str, ...]) -> dict[str, Any]:
-    _, arguments, *p = _known(name, "augmentation.preset")
-    arguments = dict(arguments)
-    if "alpha" in arguments:
-        missing = [m for m in modalities if m not in arguments["alpha"]]
-        if missing:
-            raise UserError(
-                f"augmentation.preset: seqaug has no alpha for the modality {missing[0]!r}; "
-                "give the steps by view_a and view_b"
-            )
-        arguments["alpha"] = {m: arguments["alpha"][m] for m in modalities}
-    return {"name": name, "p": p[view], **arguments}
-
-
-def _step(step: Mapping[str, Any], where: str, apply: str, modalities: tuple[str, ...]) -> Transform:
-    if "name" not in step:
-        raise UserError(f"{where}: each step needs a name, got {dict(step)}")
-    arguments = {key: value for key, value in step.items() if key != "name"}
-    transform = _known(step["name"], where)[0]
-    accepted = inspect.signature(transform).parameters
-    for key in arguments:
-        if key not in accepted:
-            raise UserError(f"{where}: {step['name']} has no {key!r}, it takes {', '.join(accepted)}")
-    try:
-        made = transform(**{"apply": apply, **arguments})
-        for modality in modalities:
-            made.step(modality)  # refuses a modality that it has no number for
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from error
-    return made
-
-
-def _known(name: str, where: str) -> tuple:
-    if not isinstance(name, str) or name not in STEPS:
-        raise UserError(f"{where}: a step must be one of {', '.join(STEPS)}, got {name!r}")
-    return STEPS[name]
-
-
-def make_pretraining(
-    config: Config, features: dict[str, int], record: dict[str, Any] | None = None
-) -> Pretraining:
-    """Encoder and projector with their views and loss; weights are a function of ``config.run.seed``."""
-    seed = config.run.seed
-    views = make_views(config.augmentation, tuple(features))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "weights of the encoder"))
-        encoder = make_encoder(config.model, features)
-        widths = config.model.projector
-        check_weights("model.projector", widths, lambda: Projector(encoder.out_features, widths))
-        torch.manual_seed(derive(seed, "weights of the projector"))
-        projector = Projector(encoder.out_features, widths)
-    loss = BarlowTwinsLoss(lambd=config.loss.lambd, center=config.loss.center)
-    return Pretraining(encoder, projector, views, loss, config.pretraining.lr, seed, record)
-
-
-def make_supervised(
-    config: Config, features: dict[str, int], freeze: bool = False, record: dict[str, Any] | None = None
-) -> Supervised:
-    """Encoder and linear head; weights are a function of ``config.run.seed``, the encoder's those of pre-training."""
     seed = config.run.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights of the encoder"))
         encoder = make_encoder(config.model, features)
-        torch.manual_seed(derive(seed, "weights of the head"))
-        head = RegressionHead(encoder.out_features, dropout=config.supervised.head_dropout)
-    return Supervised(encoder, head, config.supervised, freeze, seed, record)
+        objectives = {}
+        for name in stage.objectives:
+            kind = OBJECTIVES[name]
+            if kind.parts:
+                torch.manual_seed(derive(seed, f"weights of the {kind.parts[0]}"))
+            objectives[name] = kind.load().of(config, stage, encoder)
+    return StageModule(encoder, objectives, stage, seed, record)

@@ -128,58 +128,90 @@ class AugmentationConfig:
 
 @dataclass
 class LossConfig:
-    """Barlow Twins.
+    """The loss between two views.
 
     Args:
+        name: Which one.
         lambd: Weight of the off-diagonal terms. The thesis prints 2e-2; its code and Barlow Twins use about 5e-3.
         center: Subtract the batch mean of each column; off gives thesis eq. 6.3.2 literally.
     """
 
+    name: Literal["barlow_twins"] = "barlow_twins"
     lambd: float = 5e-3
     center: bool = True
 
 
 @dataclass
-class PretrainingConfig:
-    """Self-supervised phase: Adam without schedule, a fixed number of epochs, last weights kept.
+class StageSettings:
+    """What every stage of training can be told; each section and each stage of a method has its own defaults.
 
     Args:
-        lr: Learning rate. The thesis prints 3e-6, yet its code ran 1e-3, for the printed value was never read.
-        epochs: Passes over all inputs. Fewer than 150 optimiser steps in all are warned about.
-        batch_size: Samples per step. The last incomplete batch is dropped; a data set smaller than one batch makes
-            a single batch of all its samples.
+        lr: Learning rate.
+        epochs: The most passes over the samples.
+        batch_size: Samples per optimiser step, over all processes.
+        optimiser: ``adam``, or ``adamw``, whose weight decay is not part of the gradient.
+        weight_decay: Of all weights that learn.
+        clip: Largest norm of the gradients of a step, all of them together; no limit when left out.
+        schedule: ``constant``; ``plateau`` lowers the rate when the monitor stands still; ``cosine`` falls from the
+            first step behind the warm-up to zero at the end of the last epoch.
+        warmup_steps: Optimiser steps over which the learning rate rises linearly, under any schedule.
+        plateau_patience: Epochs in a row without a better value of the monitor that are let pass: after one more the
+            learning rate is multiplied by ``plateau_factor``, so with 2 after the third (PyTorch's counting, which
+            the thesis' code used). Better is by more than a ten-thousandth.
+        plateau_factor: See ``plateau_patience``.
+        ema: Decay per step, such as 0.999, of an exponential moving average of the weights, which is then what is
+            validated, saved and handed on; 0 switches it off. Step t takes no more than (1 + t) / (10 + t).
+        frozen: Parts that do not learn, such as ``{encoder: true}``, or for how many epochs they do not, such as
+            ``{encoder: 3}``. They are in evaluation mode, without dropout.
+        monitor: Logged quantity by which the best epoch is kept as ``best.ckpt``; without it the last weights count.
+        better: Whether the monitor is to be ``lower`` or ``higher``.
+        patience: Epochs in a row without a better value of the monitor after which training stops: with 10 after the
+            tenth. Never when left out.
     """
 
     lr: float = 1e-3
     epochs: int = 20
     batch_size: int = 170
+    optimiser: Literal["adam", "adamw"] = "adam"
+    weight_decay: float = 0.0
+    clip: float | None = None
+    schedule: Literal["constant", "plateau", "cosine"] = "constant"
+    warmup_steps: int = 0
+    plateau_patience: int = 2
+    plateau_factor: float = 0.5
+    ema: float = 0.0
+    frozen: dict[str, bool | int] = field(default_factory=dict)
+    monitor: str | None = None
+    better: Literal["lower", "higher"] = "lower"
+    patience: int | None = None
 
 
 @dataclass
-class SupervisedConfig:
-    """Supervised phase: MAE, Adam, plateau halving, early stopping; the best epoch is what is tested.
+class PretrainingConfig(StageSettings):
+    """Stages without labels: Adam without schedule, a fixed number of epochs, last weights kept.
+
+    The thesis prints a learning rate of 3e-6, yet its code ran 1e-3, for the printed value was never read. Fewer than
+    150 optimiser steps in all are warned about. The last incomplete batch is dropped; a data set smaller than one
+    batch makes a single batch of all its samples.
+    """
+
+
+@dataclass
+class SupervisedConfig(StageSettings):
+    """Stages with labels: Adam, plateau halving, early stopping; the best epoch is what is tested.
 
     Args:
-        lr: Learning rate.
         linear_lr: Learning rate when the encoder is frozen and only the linear head learns; ``lr`` when left out.
-        epochs: Most passes over the labelled samples.
-        batch_size: Samples per step.
-        patience: Epochs in a row without a lower validation loss after which training stops: with 10 after the
-            tenth.
-        plateau_patience: Epochs in a row without a better validation loss that are let pass: after one more the
-            learning rate is multiplied by ``plateau_factor``, so with 2 after the third (PyTorch's counting, which
-            the thesis' code used). Better is lower by more than a ten-thousandth.
-        plateau_factor: See ``plateau_patience``.
         head_dropout: Dropout on the fused vector before the linear head.
     """
 
     lr: float = 3e-4
-    linear_lr: float | None = None
     epochs: int = 100
     batch_size: int = 32
-    patience: int = 10
-    plateau_patience: int = 2
-    plateau_factor: float = 0.5
+    schedule: Literal["constant", "plateau", "cosine"] = "plateau"
+    monitor: str | None = "valid_loss"
+    patience: int | None = 10
+    linear_lr: float | None = None
     head_dropout: float = 0.0
 
 
@@ -267,20 +299,26 @@ RULES = (
     ("data.folds", "at least 2", lambda v: v >= 2),
     ("data.fold", "at least 0", lambda v: v >= 0),
     ("loss.lambd", "finite and at least 0", lambda v: 0 <= v < inf),
-    ("pretraining.lr", "positive", _positive),
-    ("pretraining.epochs", "positive", _positive),
-    ("pretraining.batch_size", "at least 2, for a loss over one sample is undefined", lambda v: v >= 2),
-    ("supervised.lr", "positive", _positive),
     ("supervised.linear_lr", "positive", lambda v: v is None or _positive(v)),
-    ("supervised.epochs", "positive", _positive),
-    ("supervised.batch_size", "positive", _positive),
-    ("supervised.patience", "positive", _positive),
-    ("supervised.plateau_patience", "at least 0", lambda v: v >= 0),
-    ("supervised.plateau_factor", "in (0, 1)", lambda v: 0 < v < 1),
     ("run.checkpoint_seconds", "at least 0", lambda v: v >= 0),
     # Far more than any machine has: OpenMP ends the process where it cannot allocate its threads.
     ("run.threads", "in [1, 4096]", lambda v: v is None or 1 <= v <= 4096),
     ("run.seed", *SEED),
+)
+
+# The same for a stage's settings; the first rule of a setting that does not hold is told.
+STAGE_RULES = (
+    ("lr", "positive", _positive),
+    ("epochs", "positive", _positive),
+    ("batch_size", "positive", _positive),
+    ("weight_decay", "finite and at least 0", lambda v: 0 <= v < inf),
+    ("clip", "positive", lambda v: v is None or _positive(v)),
+    ("warmup_steps", "at least 0", lambda v: v >= 0),
+    ("plateau_patience", "at least 0", lambda v: v >= 0),
+    ("plateau_factor", "in (0, 1)", lambda v: 0 < v < 1),
+    ("ema", "in [0, 1)", lambda v: 0 <= v < 1),
+    ("patience", "positive", lambda v: v is None or v > 0),
+    ("frozen", "true, false or a number of epochs of each part", lambda v: all(n >= 0 for n in v.values())),
 )
 
 EXPERIMENT_RULES = (
@@ -301,6 +339,24 @@ def check(config: Config) -> None:
         UserError: names the first such setting, its rule and its value.
     """
     _check(config, RULES, "")
+    check_stage(config.pretraining, "pretraining", least=2)
+    check_stage(config.supervised, "supervised")
+
+
+def check_stage(settings: StageSettings, where: str, least: int = 1) -> None:
+    """:func:`check` for the settings of a stage, called ``where``, whose steps need so many samples."""
+    _check(settings, STAGE_RULES, f"{where}.")
+    if settings.batch_size < least:
+        raise UserError(
+            f"config: {where}.batch_size must be at least {least}, for a loss over one sample is undefined, "
+            f"got {settings.batch_size}"
+        )
+    if settings.monitor is None:
+        for name, wants in (("schedule", settings.schedule == "plateau"), ("patience", settings.patience)):
+            if wants:
+                raise UserError(
+                    f"config: {where}.monitor must name a quantity that {where}.{name} follows, got null"
+                )
 
 
 def check_experiment(config: ExperimentConfig) -> None:

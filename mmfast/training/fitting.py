@@ -32,7 +32,8 @@ def fit(
     run: RunConfig,
     epochs: int,
     monitor: str | None = None,
-    patience: int = 0,
+    better: str = "lower",
+    patience: int | None = None,
 ) -> list[dict[str, float]]:
     """Train, or go on where ``folder/last.ckpt`` stopped, to the same weights bit by bit.
 
@@ -45,8 +46,9 @@ def fit(
         folder: takes the checkpoints and ``logs/``.
         run: device, precision, loggers, progress bar.
         epochs: the most epochs.
-        monitor: logged quantity, lower is better, by which ``best.ckpt`` is kept and training stops.
-        patience: epochs without improvement before it stops.
+        monitor: logged quantity by which ``best.ckpt`` is kept and training stops.
+        better: whether it is to be ``lower`` or ``higher``.
+        patience: epochs without improvement before training stops; None if it never does.
 
     Returns:
         What was logged in each epoch, over all sittings.
@@ -57,10 +59,12 @@ def fit(
     history = History()
     callbacks: list[Callback] = [history]
     if monitor is not None:
-        callbacks += [
-            EarlyStopping(monitor, patience=patience, check_on_train_epoch_end=True),
-            BestCheckpoint(folder, BEST, monitor),
-        ]
+        mode = {"lower": "min", "higher": "max"}[better]
+        if patience is not None:
+            callbacks.append(
+                EarlyStopping(monitor, mode=mode, patience=patience, check_on_train_epoch_end=True)
+            )
+        callbacks.append(BestCheckpoint(folder, BEST, monitor, mode))
     # Written after the callbacks above have seen the epoch, for it holds their state.
     callbacks.append(LastCheckpoint(folder / LAST, run.checkpoint_seconds))
 
@@ -73,7 +77,7 @@ def fit(
             return checkpoint["callbacks"][history.state_key]["epochs"]
         # Lightning makes the first iterator before it tells the sampler the epoch.
         train.batch_sampler.set_epoch(checkpoint["epoch"] + 1)
-    with _quiet(), _interruptible(), bars.of_a_run(run.progress, at_most=monitor is not None) as tell:
+    with _quiet(), _interruptible(), bars.of_a_run(run.progress, at_most=patience is not None) as tell:
         if tell is not None:
             callbacks.append(bars.Telling(tell))
         trainer = _trainer(
@@ -121,7 +125,7 @@ def _trainer(run: RunConfig, **options: Any) -> pl.Trainer:
     )
 
 
-def _finished(checkpoint: dict, epochs: int, patience: int) -> bool:
+def _finished(checkpoint: dict, epochs: int, patience: int | None) -> bool:
     stopping = (s for key, s in checkpoint["callbacks"].items() if key.startswith("EarlyStopping"))
     return checkpoint["epoch"] + 1 >= epochs or any(s["wait_count"] >= patience for s in stopping)
 

@@ -8,9 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from mmfast.errors import UserError
-
-# What a checkpoint may hold beside the part that is taken.
-DROPPED = ("encoder.", "projector.", "head.")
+from mmfast.training.objectives import PARTS
 
 
 class Handover(NamedTuple):
@@ -26,8 +24,8 @@ class Handover(NamedTuple):
 def load_part(module: nn.Module, state: Mapping[str, Tensor], part: str, source: str) -> Handover:
     """Copy the tensors ``<part>.*`` of a state dict into ``module``; every one must be there and fit.
 
-    Nothing is loaded unless everything fits. Parts of other names are dropped when they are known (encoder,
-    projector, head) and refused when they are not.
+    Nothing is loaded unless everything fits. Parts of other names are dropped when a network can have them (see
+    :data:`~mmfast.training.objectives.PARTS`) and refused when it cannot.
 
     Args:
         module: takes the weights, such as the encoder.
@@ -42,10 +40,8 @@ def load_part(module: nn.Module, state: Mapping[str, Tensor], part: str, source:
         UserError: names the first tensor that is missing, left over or of another shape.
     """
     for name in state:
-        if not name.startswith(DROPPED):
-            raise UserError(
-                f"{source}: tensor {name} belongs to none of {', '.join(p[:-1] for p in DROPPED)}"
-            )
+        if name.partition(".")[0] not in PARTS:
+            raise UserError(f"{source}: tensor {name} belongs to none of {', '.join(PARTS)}")
     prefix = f"{part}."
     given = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     wanted = module.state_dict()

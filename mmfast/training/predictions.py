@@ -29,7 +29,7 @@ def evaluation_batches(dataset: MultimodalDataset) -> DataLoader:
 
 
 def predict(module: nn.Module, dataset: MultimodalDataset) -> Tensor:
-    """Predictions (N,) of a :class:`~mmfast.training.supervised.Supervised`; see :func:`encode`."""
+    """Predictions (N,) of a network with a head; see :func:`encode`."""
     return in_order(module, module, dataset)
 
 

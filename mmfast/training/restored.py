@@ -14,10 +14,10 @@ from mmfast.training import runs
 from mmfast.training.config import SPLITS, DataConfig
 from mmfast.training.encoder import check_takes
 from mmfast.training.model_section import encoder_class
+from mmfast.training.module import StageModule
 from mmfast.training.parsing import config_of
 from mmfast.training.seen import Seen
 from mmfast.training.splits import load_data, select
-from mmfast.training.supervised import Supervised
 
 
 class Samples(NamedTuple):
@@ -37,7 +37,7 @@ class Samples(NamedTuple):
 class Restored(NamedTuple):
     """What :func:`restore` finds: the network, :class:`Samples`, and the range of the labels it was trained on."""
 
-    module: Supervised
+    module: StageModule
     dataset: MultimodalDataset
     seen: Seen
     own: bool

@@ -1,4 +1,4 @@
-"""One run of either phase in its own folder, from data to result."""
+"""One stage of training in its own folder, from data to result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,212 +16,189 @@ from torch.utils.data import DataLoader
 from mmfast.data import make_loader
 from mmfast.errors import UserError
 from mmfast.models import Encoder
-from mmfast.training.checkpoint import PRETRAINING, RECORD, SUPERVISED, read_checkpoint
-from mmfast.training.components import make_encoder, make_pretraining, make_supervised
+from mmfast.training.checkpoint import RECORD, read_checkpoint
+from mmfast.training.components import make_encoder, make_module
 from mmfast.training.config import Config
 from mmfast.training.encoder import check_takes
-from mmfast.training.fitting import BEST, check_device, fit
+from mmfast.training.fitting import BEST, LAST, check_device, fit
 from mmfast.training.folder import PREDICTIONS, load_result, save_result
 from mmfast.training.handover import Handover, load_part
 from mmfast.training.memory import check_memory
+from mmfast.training.module import StageModule
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import evaluation_batches, measure, predict, write_predictions
-from mmfast.training.pretraining import Pretraining
 from mmfast.training.seeds import derive
 from mmfast.training.seen import NONE, Overlap, Seen
 from mmfast.training.splits import Splits, require_labels
-from mmfast.training.supervised import Supervised
+from mmfast.training.stages import SUPERVISED, Stage, supervised_stage
 
 log = logging.getLogger(__name__)
-
 
 FEWEST_STEPS = 150
 # What a run's folder is taken by, see :func:`mmfast.training.folder.claim`; entered once all else is accepted.
 Place = AbstractContextManager[Path]
 
 
-def pretrain(config: Config, splits: Splits, place: Place) -> dict[str, Any]:
-    """Pre-train on ``splits.inputs``; ``last.ckpt`` in the folder holds the outcome. Goes on where it stopped.
+class Prepared(NamedTuple):
+    """A stage that can start.
 
-    Returns:
-        The result: epochs, optimiser steps, seconds of this sitting, numbers of samples, what each epoch logged.
-
-    Raises:
-        UserError: as :func:`prepare_pretraining` and ``place``; a loss that is not finite, a checkpoint that cannot
-            be saved.
+    Attributes:
+        module: the network.
+        train: batches.
+        valid: batches, or None where nothing is validated.
+        handover: part -> how much of it was taken over; empty where weights are random.
     """
-    began = time.monotonic()
-    module, batches = prepare_pretraining(config, splits)
-    valid = evaluation_batches(splits.valid) if len(splits.valid) > 1 else None
-    with place as folder:
-        if (done := load_result(folder)) is not None:
-            return done
-        history = fit(module, batches, valid, folder, config.run, config.pretraining.epochs)
-        result = {
-            "kind": PRETRAINING,
-            "epochs": len(history),
-            "steps": len(batches) * len(history),
-            "seconds": round(time.monotonic() - began, 2),
-            "samples": {"inputs": len(splits.inputs), "valid": len(splits.valid)},
-            "history": history,
-        }
-        save_result(folder, result)
-    return result
+
+    module: StageModule
+    train: DataLoader
+    valid: DataLoader | None
+    handover: dict[str, Handover]
 
 
-def prepare_pretraining(config: Config, splits: Splits, processes: int = 1) -> tuple[Pretraining, DataLoader]:
-    """The network with its views and loss, and its batches: whatever can be refused before the first step is.
-
-    ``processes`` is how many such runs go side by side.
-
-    Raises:
-        UserError: fewer than two samples, settings that a part refuses, a device that is not there, memory that is
-            not free.
-    """
-    check_device(config.run)
-    size = len(splits.inputs)
-    if size < 2:
-        raise UserError(f"pretrain: Barlow Twins needs at least 2 training samples, got {size}")
-    wanted = config.pretraining.batch_size
-    if size < wanted:
-        log.info(
-            "pretrain: only %d samples, fewer than one batch of %d: each step takes all of them", size, wanted
-        )
-    record = _record(PRETRAINING, config, splits, Seen.by_pretraining(splits))
-    module = make_pretraining(config, splits.features, record)
-    check_takes(module.encoder, splits.inputs, splits.valid)
-    batches = make_loader(
-        splits.inputs,
-        min(size, wanted),
-        shuffle=True,
-        drop_last=True,
-        seed=derive(config.run.seed, "batches"),
-    )
-    check_memory("pretraining", module.encoder, batches, 2, config.run, processes)
-    return module, batches
+def outcome(stage: Stage) -> str:
+    """The checkpoint in a stage's folder that holds its outcome: its best epoch, or its last where none is chosen."""
+    return LAST if stage.settings.monitor is None else BEST
 
 
-def finetune(
-    config: Config, splits: Splits, place: Place, pretrained: Path | None = None, freeze: bool = False
+def run_stage(
+    config: Config, stage: Stage, splits: Splits, place: Place, source: Path | None = None
 ) -> dict[str, Any]:
-    """Train with labels, test the epoch that had the lowest validation loss. Goes on where it stopped.
+    """Train, and test a stage with labels on the weights that count. Goes on where it stopped.
 
     Args:
-        pretrained: checkpoint of a pre-training run whose encoder to start from; random weights without it.
-        freeze: linear evaluation, only the head learns.
+        source: outcome of the stage before, from which ``stage.take`` is taken; random weights without it.
 
     Returns:
-        The result: epochs, optimiser steps, best epoch, seconds of this sitting, numbers of samples, tensors handed
-        over, what each epoch logged, test metrics (None without test samples).
+        The result: epochs, optimiser steps, seconds of this sitting, numbers of samples, what each epoch logged; with
+        a monitor the best epoch and its value; with labels also tensors handed over and test metrics (None without
+        test samples).
 
     Raises:
-        UserError: as :func:`prepare_finetuning` and ``place``; a loss that is not finite, a checkpoint that cannot be
-            saved.
+        UserError: as :func:`prepare` and ``place``; a loss that is not finite, a checkpoint that cannot be saved.
     """
     began = time.monotonic()
-    module, batches, handover = prepare_finetuning(config, splits, pretrained, freeze)
-    settings = config.supervised
+    module, train, valid, handover = prepare(config, stage, splits, source)
+    settings, monitor = stage.settings, stage.settings.monitor
     with place as folder:
         if (done := load_result(folder)) is not None:
             return done
-        with module.encoded(splits.train, splits.valid):
+        with module.encoded(train.dataset, splits.valid):
             history = fit(
                 module,
-                batches,
-                evaluation_batches(splits.valid),
+                train,
+                valid,
                 folder,
                 config.run,
                 settings.epochs,
-                monitor="valid_loss",
+                monitor=monitor,
+                better=settings.better,
                 patience=settings.patience,
             )
-        best = read_checkpoint(folder / BEST)
+        best = read_checkpoint(folder / outcome(stage))
         module.load_state_dict(best["state_dict"])
+        names = ("train", "valid", "test") if stage.labels else ("inputs", "valid")
         result = {
-            "kind": SUPERVISED,
+            "kind": stage.kind,
             "epochs": len(history),
-            "steps": len(batches) * len(history),
-            "best_epoch": best["epoch"],
-            "valid_loss": history[best["epoch"]]["valid_loss"],
+            "steps": len(train) * len(history),
             "seconds": round(time.monotonic() - began, 2),
-            "samples": {name: len(getattr(splits, name)) for name in ("train", "valid", "test")},
-            "handover": handover and handover._asdict(),
+            "samples": {name: len(getattr(splits, name)) for name in names},
+            "handover": {part: count._asdict() for part, count in handover.items()},
             "history": history,
-            "seen": {name: count._asdict() for name, count in tested_on_seen(module, splits).items()},
-            "metrics": _test(module, splits, folder),
         }
+        if monitor is not None:
+            result |= {"best_epoch": best["epoch"], monitor: history[best["epoch"]][monitor]}
+        if stage.labels:
+            seen = {name: count._asdict() for name, count in tested_on_seen(module, splits).items()}
+            result |= {"seen": seen, "metrics": _test(module, splits, folder)}
         save_result(folder, result)
     return result
 
 
-def few_steps(config: Config, splits: Splits) -> str | None:
-    """A sentence about pre-training that stops before it has begun to learn, or None.
+def prepare(
+    config: Config, stage: Stage, splits: Splits, source: Path | None = None, processes: int = 1
+) -> Prepared:
+    """The network with its objectives, and its batches: whatever can be refused before the first step is.
+
+    ``processes`` is how many such runs go side by side; ``source`` as for :func:`run_stage`.
+
+    Raises:
+        UserError: too few samples, no labelled training or validation samples, weights that do not fit, settings
+            that a part refuses, a device that is not there, memory that is not free.
+    """
+    check_device(config.run)
+    if stage.labels:
+        require_labels({"train": splits.train, "valid": splits.valid})
+    samples = splits.train if stage.labels else splits.inputs
+    size, wanted = len(samples), stage.settings.batch_size
+    if size < stage.least:
+        raise UserError(
+            f"{stage.name}: there must be at least {stage.least} training samples for a step, got {size}"
+        )
+    if stage.least > 1 and size < wanted:
+        log.info(
+            "%s: only %d samples, fewer than one batch of %d: each step takes all of them",
+            stage.name,
+            size,
+            wanted,
+        )
+    checkpoint = source and read_checkpoint(source)
+    before = checkpoint and checkpoint[RECORD]["seen"]
+    seen = Seen.by(splits, stage.labels, stage.settings.monitor is not None, before)
+    module = make_module(config, splits.features, stage, _record(config, stage, splits, seen))
+    check_takes(module.encoder, samples, splits.valid, *([splits.test] if stage.labels else []))
+    handover = {}
+    for part in stage.take if checkpoint else ():
+        handover[part] = load_part(getattr(module, part), checkpoint["state_dict"], part, str(source))
+        log.info("%s: loaded %s of the %s from %s", stage.name, handover[part], part, source)
+    # A loss between samples is not that of a whole batch in an incomplete one.
+    train = make_loader(
+        samples,
+        min(size, wanted),
+        shuffle=True,
+        drop_last=stage.least > 1,
+        seed=derive(config.run.seed, stage.purpose("batches")),
+    )
+    if not module.cached:
+        views = sum(objective.views for objective in module.objectives.values())
+        check_memory(stage.where, module.encoder, train, views, config.run, processes)
+    enough = len(splits.valid) >= stage.least
+    return Prepared(module, train, evaluation_batches(splits.valid) if enough else None, handover)
+
+
+def few_steps(stage: Stage, splits: Splits) -> str | None:
+    """A sentence about training without labels that stops before it has begun to learn, or None.
 
     On 300 samples a correlation grew from 20 to 160 steps; the thesis' runs take 1,900.
     """
-    each = len(splits.inputs) // min(len(splits.inputs), config.pretraining.batch_size)
-    steps = each * config.pretraining.epochs
-    if steps >= FEWEST_STEPS:
+    each = len(splits.inputs) // min(len(splits.inputs), stage.settings.batch_size)
+    steps = each * stage.settings.epochs
+    if stage.labels or steps >= FEWEST_STEPS:
         return None
     return (
         f"{steps} optimiser steps of pre-training ({each} an epoch) are fewer than {FEWEST_STEPS}, too few to learn "
-        "much; raise pretraining.epochs or lower pretraining.batch_size"
+        f"much; raise {stage.where}.epochs or lower {stage.where}.batch_size"
     )
 
 
-def prepare_finetuning(
-    config: Config,
-    splits: Splits,
-    pretrained: Path | None = None,
-    freeze: bool = False,
-    processes: int = 1,
-) -> tuple[Supervised, DataLoader, Handover | None]:
-    """As :func:`prepare_pretraining`; also how much of a pre-trained encoder was taken over.
-
-    Raises:
-        UserError: no labelled training or validation samples, weights that do not fit, settings that a part refuses,
-            a device that is not there, memory that is not free.
-    """
-    check_device(config.run)
-    require_labels({"train": splits.train, "valid": splits.valid})
-    checkpoint = pretrained and read_checkpoint(pretrained, PRETRAINING)
-    seen = Seen.by_finetuning(splits, checkpoint and checkpoint[RECORD])
-    record = _record(SUPERVISED, config, splits, seen, freeze)
-    module = make_supervised(config, splits.features, freeze, record)
-    check_takes(module.encoder, splits.train, splits.valid, splits.test)
-    handover = None
-    if checkpoint is not None:
-        handover = load_part(module.encoder, checkpoint["state_dict"], "encoder", str(pretrained))
-        log.info("finetune: loaded %s of the encoder from %s", handover, pretrained)
-    batches = make_loader(
-        splits.train,
-        config.supervised.batch_size,
-        shuffle=True,
-        drop_last=False,
-        seed=derive(config.run.seed, "batches"),
-    )
-    if not freeze:
-        check_memory("supervised", module.encoder, batches, 1, config.run, processes)
-    return module, batches, handover
-
-
-def tested_on_seen(module: Supervised, splits: Splits) -> dict[str, Overlap]:
+def tested_on_seen(module: StageModule, splits: Splits) -> dict[str, Overlap]:
     """``valid``, ``test`` -> their samples that the run sees otherwise, if any: copies, or inputs of pre-training."""
     seen = Seen(**module.record["seen"])
     counts = {"valid": seen._replace(selection=NONE).overlap(splits.valid), "test": seen.overlap(splits.test)}
     return {name: count for name, count in counts.items() if any(count)}
 
 
-def restore(path: Path) -> tuple[Supervised, dict[str, Any]]:
-    """A supervised run's network and record from its checkpoint.
+def restore(path: Path) -> tuple[StageModule, dict[str, Any]]:
+    """The encoder and head of a stage with labels, and its record, from its checkpoint.
 
     Raises:
-        UserError: not a checkpoint of a supervised run, or weights that do not fit its own configuration.
+        UserError: not a checkpoint of such a stage, or weights that do not fit its own configuration.
     """
     checkpoint = read_checkpoint(path, SUPERVISED)
     record = checkpoint[RECORD]
-    module = make_supervised(config_of(record["config"]), record["features"], record["freeze"])
-    for part in ("encoder", "head"):
+    config = config_of(record["config"])
+    module = make_module(config, record["features"], supervised_stage(config))
+    for part in module.parts:
         load_part(getattr(module, part), checkpoint["state_dict"], part, str(path))
     return module, record
 
@@ -235,14 +212,14 @@ def restore_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     return encoder, record
 
 
-def _record(kind: str, config: Config, splits: Splits, seen: Seen, freeze: bool = False) -> dict[str, Any]:
+def _record(config: Config, stage: Stage, splits: Splits, seen: Seen) -> dict[str, Any]:
     return {
-        "kind": kind,
+        "kind": stage.kind,
         "config": asdict(config),
+        "stage": stage.describe(),
         "features": dict(splits.features),
         "standardiser": splits.standardiser.state_dict(),
         "label_range": splits.label_range,
-        "freeze": freeze,
         "data": splits.fingerprint,
         "seen": seen._asdict(),
     }

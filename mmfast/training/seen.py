@@ -42,14 +42,21 @@ class Seen(NamedTuple):
     inputs: Tensor = NONE
 
     @classmethod
-    def by_pretraining(cls, splits: Splits) -> Seen:
-        return cls(inputs=splits.inputs.fingerprints())
+    def by(
+        cls, splits: Splits, labels: bool, monitored: bool, before: Mapping[str, Any] | None = None
+    ) -> Seen:
+        """What a stage's network has seen.
 
-    @classmethod
-    def by_finetuning(cls, splits: Splits, pretrained: Mapping[str, Any] | None = None) -> Seen:
-        """``pretrained`` is the record of the checkpoint that the run starts from."""
-        inputs = pretrained["seen"]["inputs"] if pretrained else NONE
-        return cls(splits.train.fingerprints(), splits.valid.fingerprints(), inputs)
+        Args:
+            labels: the stage is trained on labelled samples.
+            monitored: its epoch is chosen by validation samples.
+            before: ``seen`` of the record of the checkpoint that it starts from.
+        """
+        known = cls() if before is None else cls(**before)
+        trained, used = (splits.train, known.labels) if labels else (splits.inputs, known.inputs)
+        trained = torch.cat([used, trained.fingerprints()])
+        chosen = torch.cat([known.selection, splits.valid.fingerprints()]) if monitored else known.selection
+        return known._replace(selection=chosen, **{"labels" if labels else "inputs": trained})
 
     def mask(self, dataset: MultimodalDataset) -> Tensor:
         """(N,) bool: samples that were seen in any way."""

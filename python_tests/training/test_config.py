@@ -11,7 +11,7 @@ import torch
 from mmfast import BarlowTwinsLoss
 from mmfast.errors import UserError
 from mmfast.models import M3Encoder
-from mmfast.training.components import make_views
+from mmfast.training.augmentation import make_views
 from mmfast.training.config import (
     AugmentationConfig,
     Config,

@@ -12,7 +12,8 @@ from training_help import TINY, mmfast, train
 
 from mmfast.data import MultimodalDataset
 from mmfast.models import M3Encoder
-from mmfast.training import components, encoder, memory
+from mmfast.training import encoder, memory
+from mmfast.training.objectives import two_views
 from mmfast.training.predictions import STEPS, evaluation_batches
 
 FEATURES = {"text": 8, "audio": 6}
@@ -33,7 +34,7 @@ def test_estimate_grows_with_steps_and_views_and_leaves_the_encoder_as_it_was():
 @pytest.fixture
 def unweighed(monkeypatch):
     """Weights may take what they want, for the tests that are about a step."""
-    for module in (components, encoder):
+    for module in (two_views, encoder):
         monkeypatch.setattr(module, "check_weights", lambda *a: None)
 
 

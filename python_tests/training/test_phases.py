@@ -12,11 +12,14 @@ from training_help import TINY, assert_same, checkpoint, mmfast, train
 
 from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, collate, save, synthetic
 from mmfast.errors import UserError
-from mmfast.training.components import make_pretraining, make_supervised
-from mmfast.training.config import Config, DataConfig, SupervisedConfig
+from mmfast.training.components import make_module
+from mmfast.training.config import Config, DataConfig, StageSettings
+from mmfast.training.divergence import Progress, check_finite
+from mmfast.training.objectives.two_views import effective_rank
+from mmfast.training.optimisers import Schedule
 from mmfast.training.predictions import encode, predict, read_predictions, write_predictions
-from mmfast.training.pretraining import Progress, check_finite, effective_rank
 from mmfast.training.splits import make_splits, named_parts, select
+from mmfast.training.stages import pretraining_stage, supervised_stage
 
 FEATURES = {"text": 8, "audio": 6, "visual": 4}
 
@@ -29,6 +32,14 @@ def settings() -> Config:
     config = Config()
     config.model.hidden, config.model.projector = 8, [16, 16]
     return config
+
+
+def make_supervised(config: Config, features: dict[str, int], freeze: bool = False):
+    return make_module(config, features, supervised_stage(config, freeze))
+
+
+def make_pretraining(config: Config, features: dict[str, int]):
+    return make_module(config, features, pretraining_stage(config))
 
 
 def batch_of(dataset: MultimodalDataset, count: int = 8):
@@ -113,13 +124,12 @@ def test_schedule_and_early_stopping_follow_the_validation_loss(tmp_path):
 def test_the_rate_is_halved_after_one_epoch_more_than_are_let_pass():
     config = settings()
     config.supervised.plateau_patience = 2
-    scheduler = make_supervised(config, FEATURES).configure_optimizers()["lr_scheduler"]["scheduler"]
-    rates = []
+    schedule, rates = Schedule(config.supervised, 1.0), []
     for loss in (1.0, 1.0, 0.99995, 1.0, 1.0):  # the third is lower by less than a ten-thousandth
-        scheduler.step(loss)
-        rates.append(scheduler.get_last_lr()[0] / config.supervised.lr)
+        schedule.epoch_ends(loss)
+        rates.append(schedule.rate(0, 10))
     assert rates == [1, 1, 1, 0.5, 0.5]
-    assert "with 2 after the third" in " ".join(SupervisedConfig.__doc__.split())
+    assert "with 2 after the third" in " ".join(StageSettings.__doc__.split())
 
 
 def test_frozen_encoder_stays_as_it_was_and_has_no_dropout():
@@ -156,9 +166,9 @@ def test_only_labelled_samples_count():
     batch = batch_of(train)
     expected = (module(batch)[2:] - batch.labels[2:]).abs().mean()
     batch.labels[:2] = math.nan
-    loss, count = module._mae(batch)
-    assert count == 6
-    torch.testing.assert_close(loss, expected)
+    terms = module.objectives["supervised"](module._step(batch))
+    assert terms.weight == 6
+    torch.testing.assert_close(terms.loss, expected)
     batch.labels[:] = math.nan
     assert module.training_step(batch, 0) is None
 

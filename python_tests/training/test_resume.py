@@ -13,10 +13,9 @@ import pytest
 from training_help import TINY, assert_same, checkpoint, mmfast, train
 
 from mmfast import files
-from mmfast.training import pretraining, supervised
 from mmfast.training.checkpoint import LastCheckpoint
+from mmfast.training.module import RAW, SCHEDULE, StageModule
 
-MODULES = {"pretrain": pretraining.Pretraining, "finetune": supervised.Supervised}
 # Steps of the whole run: 57 // 16 batches in 4 epochs; ceil(29 / 8) in 6.
 STEPS = {"pretrain": 12, "finetune": 24}
 
@@ -24,13 +23,13 @@ STEPS = {"pretrain": 12, "finetune": 24}
 KILLED = """
 import os, signal, sys
 from mmfast.cli.main import main
-from mmfast.training import {module} as module
-step = module.{name}.training_step
+from mmfast.training.module import StageModule
+step = StageModule.training_step
 def deadly(self, batch, batch_idx):
     if self.global_step == {at}:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
-module.{name}.training_step = deadly
+StageModule.training_step = deadly
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -56,7 +55,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         if not (one / name).exists():
             continue
         a, b = checkpoint(one / name), checkpoint(other / name)
-        for key in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        for key in ("state_dict", "optimizer_states", SCHEDULE, RAW, "epoch", "global_step"):
             assert_same(a.get(key), b.get(key), key)
         for callback, state in a.get("callbacks", {}).items():
             for key, value in state.items():
@@ -73,8 +72,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_sigkill_at_a_random_step_then_resume_is_bit_identical(command, whole, tmp_path):
     at = random.SystemRandom().randrange(1, STEPS[command])
     print("killed at step", at)  # shown when the test fails
-    module = MODULES[command]
-    code = KILLED.format(module=module.__module__.rpartition(".")[2], name=module.__name__, at=at)
+    code = KILLED.format(at=at)
     arguments = [command, *TINY, f"--run.folder={tmp_path}", *options(command, whole)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -112,14 +110,14 @@ def test_death_around_any_checkpoint_write(command, save, moment, whole, tmp_pat
 
 
 def dies_at(monkeypatch, at: int) -> None:
-    step = supervised.Supervised.training_step
+    step = StageModule.training_step
 
     def deadly(self, batch, batch_idx):
         if self.global_step == at:
             raise Died
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(supervised.Supervised, "training_step", deadly)
+    monkeypatch.setattr(StageModule, "training_step", deadly)
 
 
 def test_resume_without_any_checkpoint_starts_anew(whole, tmp_path, monkeypatch):
@@ -174,7 +172,7 @@ def test_resume_after_the_last_epoch_but_before_the_result(whole, tmp_path, monk
         with pytest.raises(Died):
             train("finetune", tmp_path, *options("finetune", whole))
     steps = []
-    monkeypatch.setattr(supervised.Supervised, "training_step", lambda *a: steps.append(a))
+    monkeypatch.setattr(StageModule, "training_step", lambda *a: steps.append(a))
     train("finetune", tmp_path, *options("finetune", whole), "--resume")
     assert not steps
     assert_same_run(tmp_path, whole["finetune"])

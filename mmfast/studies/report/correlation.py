@@ -10,11 +10,12 @@ from torch import Tensor
 
 from mmfast.data import MultimodalDataset, collate
 from mmfast.plots import correlation_matrix
-from mmfast.training.checkpoint import PRETRAINING, RECORD, read_checkpoint
-from mmfast.training.components import make_pretraining
+from mmfast.training.checkpoint import RECORD, read_checkpoint
+from mmfast.training.components import make_module
+from mmfast.training.module import StageModule
 from mmfast.training.parsing import config_of
-from mmfast.training.pretraining import Pretraining
 from mmfast.training.seeds import derive
+from mmfast.training.stages import PRETRAINING, pretraining_stage
 
 
 def before_and_after(checkpoint: Path, inputs: MultimodalDataset) -> tuple[Tensor, Tensor]:
@@ -24,7 +25,7 @@ def before_and_after(checkpoint: Path, inputs: MultimodalDataset) -> tuple[Tenso
     """
     saved = read_checkpoint(checkpoint, PRETRAINING)
     config = config_of(saved[RECORD]["config"])
-    module = make_pretraining(config, saved[RECORD]["features"])
+    module = make_module(config, saved[RECORD]["features"], pretraining_stage(config))
     batch = collate([inputs[i] for i in range(min(len(inputs), config.pretraining.batch_size))])
     before = cross_correlation(module, batch)
     module.load_state_dict(saved["state_dict"])
@@ -32,17 +33,17 @@ def before_and_after(checkpoint: Path, inputs: MultimodalDataset) -> tuple[Tenso
 
 
 @torch.no_grad()
-def cross_correlation(module: Pretraining, batch) -> Tensor:
+def cross_correlation(module: StageModule, batch) -> Tensor:
     """C (D, D) of the embeddings of two views of a batch, columns centred.
 
     Augmented by fixed draws, dropout off; the projector normalises by the batch as it does in training.
     """
     module.encoder.eval()
-    module.views.train()
+    augment = module.objectives["two_views"].augment.train()
     # A copy, for its running statistics must not move.
     projector = copy.deepcopy(module.projector).train()
     seed = derive(module.seed, "views of the report")
-    views = module.views(batch.values, batch.lengths, ids=batch.ids, seed=seed, padding=batch.padding)
+    views = augment(batch.values, batch.lengths, ids=batch.ids, seed=seed, padding=batch.padding)
     return correlation_matrix(
         *(projector(module.encoder(view, batch.lengths, batch.padding)) for view in views)
     )

@@ -11,9 +11,10 @@ from torch import nn
 
 from mmfast.data import MultimodalData, MultimodalDataset
 from mmfast.studies.experiment import METHODS, PRETRAINED, Outcome, Unit
-from mmfast.training.components import make_pretraining, make_supervised
+from mmfast.training.components import make_module
 from mmfast.training.config import Config
 from mmfast.training.folder import load_result
+from mmfast.training.stages import pretraining_stage, supervised_stage
 
 
 def facts(
@@ -49,7 +50,7 @@ def facts(
     handed = {
         f"{taken['tensors']} tensors ({taken['parameters']:,} parameters)"
         for r in supervised
-        if (taken := r.get("handover"))
+        for taken in r.get("handover", {}).values()
     }
     if handed:
         rows.append(
@@ -114,10 +115,11 @@ def _span(numbers: Iterable[int]) -> str:
 
 def _model(config: Config, data: MultimodalData, pretrained: bool) -> str:
     features = data.features
-    network = make_supervised(config, features)
+    network = make_module(config, features, supervised_stage(config))
     text = f"{_size(network.encoder):,} parameters in the encoder, {_size(network.head):,} in the head"
     if pretrained:
-        text += f", {_size(make_pretraining(config, features).projector):,} in the projector"
+        network = make_module(config, features, pretraining_stage(config))
+        text += f", {_size(network.projector):,} in the projector"
     inputs = ", ".join(f"{modality} {size}" for modality, size in features.items())
     return f"{text}; features of {inputs}"
 

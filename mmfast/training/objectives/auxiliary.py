@@ -1,0 +1,39 @@
+"""The terms that an encoder adds by itself to whatever it is trained on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from mmfast.errors import UserError
+from mmfast.models.encoders.base import Encoder
+from mmfast.training.config import Config
+from mmfast.training.divergence import check_finite
+from mmfast.training.objectives.base import Objective, Step, Terms
+
+if TYPE_CHECKING:
+    from mmfast.training.stages import Stage
+
+
+class Auxiliary(Objective):
+    """Their sum; each is logged as ``train_auxiliary_<name>``."""
+
+    @classmethod
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module) -> Auxiliary:
+        if type(encoder).auxiliary is Encoder.auxiliary:
+            name = type(encoder).__name__
+            raise UserError(
+                f"config: {stage.where}.objectives must fit the encoder, {name} has no auxiliary terms"
+            )
+        return cls()
+
+    def __call__(self, step: Step) -> Terms | None:
+        terms = step.encoder.auxiliary(step.representations)
+        if not terms:
+            return None
+        loss = torch.stack(list(terms.values())).sum()
+        check_finite(loss, "auxiliary loss", step.progress)
+        logged = {f"auxiliary_{name}": term.detach() for name, term in terms.items()}
+        return Terms(loss, {"loss": loss.detach(), **logged}, len(step.batch))
