@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mmfast.data import MultimodalBatch, MultimodalDataset
 from mmfast.errors import UserError
-from mmfast.flags import guess
 from mmfast.training.checkpoint import RECORD
 from mmfast.training.divergence import Progress
 from mmfast.training.objectives.base import Objective, Step
@@ -21,6 +20,7 @@ from mmfast.training.predictions import encode
 from mmfast.training.processes import rank
 from mmfast.training.seeds import derive
 from mmfast.training.stages import Stage
+from mmfast.wording import guess
 
 # Entries of a checkpoint to resume from: the schedule's state; weights that are not averaged, beside the average.
 SCHEDULE, RAW = "mmfast schedule", "mmfast weights"

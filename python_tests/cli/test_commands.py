@@ -102,7 +102,10 @@ WRONG = {
     "foreign data": (["pretrain", "--data.path={made}/file.txt"], "is of no known kind"),
     "truncated data": (["pretrain", "--data.path={made}/truncated.npz"], "truncated"),
     "nothing to train on": (["pretrain", "--data.path={made}/no_train.npz"], "there is nothing to train on"),
-    "one sample": (["pretrain", "--data.path={made}/one.npz"], "there must be at least 2 training samples for a step, got 1"),
+    "one sample": (
+        ["pretrain", "--data.path={made}/one.npz"],
+        "there must be at least 2 training samples for a step, got 1",
+    ),
     "nothing to validate with": (
         ["finetune", "--data.path={made}/no_valid.npz"],
         "no labelled samples in the valid split",
