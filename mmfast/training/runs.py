@@ -17,9 +17,9 @@ from mmfast.data import make_loader
 from mmfast.errors import UserError
 from mmfast.models import Encoder
 from mmfast.training.checkpoint import RECORD, read_checkpoint
-from mmfast.training.components import make_encoder, make_module
+from mmfast.training.components import make_module
 from mmfast.training.config import Config
-from mmfast.training.encoder import check_takes
+from mmfast.training.encoder import check_takes, make_encoder
 from mmfast.training.fitting import BEST, LAST, check_device, fit
 from mmfast.training.folder import PREDICTIONS, load_result, save_result
 from mmfast.training.handover import Handover, load_part
