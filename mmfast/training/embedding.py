@@ -19,6 +19,12 @@ from mmfast.training import runs
 from mmfast.training.predictions import in_order
 from mmfast.training.restored import samples
 
+# Attributes that are arrays of the same name in a file.
+NUMBERS, TEXTS = (
+    ("fused", "ids", "labels", "seen"),
+    ("names", "task", "targets", "checkpoint", "split"),
+)
+
 
 @dataclass(frozen=True)
 class Embeddings:
@@ -30,7 +36,8 @@ class Embeddings:
         present: modality -> (N,) bool, whether a sample has it.
         names: of the samples.
         ids: (N,) int64.
-        labels: (N,) float32, NaN for none.
+        labels: (N,) numbers or indices of classes, or (N, K) numbers or labels of 0 and 1: float32, NaN for none.
+        task, targets: what the labels are, and the names of their columns or classes.
         seen: (N,) bool, which samples the run saw in any way, labelled or not.
         checkpoint, split: what they were made of.
     """
@@ -41,6 +48,8 @@ class Embeddings:
     names: list[str]
     ids: Tensor
     labels: Tensor
+    task: str
+    targets: tuple[str, ...]
     seen: Tensor
     checkpoint: str
     split: str
@@ -54,8 +63,8 @@ class Embeddings:
         Raises:
             UserError: the file cannot be written; a previous one is untouched.
         """
-        arrays = {name: getattr(self, name).numpy() for name in ("fused", "ids", "labels", "seen")}
-        arrays |= {name: np.array(getattr(self, name)) for name in ("names", "checkpoint", "split")}
+        arrays = {name: getattr(self, name).numpy() for name in NUMBERS}
+        arrays |= {name: np.array(getattr(self, name)) for name in TEXTS}
         for key, vectors in (("modality", self.modalities), ("present", self.present)):
             arrays |= {f"{key}/{name}": values.numpy() for name, values in vectors.items()}
         buffer = io.BytesIO()
@@ -91,6 +100,8 @@ def embed(
         dataset.names,
         dataset.ids,
         dataset.labels,
+        dataset.task,
+        dataset.targets,
         found.seen.mask(dataset),
         str(checkpoint),
         split,
@@ -98,12 +109,20 @@ def embed(
 
 
 def encode(encoder: Encoder, dataset: MultimodalDataset) -> tuple[Tensor, dict[str, Tensor]]:
-    """Fused vectors (N, out_features), and modality -> (N, H), of a standardised data set; dropout off."""
+    """Fused vectors (N, out_features), and modality -> (N, H), of a standardised data set; dropout off.
+
+    Raises:
+        UserError: an encoder that has no vectors of single modalities.
+    """
     widths: list[int] = []
 
     def vectors(batch) -> Tensor:
         representations = encoder.encode(batch.values, batch.lengths, batch.padding)
-        fused, each = encoder.fuse(representations), encoder.vectors(representations)
+        fused = encoder.fuse(representations)
+        try:
+            each = encoder.vectors(representations)
+        except TypeError as error:
+            raise UserError(f"embed: {error}") from error
         here = [each[name].masked_fill((batch.lengths[name] == 0)[:, None], 0) for name in encoder.features]
         widths[:] = [row.shape[1] for row in (fused, *here)]
         return torch.cat((fused, *here), dim=1)

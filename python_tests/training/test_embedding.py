@@ -11,7 +11,7 @@ from training_help import checkpoint, mmfast, train
 
 from mmfast import UserError
 from mmfast.data import MultimodalData, Standardiser, collate, save, synthetic
-from mmfast.models import M3Encoder
+from mmfast.models import M3Encoder, Steps
 from mmfast.training import Embeddings, embed
 from mmfast.training.embedding import encode
 
@@ -72,10 +72,11 @@ def test_the_file_reads_back_without_pickle(kind, made, tmp_path, capfd):
     wanted = embed(path, made / "data.npz", "valid")
     with np.load(out, allow_pickle=False) as file:
         arrays = {key: file[key] for key in file.files}
-    keys = {"fused", "ids", "labels", "seen", "names", "checkpoint", "split"}
+    keys = {"fused", "ids", "labels", "seen", "names", "task", "targets", "checkpoint", "split"}
     assert arrays.keys() == keys | {f"{key}/{m}" for key in ("modality", "present") for m in FEATURES}
     assert arrays["names"].tolist() == wanted.names and str(arrays["split"]) == "valid"
     assert str(arrays["checkpoint"]) == str(path)
+    assert (str(arrays["task"]), arrays["targets"].tolist()) == ("regression", ["label"])
     for name in ("fused", "ids", "labels", "seen"):
         np.testing.assert_array_equal(arrays[name], getattr(wanted, name).numpy())
     for m in FEATURES:
@@ -119,6 +120,33 @@ def test_an_encoder_that_says_something_of_what_is_missing_is_not_believed():
     _, modalities = encode(Constant(FEATURES, 8), Standardiser().fit(dataset).transform(dataset))
     for m in FEATURES:
         torch.testing.assert_close(modalities[m], (dataset.lengths(m) > 0).float()[:, None].expand(-1, 2))
+
+
+def test_an_encoder_without_vectors_of_single_modalities_is_one_sentence():
+    class Tuples(M3Encoder):
+        def encode(self, *batch):
+            return {name: tuple(steps) for name, steps in super().encode(*batch).items()}
+
+        def fuse(self, representations, without=()):
+            return super().fuse({name: Steps(*pair) for name, pair in representations.items()}, without)
+
+    dataset = Standardiser().fit(data().test).transform(data().test)
+    with pytest.raises(
+        UserError, match="embed: Tuples: the representation of text must be Steps or a tensor"
+    ):
+        encode(Tuples(FEATURES, 8), dataset)
+
+
+def test_labels_of_every_task_come_with_the_names_of_their_targets(made, tmp_path):
+    for task in ("classification", "multilabel"):
+        emotions = synthetic(80, max_length=6, features=FEATURES, task=task)
+        save(emotions, tmp_path / "emotions.npz")
+        found = embed(made / "pre/last.ckpt", tmp_path / "emotions.npz", "test")
+        found.save(tmp_path / "z.npz")
+        with np.load(tmp_path / "z.npz", allow_pickle=False) as file:
+            np.testing.assert_array_equal(file["labels"], emotions.test.labels.numpy())
+            assert str(file["task"]) == task and file["targets"].tolist() == list(emotions.targets)
+            assert file["labels"].shape == ((16,) if task == "classification" else (16, 6))
 
 
 def test_gradients_are_off_and_the_mode_is_kept():
