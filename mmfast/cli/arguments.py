@@ -211,6 +211,10 @@ class _Line:
         # The parser lets a None pass where a number must be: what an empty line of a YAML file says.
         if reason := self.settings.wrong({name: given.as_dict()[name] for name in self.settings.top}):
             raise self._refusal(wrong_arguments(self.parser, self.settings, argv) or reason)
+        if (named := encoder_name(given.as_dict())) != self.encoder:
+            raise self._refusal(
+                f"model.encoder must be the same wherever it is given, got {self.encoder} and {named}"
+            )
         given = self.parser.instantiate(given)
         given.settings = sections(given, self.kind)
         return given

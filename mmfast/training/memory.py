@@ -17,8 +17,8 @@ from mmfast.models.layers.attention import KEPT_SCORES
 from mmfast.training.config import RunConfig
 from mmfast.training.model_section import blamed
 
-# Size of the batch that is measured: BatchNorm needs two samples; from a few hundred steps on, what a step of time
-# costs is the same.
+# Size of the batch that is measured. Batch normalisation needs two samples, and is refused where a batch has one.
+# From a few hundred steps on, what a step of time costs is the same.
 MEASURED, MEASURED_STEPS = 2, 1000
 # Gradients and temporary results of a backward pass, over what the forward pass keeps for it.
 BACKWARD = 1.35
@@ -48,7 +48,8 @@ def check_memory(
     samples, steps = max(batches, key=lambda batch: batch[0] * batch[1])
     if free is None or steps == 0:
         return
-    need = samples * sample_bytes(encoder, steps, views)
+    fewest = min([MEASURED, *(size for size, _ in batches)])
+    need = samples * sample_bytes(encoder, steps, views, fewest)
     if need * processes > free:
         fitting = int(samples * free / processes / need)
         least = 2 if views > 1 else 1
@@ -91,10 +92,10 @@ def check_weights(setting: str, value: Any, build: Callable[[], nn.Module]) -> N
         )
 
 
-def sample_bytes(encoder: nn.Module, steps: int, views: int) -> int:
-    """About what a training step takes for each sample of so many time steps, by what autograd keeps for two."""
+def sample_bytes(encoder: nn.Module, steps: int, views: int, samples: int = MEASURED) -> int:
+    """About what a training step takes for each sample of so many time steps, by what autograd keeps for a few."""
     measured = min(steps, MEASURED_STEPS)
-    values, lengths = zeros(encoder, dict.fromkeys(encoder.features, [measured] * MEASURED))
+    values, lengths = zeros(encoder, dict.fromkeys(encoder.features, [measured] * samples))
     weights = {p.data_ptr() for p in encoder.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by address, and alive, so that no address is used twice
 
@@ -106,7 +107,9 @@ def sample_bytes(encoder: nn.Module, steps: int, views: int) -> int:
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
     kind = type(encoder)
-    blame = blamed(kind.__qualname__, kind.__module__, f"that encodes samples of {measured} time steps")
+    blame = blamed(
+        kind.__qualname__, kind.__module__, f"that takes a batch of {samples} with {measured} time steps"
+    )
     with untouched(encoder), torch.enable_grad(), hooks, blame:
         encoder.train()(values, lengths)
     inputs = sum(x.nbytes for x in values.values())
@@ -114,7 +117,7 @@ def sample_bytes(encoder: nn.Module, steps: int, views: int) -> int:
         x.untyped_storage().nbytes() * (WORKSPACE if x.dtype == torch.uint8 else 1) for x in kept.values()
     )
     backward = BACKWARD if steps**2 <= KEPT_SCORES else BACKWARD_IN_BLOCKS
-    return int((inputs + views * backward * total) / MEASURED * steps / measured)
+    return int((inputs + views * backward * total) / samples * steps / measured)
 
 
 def zeros(

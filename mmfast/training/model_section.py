@@ -179,7 +179,7 @@ def encoder_class(encoder: str) -> type[Encoder]:
 
     path, _, name = encoder.rpartition(".")
     published = [n for n in encoders.__all__ if _is_encoder(getattr(encoders, n), Encoder)]
-    if not path:
+    if "." not in encoder:
         if name not in published:
             raise refusal(
                 f"{one_of(published)}, or an import path such as my.module.MyEncoder",
