@@ -9,7 +9,7 @@
 
 namespace mmfast {
 
-// Definition of mmfast/ops/barlow_twins.py.
+// Definition of mmfast/ops/barlow_twins/definition.py.
 struct BarlowTwinsDefinition {
   double lambd;
   bool center;

@@ -34,6 +34,13 @@ def views(rows, columns, dtype=torch.float64, seed=0, noise=0.5):
     return tuple(x.to(torch.get_default_device(), dtype) for x in (z, other))
 
 
+def modalities(rows, widths, dtype=torch.float64):
+    """Embeddings that share something, with offsets and scales of their own."""
+    shared = torch.randn(rows, max(widths), dtype=torch.float64)
+    noise = [torch.randn(rows, width, dtype=torch.float64) for width in widths]
+    return [(2 * (shared[:, : e.shape[1]] + 0.7 * e) + 3 * m).to(dtype) for m, e in enumerate(noise)]
+
+
 def is_narrow(dtype):
     return ops._narrow(dtype, torch.get_default_device())
 

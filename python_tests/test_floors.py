@@ -50,9 +50,6 @@ EXCEPTIONS = {
 MOST_LINES = 450
 LONG = {
     "mmfast/data/dataset.py": "",
-    "mmfast/ops/barlow_twins/multi_view.py": "",
-    "python_tests/ops/test_barlow_twins_distributed.py": "",
-    "python_tests/ops/test_barlow_twins_many.py": "",
     "csrc/cpu/barlow_twins.cpp": "two views in fp32 and fp64: passes that share their blocks of columns",
 }
 

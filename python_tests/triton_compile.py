@@ -22,7 +22,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from mmfast.ops.augment.plan import MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains, plan_width
-from mmfast.ops.barlow_twins.kernels import Definition
+from mmfast.ops.barlow_twins.definition import Definition
 from mmfast.triton import augment, augment_chain, barlow_twins
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mmfast.checks import check_number
 from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
-from mmfast.ops.barlow_twins.multi_view import Sharing
+from mmfast.ops.barlow_twins.definition import Sharing
 
 OP = "solo.barlow_loss_func"
 

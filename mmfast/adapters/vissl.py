@@ -8,7 +8,7 @@ from mmfast.checks import check_integer, check_number
 from mmfast.errors import UserError
 from mmfast.losses.barlow_twins import TwoViewLoss, barlow_twins_options, evaluate_barlow_twins
 from mmfast.ops.barlow_twins.checks import check_dense
-from mmfast.ops.barlow_twins.multi_view import Sharing
+from mmfast.ops.barlow_twins.definition import Sharing
 
 OP = "vissl.BarlowTwinsCriterion"
 

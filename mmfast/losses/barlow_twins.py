@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mmfast.checks import check_bool, check_number
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import OP, check_views, unusable
-from mmfast.ops.barlow_twins.kernels import Definition
-from mmfast.ops.barlow_twins.multi_view import Sharing, barlow_twins_many
+from mmfast.ops.barlow_twins.definition import Definition, Sharing
+from mmfast.ops.barlow_twins.multi_view import barlow_twins_many
 from mmfast.ops.barlow_twins.op import barlow_twins as _two_views
 
 

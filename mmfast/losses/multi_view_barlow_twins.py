@@ -13,8 +13,8 @@ from mmfast.checks import check_number, told
 from mmfast.errors import UserError
 from mmfast.losses.barlow_twins import BarlowTwinsComponents, _BarlowTwins, resolved
 from mmfast.ops.barlow_twins.checks import check_views, stacked_present, unusable
-from mmfast.ops.barlow_twins.kernels import Definition
-from mmfast.ops.barlow_twins.multi_view import Sharing, barlow_twins_many
+from mmfast.ops.barlow_twins.definition import Definition, Sharing
+from mmfast.ops.barlow_twins.multi_view import barlow_twins_many
 from mmfast.ops.barlow_twins.op import barlow_twins as _two_views
 from mmfast.ops.barlow_twins.op import gram_is_cheaper
 

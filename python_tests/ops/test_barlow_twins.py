@@ -25,7 +25,7 @@ import mmfast
 from mmfast import functional as F
 from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss
 from mmfast.ops.barlow_twins import op as ops
-from mmfast.ops.barlow_twins.kernels import Definition
+from mmfast.ops.barlow_twins.definition import Definition
 from mmfast.ops.products import gram_matrices, product
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

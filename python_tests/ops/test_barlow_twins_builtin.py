@@ -15,7 +15,7 @@ import mmfast
 from mmfast import functional as F
 from mmfast.losses import BarlowTwinsLoss
 from mmfast.ops.barlow_twins import op as ops
-from mmfast.ops.barlow_twins.kernels import Definition
+from mmfast.ops.barlow_twins.definition import Definition
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -200,3 +200,28 @@ def test_any_shape(rows, columns, lambd, eps, center, gram, seed, backend):
     ours = gradients(ops.barlow_twins, z_a, z_b, lambd=lambd, center=center, eps=eps, gram=gram)
     for x, y in zip(ours, truth, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-11 * (1 + float(y.abs().max())))
+
+
+class Twins(torch.nn.Module):
+    def __init__(self, variant):
+        super().__init__()
+        self.layer, self.loss = torch.nn.Linear(6, 20), mmfast.BarlowTwinsLoss(variant=variant)
+
+    def forward(self, a, b):
+        return self.loss(self.layer(a), self.layer(b))
+
+
+@pytest.mark.parametrize("variant", F.BARLOW_TWINS_VARIANTS)
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.loss._last was assigned during export")
+def test_export(variant):
+    """Values, for any number of rows of the form that is chosen; for pooled statistics that of the example."""
+    module, x = Twins(variant), (torch.randn(9, 6), torch.randn(9, 6))
+    rows = {} if variant == "vissl" else {0: torch.export.Dim("rows", min=2, max=14)}
+    exported = torch.export.export(module, x, dynamic_shapes=(rows, rows))
+    # Pooled statistics take the road of many views, in which no single op is all.
+    ops_used = {str(node.target) for node in exported.graph.nodes}
+    assert variant == "vissl" or "mmfast.barlow_twins_forward.default" in ops_used
+    for batch in (x, [z[:5] for z in x] if rows else x):
+        # What is exported holds the forward pass only.
+        with torch.no_grad():
+            torch.testing.assert_close(exported.module()(*batch), module(*batch), rtol=1e-6, atol=0)

@@ -9,7 +9,8 @@ from mmfast import backends
 from mmfast import functional as F
 from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
 from mmfast.ops.barlow_twins import op as ops
-from mmfast.ops.barlow_twins.kernels import Definition, NarrowCpu, Plain, _native
+from mmfast.ops.barlow_twins.definition import Definition
+from mmfast.ops.barlow_twins.kernels import NarrowCpu, Plain, _native
 
 pytestmark = [native, pytest.mark.usefixtures("poisoned_memory")]
 ISAS = pytest.mark.parametrize("isa", backends._C.isas() if backends._C else [])

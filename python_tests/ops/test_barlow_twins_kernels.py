@@ -22,7 +22,8 @@ from targets import ALL_BACKENDS, BACKENDS, INTERPRETED, TARGETS
 from mmfast import backends
 from mmfast import functional as F
 from mmfast.ops.barlow_twins import op as ops
-from mmfast.ops.barlow_twins.kernels import Cpu, Definition, _native, compute_dtype
+from mmfast.ops.barlow_twins.definition import Definition
+from mmfast.ops.barlow_twins.kernels import Cpu, _native, compute_dtype
 from mmfast.ops.native import call_cuda, dtype_code
 from mmfast.ops.products import gram_matrices, matmul, product
 

@@ -1,6 +1,8 @@
-"""The published variants of the Barlow Twins loss against transcriptions of their formulas in fp64."""
+"""The published variants of the Barlow Twins loss against their formulas in fp64, and against their projects."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -331,3 +333,31 @@ def test_a_scale_out_of_range(scale):
         BarlowTwinsLoss(scale=scale)
     with pytest.raises(ValueError, match=r"^barlow_twins: scale must be finite and at least 0, got "):
         F.barlow_twins(*views(3, 4), scale=scale)
+
+
+# Peers where they are installed (lightly: test_adapters.py). Their files are loaded alone: packages import much.
+
+# Package: file, its loss, and what it can be compared in: monai's lambd is float32, solo's statistics are.
+PEERS = {
+    "monai": ("losses/barlow_twins.py", lambda m: m.BarlowTwinsLoss(), torch.float64, 1e-7),
+    "solo": ("losses/barlow.py", lambda m: m.barlow_loss_func, torch.float32, 4e-6),
+    "catalyst": ("contrib/losses/contrastive.py", lambda m: m.BarlowTwinsLoss(), torch.float64, 1e-11),
+}
+
+
+@pytest.mark.parametrize("shape", [(12, 50), (40, 17)], ids=str)
+@pytest.mark.parametrize("variant", PEERS)
+def test_peers_themselves(shape, variant):
+    package = importlib.util.find_spec(variant)
+    if package is None:
+        pytest.skip(f"{variant} is not installed")
+    file, loss, dtype, tolerance = PEERS[variant]
+    path = Path(package.submodule_search_locations[0]) / file
+    spec = importlib.util.spec_from_file_location(f"{variant}_barlow_twins", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    z = views(*shape)
+    truth = gradients(loss(module), *z, -2.0, dtype)
+    ours = gradients(op(variant), *z, -2.0, dtype)
+    assert float(ours[0]) == pytest.approx(float(truth[0]), rel=tolerance)
+    assert all(relative_error(x, y) < 10 * tolerance for x, y in zip(ours[1:], truth[1:], strict=True))

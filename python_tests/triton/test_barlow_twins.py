@@ -4,7 +4,7 @@ import pytest
 import torch
 from triton_help import DEVICE, assert_rounded, inside, red_zones
 
-from mmfast.ops.barlow_twins.kernels import Definition
+from mmfast.ops.barlow_twins.definition import Definition
 from mmfast.triton import barlow_twins as passes
 
 # fp32 sums over hundreds of rows, and a factor for gradients that are differences of larger terms.

@@ -7,49 +7,14 @@ C++, puts the products of the Gram form into its own.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmfast import backends
-from mmfast.ops.barlow_twins.checks import check_options, compute_dtype, unusable
+from mmfast.ops.barlow_twins.checks import compute_dtype, unusable
+from mmfast.ops.barlow_twins.definition import Definition
 from mmfast.ops.native import DTYPE_CODES, call_cuda
-
-
-class Definition(NamedTuple):
-    """What published losses of this name disagree on; :func:`barlow_twins` explains the fields."""
-
-    lambd: float = 5e-3
-    center: bool = True
-    eps: float = 1e-5
-    eps_outside: bool = False
-    unbiased: bool = False
-    divide: bool = True
-    scale: float = 1.0
-    normalise: bool = True
-
-    def check(self) -> None:
-        check_options(lambd=self.lambd, eps=self.eps, scale=self.scale)
-
-    # For B rows; csrc/barlow_twins.h has the same names.
-
-    def excess(self, rows: int) -> float:
-        """1 - biased variance / the variance that is used."""
-        return 1 / rows if self.unbiased else 0.0
-
-    def target(self, rows: int) -> float:
-        """What c_ii is drawn to."""
-        return 1.0 if self.divide else 1 / rows
-
-    @property
-    def near(self) -> bool:
-        """Whether target - c_ii comes from the distance of both views."""
-        return self.normalise and self.divide
-
-    def factor(self, rows: int) -> float:
-        """Of the loss of correlations that are divided by B."""
-        return self.scale if self.divide else self.scale * rows**2
 
 
 def _check_status(status: int, z_a: Tensor, z_b: Tensor) -> None:

@@ -26,7 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 from mmfast import backends
 from mmfast.ops.barlow_twins.checks import check_views, compute_dtype, unusable
-from mmfast.ops.barlow_twins.kernels import Cpu, Definition, NarrowCpu, passes_for
+from mmfast.ops.barlow_twins.definition import Definition
+from mmfast.ops.barlow_twins.kernels import Cpu, NarrowCpu, passes_for
 from mmfast.ops.products import gram_matrices, matmul, product
 
 
@@ -110,7 +111,7 @@ def barlow_twins(
         or (gram and _narrow_gram(z_a.dtype, z_a.device) and z_a.shape[0] >= _NARROW_ROWS)
     )
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        from mmfast.ops.barlow_twins.transforms import transformed
+        from mmfast.ops.barlow_twins.torch_func import transformed
 
         return transformed(z_a, z_b, gram, narrow, definition)
     loss, components, _ = _BarlowTwins.apply(z_a, z_b, gram, narrow, definition)

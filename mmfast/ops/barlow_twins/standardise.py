@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mmfast.ops.barlow_twins.checks import compute_dtype
-from mmfast.ops.barlow_twins.kernels import Definition
+from mmfast.ops.barlow_twins.definition import Definition
 from mmfast.ops.collectives import Ranks
 
 
@@ -19,7 +19,7 @@ class Standardise(Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        # A Setting of barlow_twins_many, Ranks, None or bool (B, M), and views; of one name as in _Pairs there.
+        # A Setting of barlow_twins_many, Ranks, None or bool (B, M), and views; of one name as in Pairs.
         setting, ranks, present, *views = arguments
         definition, dtype = setting.definition, compute_dtype(views[0])
         columns = [None if present is None else present[:, m, None] for m in range(len(views))]

@@ -1,27 +1,17 @@
-"""What the definition implies, for every published variant; memory by formula; export; peers where installed.
+"""What the definition implies, for every published variant of the Barlow Twins loss.
 
 Values, dtypes, forms and refusals are tested beside the loss and its variants: here is what holds for all of them.
 """
 
-import importlib.util
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
-from barlow_twins_help import FORMS
 from targets import BACKENDS
-from torch import nn
 
-import mmfast
 from mmfast import functional as F
-from mmfast.data import collate, synthetic
 from mmfast.losses.barlow_twins import barlow_twins_options
-from mmfast.models import M3Encoder, Projector
-from mmfast.ops.barlow_twins import op as ops
 
 VARIANTS = pytest.mark.parametrize("variant", list(FORMULAS))
 # On both sides of the choice of form.
@@ -253,145 +243,3 @@ def test_strides_and_alignment_do_not_matter(shape, dtype, variant, backend):
             same(ours, plain, torch.finfo(dtype).eps)
         else:
             assert all(torch.equal(x, y) for x, y in zip(ours, plain, strict=True))
-
-
-# 6. Memory.
-
-
-@FORMS
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("needs", [(True, True), (True, False)], ids=["both", "one"])
-def test_bytes_saved_for_backward(needs, dtype, gram):
-    """On the CPU: what is standardised or, if that is less, the inputs; 5 D statistics; min(B^2, D^2) terms."""
-    rows, columns = (24, 300) if gram else (300, 24)
-    z = [x.to(dtype).requires_grad_(need) for x, need in zip(views(rows, columns), needs, strict=True)]
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = F.barlow_twins(*z)
-    matrices = sum(needs) * rows**2 if gram else columns**2
-    assert sum(storages.values()) == 2 * z[0].nbytes + (5 * columns + matrices) * loss.element_size()
-
-
-# VmHWM, for ru_maxrss begins with the peak of the parent.
-PEAK = """
-import sys, torch
-from mmfast.functional import barlow_twins
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-rows, columns, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
-torch.set_num_threads(2)
-for shape in ((60, 90), (90, 60), (rows, columns)):
-    z = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(2)]
-    before = peak()
-    barlow_twins(*z).backward()
-print(peak() - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(256, 16384), (16384, 256)], ids=str)
-def test_peak_bytes(shape, dtype):
-    """Of a whole process: standardised copies, gradients and products, B D each; no max(B, D)^2 = 1 GiB."""
-    run = subprocess.run(
-        [sys.executable, "-c", PEAK, *map(str, shape), dtype], capture_output=True, text=True, check=True
-    )
-    size = 4 * shape[0] * shape[1]
-    gradients = 2 * size * getattr(torch, dtype).itemsize / 4
-    assert 0.9 * gradients < 1024 * int(run.stdout) < 7 * size + 2 * 4 * min(shape) ** 2 + 2**24
-
-
-# 7. Tools of PyTorch.
-
-
-class Twins(nn.Module):
-    def __init__(self, variant):
-        super().__init__()
-        self.layer, self.loss = nn.Linear(6, 20), mmfast.BarlowTwinsLoss(variant=variant)
-
-    def forward(self, a, b):
-        return self.loss(self.layer(a), self.layer(b))
-
-
-@VARIANTS
-@pytest.mark.filterwarnings("ignore:The tensor attribute self.loss._last was assigned during export")
-def test_export(variant):
-    """Values, for any number of rows of the form that is chosen; for pooled statistics that of the example."""
-    module, x = Twins(variant), (torch.randn(9, 6), torch.randn(9, 6))
-    rows = {} if variant == "vissl" else {0: torch.export.Dim("rows", min=2, max=14)}
-    exported = torch.export.export(module, x, dynamic_shapes=(rows, rows))
-    # Pooled statistics take the road of many views, in which no single op is all.
-    ops_used = {str(node.target) for node in exported.graph.nodes}
-    assert variant == "vissl" or "mmfast.barlow_twins_forward.default" in ops_used
-    for batch in (x, [z[:5] for z in x] if rows else x):
-        # What is exported holds the forward pass only.
-        with torch.no_grad():
-            torch.testing.assert_close(exported.module()(*batch), module(*batch), rtol=1e-6, atol=0)
-
-
-# 9. Learning.
-
-
-def pretrain(loss, steps=30):
-    """Losses of a short multimodal pre-training with everything that is random fixed."""
-    torch.manual_seed(5)
-    features = {"text": 12, "audio": 8, "visual": 6}
-    data = synthetic(64, max_length=8, missing=0.1, corrupt=0.0, features=features).train
-    encoder = M3Encoder(features, hidden=8, dropout=0.1)
-    model = nn.ModuleList([encoder, Projector(encoder.out_features, [32, 48])])
-    augment = mmfast.TwoViews(
-        [mmfast.GaussianNoise(0.1, p=0.9), mmfast.SeqAug(0.2)], [mmfast.TimeMask(0.3, p=0.6)]
-    )
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
-    curve = []
-    for step in range(steps):
-        batch = collate([data[(step * 24 + i) % len(data)] for i in range(24)])
-        both = augment(batch.values, batch.lengths, ids=batch.ids, seed=step, padding=batch.padding)
-        value = loss(*(model[1](model[0](view, batch.lengths, batch.padding)) for view in both))
-        optimiser.zero_grad()
-        value.backward()
-        optimiser.step()
-        curve.append(float(value.detach()))
-    return curve
-
-
-def test_multimodal_pretraining_follows_the_reference():
-    ours, reference = (
-        pretrain(mmfast.BarlowTwinsLoss(lambd=0.02)),
-        pretrain(lambda a, b: ops.reference(a, b, lambd=0.02)),
-    )
-    assert ours[-1] < 0.8 * ours[0]
-    assert ours[:3] == pytest.approx(reference[:3], rel=1e-5)
-    # Adam magnifies rounding differences from step to step.
-    assert ours == pytest.approx(reference, rel=1e-2)
-
-
-# Peers where they are installed (lightly: test_adapters.py). Their files are loaded alone: packages import much.
-
-# Package: file, its loss, and what it can be compared in: monai's lambd is float32, solo's statistics are.
-PEERS = {
-    "monai": ("losses/barlow_twins.py", lambda m: m.BarlowTwinsLoss(), torch.float64, 1e-7),
-    "solo": ("losses/barlow.py", lambda m: m.barlow_loss_func, torch.float32, 4e-6),
-    "catalyst": ("contrib/losses/contrastive.py", lambda m: m.BarlowTwinsLoss(), torch.float64, 1e-11),
-}
-
-
-@SHAPES
-@pytest.mark.parametrize("variant", PEERS)
-def test_peers_themselves(shape, variant):
-    package = importlib.util.find_spec(variant)
-    if package is None:
-        pytest.skip(f"{variant} is not installed")
-    file, loss, dtype, tolerance = PEERS[variant]
-    path = Path(package.submodule_search_locations[0]) / file
-    spec = importlib.util.spec_from_file_location(f"{variant}_barlow_twins", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    z = views(*shape)
-    truth = gradients(loss(module), *z, -2.0, dtype)
-    same(gradients(loss_of(variant), *z, -2.0, dtype), truth, tolerance)

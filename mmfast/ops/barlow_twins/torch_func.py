@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmfast.ops.barlow_twins.kernels import Definition
+from mmfast.ops.barlow_twins.definition import Definition
 from mmfast.ops.barlow_twins.op import (
     DIFFERENTIATED_AGAIN,
     composed,
