@@ -11,6 +11,8 @@ def main() -> int:
     Until a command starts its work, Ctrl-C ends the process where it stands: nothing is open yet, and many libraries
     catch what interrupts their import.
     """
+    # Hints of PyTorch's C++ about choices already made here; what fails still says so.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # it may be ignored, as in the background of a shell
         signal.signal(signal.SIGINT, _leave)
@@ -20,7 +22,8 @@ def main() -> int:
 
 
 def _leave(*_) -> None:
-    os.write(2, b"mmfast: interrupted\n")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, b"mmfast: interrupted\n")
     os._exit(130)
 
 

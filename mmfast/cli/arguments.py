@@ -15,6 +15,7 @@ import yaml
 from mmfast.cli.flags import Parser
 from mmfast.errors import UserError
 from mmfast.training.config import SPLITS, ExperimentConfig, check_experiment
+from mmfast.training.launched import as_launched, several
 from mmfast.training.model_section import SHARED, config_type, encoder_name, open_config_type
 from mmfast.training.parsing import config_parser, sections
 from mmfast.training.presets import PRESETS
@@ -52,6 +53,11 @@ def experiment(argv: list[str]) -> Any:
     line.add_section("experiment", ExperimentConfig)
     given = line.parse()
     check_experiment(given.experiment)
+    if several(given.settings.run):
+        raise UserError(
+            "experiment: run.devices and run.nodes must be 1, for whole runs go side by side (experiment.workers), "
+            f"got {given.settings.run.devices} and {given.settings.run.nodes}"
+        )
     given.argv = argv
     return given
 
@@ -217,6 +223,7 @@ class _Line:
             )
         given = self.parser.instantiate(given)
         given.settings = sections(given, self.kind)
+        given.settings.run = as_launched(given.settings.run)
         return given
 
     def _set_defaults(self, values: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -111,5 +112,7 @@ def info(argv: list[str]) -> argparse.Namespace:
 def _fail(sentence: str, status: int) -> int:
     # Lines are joined, but spaces within one kept: they may be part of a path.
     lines = filter(None, map(str.strip, sentence.splitlines()))
-    print(f"mmfast: {' '.join(lines)}", file=sys.stderr)
+    # Of processes that torchrun or Lightning started on a machine one is enough to say it.
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"mmfast: {' '.join(lines)}", file=sys.stderr)
     return status

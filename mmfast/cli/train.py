@@ -23,8 +23,9 @@ from mmfast.metrics import shown
 from mmfast.training import embedding, runs
 from mmfast.training.checkpoint import RECORD, fingerprint, read_checkpoint
 from mmfast.training.config import RunConfig, differences
-from mmfast.training.fitting import BEST, LAST
+from mmfast.training.fitting import BEST, LAST, check_device
 from mmfast.training.folder import CONFIG, claim, examine
+from mmfast.training.joining import joined
 from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
 from mmfast.training.presets import PRESETS
@@ -156,23 +157,27 @@ class _StandardOutput(logging.StreamHandler):
 
 @contextlib.contextmanager
 def _sitting(command: str, run: RunConfig) -> Iterator[None]:
-    """Threads and log for one command, and a sentence on how to go on after Ctrl-C."""
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
+    """Processes, threads and log for one command, and a sentence on how to go on after Ctrl-C."""
+
+    def again() -> str:
+        settings = Path(run.folder) / CONFIG
+        if not settings.exists():
+            return ""
+        words = shlex.join(["mmfast", command, "--config", str(settings)])
+        return f"go on with: {words}{'' if command == 'experiment' else ' --resume'}"
+
+    check_device(run)
     logger = logging.getLogger("mmfast")
     handler, level = _StandardOutput(), logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        yield
+        with joined(run, again):
+            if run.threads is not None:
+                torch.set_num_threads(run.threads)
+            yield
     except KeyboardInterrupt:
-        settings = Path(run.folder) / CONFIG
-        if not settings.exists():
-            raise
-        again = shlex.join(["mmfast", command, "--config", str(settings)])
-        raise KeyboardInterrupt(
-            f"go on with: {again}{'' if command == 'experiment' else ' --resume'}"
-        ) from None
+        raise KeyboardInterrupt(again()) from None
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
+from mmfast.training.processes import agreed
 
 # The entry that says what a checkpoint is, and what that holds.
 RECORD = "mmfast"
@@ -83,7 +84,8 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ends = trainer.should_stop or trainer.current_epoch + 1 >= trainer.max_epochs
-        if ends or time.monotonic() - self._saved >= self.seconds:
+        # By one clock: all processes take part in a save.
+        if ends or agreed(lambda: time.monotonic() - self._saved >= self.seconds):
             trainer.save_checkpoint(self.path)
             self._saved = time.monotonic()
 

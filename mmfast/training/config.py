@@ -223,6 +223,9 @@ class RunConfig:
         folder: Folder of the run; created when it does not exist.
         seed: Seed of weights, batches, dropout and augmentation: a run is a function of it.
         accelerator: Device; ``auto`` takes a GPU where there is one.
+        devices: Processes on each machine that share every step, one to a GPU. Under torchrun it need not be given.
+        nodes: Machines. Under torchrun it need not be given.
+        strategy: ``auto``: ``ddp``, that is gradients averaged over processes, where there are several.
         precision: ``32-true``, or mixed precision by autocast.
         tensorboard: Write TensorBoard event files beside the CSV log.
         threads: CPU threads; torch's choice when left out. Bits of a result may depend on it.
@@ -233,6 +236,9 @@ class RunConfig:
     folder: str = "runs/run"
     seed: int = 0
     accelerator: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = 1
+    nodes: int = 1
+    strategy: Literal["auto", "ddp"] = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     tensorboard: bool = True
     threads: int | None = None
@@ -303,6 +309,8 @@ RULES = (
     ("run.checkpoint_seconds", "at least 0", lambda v: v >= 0),
     # Far more than any machine has: OpenMP ends the process where it cannot allocate its threads.
     ("run.threads", "in [1, 4096]", lambda v: v is None or 1 <= v <= 4096),
+    ("run.devices", "positive", _positive),
+    ("run.nodes", "positive", _positive),
     ("run.seed", *SEED),
 )
 

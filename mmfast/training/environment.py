@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mmfast.backends import info
+from mmfast.training.processes import world_size
 from mmfast.version import __version__
 
 PACKAGES = ("numpy", "lightning", "scikit-learn", "h5py")
@@ -24,6 +25,7 @@ def environment() -> dict[str, Any]:
         **{name: _version(name) for name in PACKAGES},
         "system": platform.platform(),
         "threads": torch.get_num_threads(),
+        "processes": world_size(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": {op: facts["uses"] for op, facts in info()["ops"].items()},
         "git": git_state(),

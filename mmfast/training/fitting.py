@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
-import warnings
+import threading
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins import LayerSync
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from torch import nn
+from torch.cuda import device_count as cuda_device_count
 from torch.utils.data import DataLoader
 
 from mmfast.errors import UserError
+from mmfast.models.layers.batch_norm import share_batch_norm, unshare_batch_norm
 from mmfast.training import bars
 from mmfast.training.checkpoint import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, read_checkpoint
 from mmfast.training.config import RunConfig
 from mmfast.training.history import History
+from mmfast.training.joining import environment_plugins, quiet
+from mmfast.training.launched import several
+from mmfast.training.processes import agreed
 
 LAST, BEST, LOGS = "last.ckpt", "best.ckpt", "logs"
 
@@ -57,7 +65,7 @@ def fit(
         KeyboardInterrupt: Ctrl-C or SIGTERM; the latest checkpoint is kept.
     """
     history = History()
-    callbacks: list[Callback] = [history]
+    callbacks: list[Callback] = [history, *([_Termination()] if several(run) else [])]
     if monitor is not None:
         mode = {"lower": "min", "higher": "max"}[better]
         if patience is not None:
@@ -69,7 +77,7 @@ def fit(
     callbacks.append(LastCheckpoint(folder / LAST, run.checkpoint_seconds))
 
     last = folder / LAST
-    start = last if last.exists() else None
+    start = last if agreed(last.exists) else None
     if start is not None:
         checkpoint = read_checkpoint(start)
         if _finished(checkpoint, epochs, patience):
@@ -77,7 +85,7 @@ def fit(
             return checkpoint["callbacks"][history.state_key]["epochs"]
         # Lightning makes the first iterator before it tells the sampler the epoch.
         train.batch_sampler.set_epoch(checkpoint["epoch"] + 1)
-    with _quiet(), _interruptible(), bars.of_a_run(run.progress, at_most=patience is not None) as tell:
+    with quiet(), _interruptible(), bars.of_a_run(run.progress, at_most=patience is not None) as tell:
         if tell is not None:
             callbacks.append(bars.Telling(tell))
         trainer = _trainer(
@@ -85,7 +93,7 @@ def fit(
             max_epochs=epochs,
             logger=_loggers(folder, run),
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            checkpoints=AtomicCheckpointIO(),
             enable_progress_bar=False,
         )
         trainer.fit(module, train, valid, ckpt_path=start)
@@ -98,12 +106,18 @@ def check_device(run: RunConfig) -> None:
     Raises:
         UserError: as said.
     """
-    with _quiet():
+    with quiet():
         try:
             trainer = _trainer(run, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ValueError) as error:
+            here = cuda_device_count() if run.accelerator in ("auto", "cuda") else 1
+            if 0 < here < run.devices:
+                raise UserError(
+                    f"config: run.devices must be at most the {here} GPUs of this machine, got {run.devices}"
+                ) from error
             raise UserError(
-                f"config: run.accelerator must be a device that this machine has, got {run.accelerator}"
+                f"config: run.accelerator must be a device that this machine has"
+                f"{' and that takes several processes' if several(run) else ''}, got {run.accelerator}"
             ) from error
     # Lightning itself takes bfloat16 where a CPU is asked for float16.
     if trainer.precision != run.precision:
@@ -113,14 +127,32 @@ def check_device(run: RunConfig) -> None:
         )
 
 
-def _trainer(run: RunConfig, **options: Any) -> pl.Trainer:
+class _OverProcesses(LayerSync):
+    """Batch normalisation over the rows of all processes, while they train."""
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        return share_batch_norm(model)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        return unshare_batch_norm(model)
+
+
+def _trainer(run: RunConfig, checkpoints: CheckpointIO | None = None, **options: Any) -> pl.Trainer:
+    plugins = environment_plugins() + ([checkpoints] if checkpoints else [])
+    if several(run):
+        # A process whose samples all lack a modality may use fewer parameters than another. Buffers need no copying:
+        # statistics are over all processes.
+        options["strategy"] = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+        plugins.append(_OverProcesses())
     return pl.Trainer(
         accelerator=run.accelerator,
-        devices=1,
+        devices=run.devices,
+        num_nodes=run.nodes,
         precision=run.precision,
         num_sanity_val_steps=0,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        plugins=plugins,
         **options,
     )
 
@@ -136,18 +168,15 @@ def _loggers(folder: Path, run: RunConfig) -> list[Logger]:
     return [csv, TensorBoardLogger(folder, name=LOGS, version=csv.version)] if run.tensorboard else [csv]
 
 
-@contextlib.contextmanager
-def _quiet():
-    """Without Lightning's advertisements and hints, which are about choices already made here."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        logger.setLevel(level)
+class _Termination(Callback):
+    """SIGTERM interrupts as Ctrl-C does.
+
+    Lightning would broadcast it within the handler, which may meet another collective of the other processes.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from mmfast.files import write_json
 from mmfast.training.config import differences
 from mmfast.training.environment import environment
 from mmfast.training.parsing import load_yaml, save_yaml
+from mmfast.training.processes import agreed, is_main, rank
 
 CONFIG, ENVIRONMENT, INPUTS = "config.yaml", "environment.yaml", "inputs.yaml"
 RESULT, PREDICTIONS = "result.json", "predictions.csv"
@@ -40,9 +41,17 @@ def examine(
     Args:
         settings, resume, inputs: as for :func:`claim`; without ``inputs`` they are not compared.
 
+    Of several processes the first one looks, and all hear what it found.
+
     Raises:
         UserError: as :func:`claim`, except for what only writing tells.
     """
+    return agreed(lambda: _examine(folder, settings, resume, inputs))
+
+
+def _examine(
+    folder: Path, settings: Mapping[str, Any], resume: bool | None, inputs: Mapping[str, Any] | None
+) -> bool:
     found = (folder / CONFIG).exists()
     if resume is True and not found:
         raise UserError(f"run.folder {folder}: there is no run to resume")
@@ -74,6 +83,7 @@ def claim(
     """Own ``folder`` for one run of ``settings``, so that two runs never mix.
 
     To be entered when data and settings have been accepted and everything is built: what is refused leaves no folder.
+    Of several processes the first one owns it; the others wait for that, and must see the folder and read the same.
 
     Args:
         folder: created when it does not exist.
@@ -86,12 +96,25 @@ def claim(
         UserError: the folder holds a run and ``resume`` is False, or no run and it is True; the settings or inputs
             differ from those of the run found; another process is at work in it; it cannot be written.
     """
-    with _lock(folder):
-        if not examine(folder, settings, resume, inputs):
-            save_yaml(folder / ENVIRONMENT, environment())
-            save_yaml(folder / INPUTS, inputs)
-            save_yaml(folder / CONFIG, settings)
-        yield folder
+    if is_main():
+        with _lock(folder):
+            if not _examine(folder, settings, resume, inputs):
+                save_yaml(folder / ENVIRONMENT, environment())
+                save_yaml(folder / INPUTS, inputs)
+                save_yaml(folder / CONFIG, settings)
+            agreed(lambda: dict(inputs))
+            yield folder
+        return
+    for name, first, own in differences(agreed(dict), inputs):
+        raise UserError(
+            f"run: {name} must hold the same for all processes, got the fingerprint {own} in process {rank()} and "
+            f"{first} in process 0"
+        )
+    if not (folder / CONFIG).exists():
+        raise UserError(
+            f"run.folder {folder}: must be seen by all processes, and process {rank()} does not find it"
+        )
+    yield folder
 
 
 def _has_outcome(folder: Path) -> bool:
@@ -129,6 +152,6 @@ def finished(
 
 
 def load_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a complete run, or None."""
+    """The result of a complete run, or None; of several processes the first one looks."""
     path = folder / RESULT
-    return json.loads(path.read_text()) if path.exists() else None
+    return agreed(lambda: json.loads(path.read_text()) if path.exists() else None)
