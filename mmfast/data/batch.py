@@ -88,6 +88,11 @@ class MultimodalBatch:
         return len(self.ids)
 
     @property
+    def samples(self) -> int:
+        """How many of its rows are samples of the step: all, or none of a filler."""
+        return 0 if self.filler else len(self)
+
+    @property
     def modalities(self) -> tuple[str, ...]:
         return canonical(self.values)
 

@@ -43,7 +43,7 @@ class BucketSampler(Sampler[list[int]]):
         rank, world_size: which of how many processes this is.
 
     Raises:
-        UserError: sizes out of range, or too few samples for one on every rank.
+        UserError: sizes out of range, or too few samples for a step.
     """
 
     def __init__(
@@ -82,10 +82,6 @@ class BucketSampler(Sampler[list[int]]):
         if self._drop_last and rest and not full:
             raise UserError(
                 f"BucketSampler: drop_last leaves no step, {n} samples are fewer than batch_size = {self._batch_size}"
-            )
-        if 0 < n < self._world_size:
-            raise UserError(
-                f"BucketSampler: there must be a sample for each of {self._world_size} processes, got {n}"
             )
         return [self._batch_size] * full + ([rest] if rest and not self._drop_last else [])
 

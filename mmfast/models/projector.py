@@ -38,16 +38,17 @@ class Projector(nn.Sequential):
         self.in_features, self.out_features = in_features, sizes[-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        check_vectors("Projector", x, self.in_features)
+        # Of the rows of all processes this one may have none.
         shared = any(isinstance(layer, SharedBatchNorm) for layer in self)
+        check_vectors("Projector", x, self.in_features, least=0 if shared else 1)
         if self.training and len(self) > 1 and len(x) == 1 and not shared:
             raise UserError("Projector: a batch must hold at least two samples in training mode, got 1")
         return super().forward(x)
 
 
-def check_vectors(op: str, x: Tensor, features: int) -> None:
-    """(B, features) with B >= 1."""
+def check_vectors(op: str, x: Tensor, features: int, least: int = 1) -> None:
+    """(B, features) with B >= ``least``, 0 or 1."""
     if x.dim() != 2 or x.shape[1] != features:
         raise UserError(f"{op}: the input must have the shape (B, {features}), got {tuple(x.shape)}")
-    if len(x) == 0:
+    if len(x) < least:
         raise UserError(f"{op}: the batch is empty; it must hold at least one sample")

@@ -16,6 +16,7 @@ from mmfast.models import M3Encoder
 from mmfast.models.layers.attention import KEPT_SCORES
 from mmfast.training.config import RunConfig
 from mmfast.training.model_section import blamed
+from mmfast.training.processes import world_size
 
 # Size of the batch that is measured. Batch normalisation needs two samples, and is refused where a batch has one.
 # From a few hundred steps on, what a step of time costs is the same.
@@ -44,14 +45,17 @@ def check_memory(
     """
     free = free_bytes(run.accelerator)
     longest = loader.dataset.longest()
-    batches = [(len(batch), int(longest[batch].max())) for batch in loader.batch_sampler.batches(0)]
+    batches = [(len(batch), int(longest[batch].max())) for batch in loader.batch_sampler.batches(0) if batch]
     samples, steps = max(batches, key=lambda batch: batch[0] * batch[1])
     if free is None or steps == 0:
         return
-    fewest = min([MEASURED, *(size for size, _ in batches)])
+    # Over several processes batch normalisation is over the samples of all.
+    fewest = min([MEASURED, *(size for size, _ in batches if world_size() == 1)])
     need = samples * sample_bytes(encoder, steps, views, fewest)
+    if not _on_gpu(run.accelerator):
+        free /= run.devices
     if need * processes > free:
-        fitting = int(samples * free / processes / need)
+        fitting = int(samples * world_size() * free / processes / need)
         least = 2 if views > 1 else 1
         remedy = f"lower {phase}.batch_size to {fitting}" if fitting >= least else _smaller(encoder)
         if processes > 1:
@@ -149,9 +153,13 @@ def _smaller(encoder: nn.Module) -> str:
 
 def free_bytes(accelerator: str) -> int | None:
     """Memory that this process may still take, on the GPU where it will run there; None where nothing tells."""
-    if accelerator in ("auto", "cuda") and torch.cuda.is_available():
+    if _on_gpu(accelerator):
         return torch.cuda.mem_get_info()[0]
     return min(filter(None, (_available(), _within_limits())), default=None)
+
+
+def _on_gpu(accelerator: str) -> bool:
+    return accelerator in ("auto", "cuda") and torch.cuda.is_available()
 
 
 def _available() -> int | None:

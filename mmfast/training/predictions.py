@@ -16,16 +16,19 @@ from mmfast.data import MultimodalBatch, MultimodalDataset, make_loader
 from mmfast.errors import UserError
 from mmfast.files import write_atomically
 from mmfast.metrics import metrics_for
+from mmfast.training.processes import rank, world_size
 
 # Samples of a batch without gradients, fewer where they are longer than STEPS / BATCH time steps.
 BATCH, STEPS = 256, 2**16
 
 
-def evaluation_batches(dataset: MultimodalDataset) -> DataLoader:
-    """All samples in an order of their lengths."""
+def evaluation_batches(dataset: MultimodalDataset, shared: bool = False) -> DataLoader:
+    """All samples in an order of their lengths; ``shared``, all processes have the same number of batches of them."""
     longest = int(dataset.longest().max()) if len(dataset) else 0
     size = min(BATCH, max(1, STEPS // max(longest, 1)))
-    return make_loader(dataset, size, shuffle=False, drop_last=False, seed=0)
+    this, processes = (rank(), world_size()) if shared else (0, 1)
+    size = max(size, processes)
+    return make_loader(dataset, size, shuffle=False, drop_last=False, seed=0, rank=this, world_size=processes)
 
 
 def predict(module: nn.Module, dataset: MultimodalDataset) -> Tensor:

@@ -27,6 +27,7 @@ from mmfast.training.memory import check_memory
 from mmfast.training.module import StageModule
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import evaluation_batches, measure, predict, write_predictions
+from mmfast.training.processes import is_main, rank, world_size
 from mmfast.training.seeds import derive
 from mmfast.training.seen import NONE, Overlap, Seen
 from mmfast.training.splits import Splits, require_labels
@@ -111,7 +112,8 @@ def run_stage(
         if stage.labels:
             seen = {name: count._asdict() for name, count in tested_on_seen(module, splits).items()}
             result |= {"seen": seen, "metrics": _test(module, splits, folder)}
-        save_result(folder, result)
+        if is_main():
+            save_result(folder, result)
     return result
 
 
@@ -135,6 +137,7 @@ def prepare(
         raise UserError(
             f"{stage.name}: there must be at least {stage.least} training samples for a step, got {size}"
         )
+    check_shared(stage, size)
     if stage.least > 1 and size < wanted:
         log.info(
             "%s: only %d samples, fewer than one batch of %d: each step takes all of them",
@@ -158,12 +161,30 @@ def prepare(
         shuffle=True,
         drop_last=stage.least > 1,
         seed=derive(config.run.seed, stage.purpose("batches")),
+        rank=rank(),
+        world_size=world_size(),
     )
     if not module.cached:
         views = sum(objective.views for objective in module.objectives.values())
         check_memory(stage.where, module.encoder, train, views, config.run, processes)
     enough = len(splits.valid) >= stage.least
-    return Prepared(module, train, evaluation_batches(splits.valid) if enough else None, handover)
+    return Prepared(
+        module, train, evaluation_batches(splits.valid, shared=True) if enough else None, handover
+    )
+
+
+def check_shared(stage: Stage, samples: int) -> None:
+    """Refuse a step that leaves a process without a sample, but for the last of an epoch."""
+    each = world_size()
+    if stage.settings.batch_size < each:
+        raise UserError(
+            f"config: {stage.where}.batch_size must be at least the {each} processes that share it, "
+            f"got {stage.settings.batch_size}"
+        )
+    if samples < each:
+        raise UserError(
+            f"{stage.name}: there must be at least one training sample for each of {each} processes, got {samples}"
+        )
 
 
 def few_steps(stage: Stage, splits: Splits) -> str | None:
@@ -226,7 +247,7 @@ def _record(config: Config, stage: Stage, splits: Splits, seen: Seen) -> dict[st
 
 
 def _test(module: nn.Module, splits: Splits, folder: Path) -> Mapping[str, float] | None:
-    if len(splits.test) == 0:
+    if len(splits.test) == 0 or not is_main():
         return None
     predictions = predict(module, splits.test)
     write_predictions(folder / PREDICTIONS, splits.test, predictions)

@@ -12,13 +12,14 @@ from mmfast.models.encoders.base import Encoder
 from mmfast.training.config import Config
 from mmfast.training.divergence import check_finite
 from mmfast.training.objectives.base import Objective, Step, Terms
+from mmfast.training.processes import total, world_size
 
 if TYPE_CHECKING:
     from mmfast.training.stages import Stage
 
 
 class Auxiliary(Objective):
-    """Their sum; each is logged as ``train_auxiliary_<name>``."""
+    """Their sum; each, a mean over samples, is logged as ``train_auxiliary_<name>``."""
 
     @classmethod
     def of(cls, config: Config, stage: Stage, encoder: nn.Module) -> Auxiliary:
@@ -33,7 +34,14 @@ class Auxiliary(Objective):
         terms = step.encoder.auxiliary(step.representations)
         if not terms:
             return None
-        loss = torch.stack(list(terms.values())).sum()
+        means, share = torch.stack(list(terms.values())), 1.0
+        whole, samples = means.detach(), len(step.batch)
+        if world_size() > 1:
+            # Each process has the mean over its own samples.
+            samples = int(total(torch.tensor(step.batch.samples, device=means.device)))
+            share = step.batch.samples / samples
+            whole = total(means * share)
+        loss = means.sum()
         check_finite(loss, "auxiliary loss", step.progress)
-        logged = {f"auxiliary_{name}": term.detach() for name, term in terms.items()}
-        return Terms(loss, {"loss": loss.detach(), **logged}, len(step.batch))
+        logged = {f"auxiliary_{name}": value for name, value in zip(terms, whole.unbind(), strict=True)}
+        return Terms(loss * share * world_size(), {"loss": whole.sum(), **logged}, samples)

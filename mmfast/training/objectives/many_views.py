@@ -13,6 +13,7 @@ from mmfast.training.config import Config
 from mmfast.training.divergence import check_finite
 from mmfast.training.objectives.base import Objective, Step, Terms
 from mmfast.training.objectives.two_views import evaluated, make_projector
+from mmfast.training.processes import total
 
 if TYPE_CHECKING:
     from mmfast.training.stages import Stage
@@ -64,11 +65,12 @@ class ManyViews(Objective):
     def _projected(self, vectors: Tensor, present: Tensor) -> Tensor:
         """(B, D); batch norm sees the samples that have the modality, and there are zeros for the others."""
         projector = self.projectors[str(vectors.shape[1])]
+        out = vectors.new_zeros(len(vectors), projector.out_features)
+        # Of all processes, for batch norm is over all of them and needs each.
+        if int(total(present.sum())) < 2:
+            return out
         if present.all():
             return projector(vectors)
-        out = vectors.new_zeros(len(vectors), projector.out_features)
-        if int(present.sum()) < 2:
-            return out
         z = projector(vectors[present])
         return out.to(z.dtype).masked_scatter(present[:, None], z)
 

@@ -16,6 +16,7 @@ from mmfast.training.config import Config, LossConfig
 from mmfast.training.divergence import Progress, check_finite
 from mmfast.training.memory import check_weights
 from mmfast.training.objectives.base import Objective, Step, Terms
+from mmfast.training.processes import rows
 
 if TYPE_CHECKING:
     from mmfast.training.stages import Stage
@@ -73,12 +74,14 @@ class TwoViews(Objective):
         return Terms(loss, logged, len(batch))
 
     def validate(self, step: Step) -> None:
-        self._clean.append((step.fused, self.projector(step.fused)))
+        real = slice(step.batch.samples)
+        self._clean.append((step.fused[real], self.projector(step.fused)[real]))
 
     def validated(self, progress: Progress) -> Mapping[str, Tensor]:
         fused, z = (torch.cat(parts) for parts in zip(*self._clean, strict=True))
         self._clean.clear()
-        if len(z) < 2:
+        fused = rows(fused)
+        if len(fused) < 2:
             return {}
         check_finite(fused, "fused vectors", progress)
         quantities = {}
