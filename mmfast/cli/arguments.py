@@ -16,6 +16,7 @@ from mmfast.cli.flags import Parser
 from mmfast.errors import UserError
 from mmfast.training.config import SPLITS, ExperimentConfig, check_experiment
 from mmfast.training.launched import as_launched, several
+from mmfast.training.methods import read_method, stages_of
 from mmfast.training.model_section import SHARED, config_type, encoder_name, open_config_type
 from mmfast.training.parsing import config_parser, sections
 from mmfast.training.presets import PRESETS
@@ -41,6 +42,29 @@ def finetune(argv: list[str], defaults: Mapping[str, Any] | None = None) -> Any:
     given = line.parse()
     given.argv = argv
     return given
+
+
+def train(argv: list[str]) -> Any:
+    """The arguments of ``mmfast train``: a method's ``stages`` among them, in the settings and as the file has them.
+
+    The file's sections stand behind flags and ``--config`` and before the preset.
+    """
+    path = argv[0] if argv and not argv[0].startswith("-") else None
+    given, values = ([], {}) if path is None else read_method(path)
+    line = _Line("train", "Stages of training one after the other, each in its own folder.", argv[1:], values)
+    line.parser.usage = f"%(prog)s METHOD.yaml {line.parser.usage.partition(' ')[2]}"
+    line.add_resume()
+    if path is None and not {"-h", "--help"} & set(argv):
+        raise UserError("train: the first word must be a YAML file with stages (see mmfast train --help)")
+    if path is None:
+        line.argv = argv
+    if reason := line.settings.wrong(values):
+        raise UserError(f"method {path}: {reason}")
+    known = line.parse()
+    known.stages = stages_of(known.settings, given, f"method {path}")
+    known.method = [dict(stage) for stage in given]
+    known.argv = argv
+    return known
 
 
 def experiment(argv: list[str]) -> Any:

@@ -20,6 +20,7 @@ _LOOKING = ("mmfast.cli.main", "mmfast.cli.data")
 COMMANDS = {
     "pretrain": (*_TRAINING, "train encoder and projector without labels (Barlow Twins)"),
     "finetune": (*_TRAINING, "train encoder and head with labels, from random or pre-trained weights"),
+    "train": (*_TRAINING, "a method: several stages of training, one after the other, from a YAML file"),
     "evaluate": (*_TRAINING, "metrics of a fine-tuned checkpoint"),
     "predict": (*_TRAINING, "predictions of a fine-tuned checkpoint as CSV"),
     "embed": (*_TRAINING, "vectors that an encoder makes of each sample, as .npz"),

@@ -26,13 +26,14 @@ from mmfast.training.config import RunConfig, differences
 from mmfast.training.fitting import BEST, LAST, check_device
 from mmfast.training.folder import CONFIG, claim, examine
 from mmfast.training.joining import joined
+from mmfast.training.methods import STAGES
 from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
 from mmfast.training.presets import PRESETS
 from mmfast.training.restored import restore
 from mmfast.training.seen import Overlap
 from mmfast.training.splits import check_range, load_data, make_splits
-from mmfast.training.stages import PRETRAINING, pretraining_stage, supervised_stage
+from mmfast.training.stages import PRETRAINING, Stage, pretraining_stage, supervised_stage
 
 
 def pretrain(given: Any) -> None:
@@ -45,12 +46,7 @@ def pretrain(given: Any) -> None:
         place = claim(folder, settings, given.resume, {"data.path": splits.identity})
         stage = pretraining_stage(config)
         result = runs.run_stage(config, stage, splits, _announced(place, runs.few_steps(stage, splits)))
-    last = result["history"][-1]
-    print(
-        f"pre-trained on {result['samples']['inputs']} samples for {result['epochs']} epochs "
-        f"({result['steps']} steps): loss {last['train_loss']:.4g}, mean diagonal "
-        f"{last['train_mean_diagonal']:.3f}; encoder in {folder / LAST}"
-    )
+    print(_summary(stage, result, folder))
 
 
 def finetune(given: Any) -> None:
@@ -74,15 +70,52 @@ def finetune(given: Any) -> None:
         place = _announced(place, *said)
         stage = supervised_stage(config, given.freeze)
         result = runs.run_stage(config, stage, splits, place, source and Path(source))
-    print(
-        f"trained on {result['samples']['train']} samples for {result['epochs']} epochs ({result['steps']} steps), "
-        f"best validation MAE {result['valid_loss']:.4f} in epoch {result['best_epoch'] + 1}: {folder / BEST}"
-    )
-    if result["best_epoch"] + 1 == config.supervised.epochs:
+    print(_summary(stage, result, folder))
+    if result.get("best_epoch", -1) + 1 == config.supervised.epochs:
         print("warning: the last epoch was the best, so more of them (supervised.epochs) may be better")
-    for name, count in result["seen"].items():
-        _warn(f"finetune: of the {result['samples'][name]} {name} samples, {Overlap(**count)}")
-    if result["metrics"] is not None:
+    _print_test("finetune", result)
+
+
+def train(given: Any) -> None:
+    """``mmfast train``: a folder for each stage in ``run.folder``, and ``result.json`` of the whole."""
+    config, stages = given.settings, given.stages
+    folder = Path(config.run.folder)
+    settings = {**asdict(config), STAGES: given.method}
+    with _sitting("train", config.run):
+        examine(folder, settings, given.resume)
+        splits = make_splits(load_data(config.data), config.data, config.run.seed)
+        inputs = {"data.path": splits.identity}
+        place = claim(folder, settings, given.resume, inputs)
+        place = _announced(place, *(runs.few_steps(stage, splits) for stage in stages))
+        result = runs.run_method(config, stages, splits, place, inputs)
+    for stage in stages:
+        print(f"{stage.name}: {_summary(stage, result['stages'][stage.name], folder / stage.name)}")
+    _print_test("train", result["stages"][stages[-1].name])
+
+
+def _summary(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
+    """What a stage was trained on, for how long, to what, and where its outcome lies."""
+    samples, monitor = result["samples"], stage.settings.monitor
+    text = (
+        f"{'' if stage.labels else 'pre-'}trained on {samples['train' if stage.labels else 'inputs']} samples "
+        f"for {result['epochs']} epochs ({result['steps']} steps)"
+    )
+    if monitor is not None:
+        name = "validation MAE" if monitor == "valid_loss" else monitor
+        best = f"best {name} {result[monitor]:.4f} in epoch {result['best_epoch'] + 1}"
+        return f"{text}, {best}: {folder / BEST}"
+    last = result["history"][-1]
+    diagonal = last.get("train_mean_diagonal")
+    text += f": loss {last['train_loss']:.4g}" + (
+        "" if diagonal is None else f", mean diagonal {diagonal:.3f}"
+    )
+    return f"{text}; encoder in {folder / LAST}"
+
+
+def _print_test(command: str, result: Mapping[str, Any]) -> None:
+    for name, count in result.get("seen", {}).items():
+        _warn(f"{command}: of the {result['samples'][name]} {name} samples, {Overlap(**count)}")
+    if result.get("metrics") is not None:
         print(f"test, {result['samples']['test']} samples:\n{_lines(result['metrics'])}")
 
 
@@ -163,7 +196,9 @@ def _sitting(command: str, run: RunConfig) -> Iterator[None]:
         settings = Path(run.folder) / CONFIG
         if not settings.exists():
             return ""
-        words = shlex.join(["mmfast", command, "--config", str(settings)])
+        # That of a method has its stages, and is one.
+        file = [str(settings)] if command == "train" else ["--config", str(settings)]
+        words = shlex.join(["mmfast", command, *file])
         return f"go on with: {words}{'' if command == 'experiment' else ' --resume'}"
 
     check_device(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from mmfast.training.components import make_module
 from mmfast.training.config import Config
 from mmfast.training.encoder import check_takes, make_encoder
 from mmfast.training.fitting import BEST, LAST, check_device, fit
-from mmfast.training.folder import PREDICTIONS, load_result, save_result
+from mmfast.training.folder import PREDICTIONS, claim, finished, load_result, save_result
 from mmfast.training.handover import Handover, load_part
 from mmfast.training.memory import check_memory
 from mmfast.training.module import StageModule
@@ -36,6 +36,7 @@ from mmfast.training.stages import SUPERVISED, Stage, supervised_stage
 log = logging.getLogger(__name__)
 
 FEWEST_STEPS = 150
+METHOD = "method"
 # What a run's folder is taken by, see :func:`mmfast.training.folder.claim`; entered once all else is accepted.
 Place = AbstractContextManager[Path]
 
@@ -80,6 +81,15 @@ def run_stage(
     began = time.monotonic()
     module, train, valid, handover = prepare(config, stage, splits, source)
     settings, monitor = stage.settings, stage.settings.monitor
+    if stage.least > 1 and (size := len(train.dataset)) < settings.batch_size:
+        log.info(
+            "%s: only %d samples, fewer than one batch of %d: each step takes all of them",
+            stage.name,
+            size,
+            settings.batch_size,
+        )
+    for part, count in handover.items():
+        log.info("%s: loaded %s of the %s from %s", stage.name, count, part, source)
     with place as folder:
         if (done := load_result(folder)) is not None:
             return done
@@ -117,6 +127,49 @@ def run_stage(
     return result
 
 
+def run_method(
+    config: Config, stages: Sequence[Stage], splits: Splits, place: Place, inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Stages one after the other, each in a folder of its name, each from the outcome of the one before.
+
+    Goes on where it stopped; what is complete is not repeated.
+
+    Args:
+        place, inputs: of the whole; ``inputs`` as for :func:`~mmfast.training.folder.claim`.
+
+    Returns:
+        The result: seconds of this sitting, stage -> what :func:`run_stage` returns, and the last stage's metrics.
+
+    Raises:
+        UserError: what any of the stages refuses, before the first of them starts.
+    """
+    began = time.monotonic()
+    for stage in stages:
+        prepare(config, stage, splits)
+    with place as root:
+        if (done := load_result(root)) is not None:
+            return done
+        results: dict[str, Any] = {}
+        source = None
+        for stage in stages:
+            folder = root / stage.name
+            # Relative, so that a method that was moved is still the same.
+            settings = {**asdict(config), "stage": stage.describe(), "from": source and source.name}
+            results[stage.name] = finished(folder, settings, inputs) or run_stage(
+                config, stage, splits, claim(folder, settings, None, inputs), source
+            )
+            source = folder / outcome(stage)
+        result = {
+            "kind": METHOD,
+            "seconds": round(time.monotonic() - began, 2),
+            "stages": results,
+            "metrics": results[stages[-1].name].get("metrics"),
+        }
+        if is_main():
+            save_result(root, result)
+    return result
+
+
 def prepare(
     config: Config, stage: Stage, splits: Splits, source: Path | None = None, processes: int = 1
 ) -> Prepared:
@@ -138,13 +191,6 @@ def prepare(
             f"{stage.name}: there must be at least {stage.least} training samples for a step, got {size}"
         )
     check_shared(stage, size)
-    if stage.least > 1 and size < wanted:
-        log.info(
-            "%s: only %d samples, fewer than one batch of %d: each step takes all of them",
-            stage.name,
-            size,
-            wanted,
-        )
     checkpoint = source and read_checkpoint(source)
     before = checkpoint and checkpoint[RECORD]["seen"]
     seen = Seen.by(splits, stage.labels, stage.settings.monitor is not None, before)
@@ -153,7 +199,6 @@ def prepare(
     handover = {}
     for part in stage.take if checkpoint else ():
         handover[part] = load_part(getattr(module, part), checkpoint["state_dict"], part, str(source))
-        log.info("%s: loaded %s of the %s from %s", stage.name, handover[part], part, source)
     # A loss between samples is not that of a whole batch in an incomplete one.
     train = make_loader(
         samples,

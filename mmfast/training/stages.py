@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mmfast.errors import UserError
 from mmfast.training.config import Config, StageSettings
 from mmfast.training.objectives import OBJECTIVES
+from mmfast.wording import guess
 
 PRETRAINING, SUPERVISED = "pretraining", "supervised"
 
@@ -22,6 +24,9 @@ class Stage:
         settings: how it goes on; a ``SupervisedConfig`` where labels are needed, a ``PretrainingConfig`` otherwise.
         where: what its settings are called in front of the dot.
         take: parts whose weights come from the stage before.
+
+    Raises:
+        UserError: parts that its network does not have, or none that learns.
     """
 
     name: str
@@ -29,6 +34,20 @@ class Stage:
     settings: StageSettings
     where: str
     take: tuple[str, ...] = ("encoder",)
+
+    def __post_init__(self) -> None:
+        for setting, names in (("frozen", self.settings.frozen), ("take", self.take)):
+            for name in names:
+                if name not in self.parts:
+                    raise UserError(
+                        f"config: {self.where}.{setting} must name parts of its network, {', '.join(self.parts)}, "
+                        f"got {name!r}{guess(name, self.parts)}"
+                    )
+        if all(self.frozen(part, 0) for part in self.parts if part != "loss"):
+            raise UserError(
+                f"config: {self.where}.frozen must leave a part that learns from the first epoch on, "
+                f"got {dict(self.settings.frozen)}"
+            )
 
     @property
     def labels(self) -> bool:
