@@ -55,7 +55,7 @@ def complete_sample(dataset: MultimodalDataset) -> int:
 
 # arguments ({made} is the folder above, {new} an unused one) and what the sentence must hold
 WRONG = {
-    "no such command": (["trian"], "got 'trian'; did you mean pretrain?"),
+    "no such command": (["trian"], "got 'trian'; did you mean train?"),
     "unknown flag": (["pretrain", "--data.pth=x"], "there is no --data.pth; did you mean --data.path?"),
     "unknown flag of evaluate": (["evaluate", "x.ckpt", "--fast"], "evaluate: there is no --fast"),
     "missing argument": (["evaluate"], "the following arguments are required: checkpoint"),
