@@ -1,9 +1,13 @@
-"""Several processes of one run: what they know together."""
+"""Several processes of one run: what they know together, and that they come to what one process comes to."""
 
 import pytest
 import torch
 from ranks import Ranks
+from stage_runs import SETTINGS, run
+from stage_runs import together as together_run
+from training_help import assert_same, checkpoint
 
+from mmfast.errors import UserError
 from mmfast.training import processes
 
 
@@ -40,3 +44,93 @@ def test_processes_add_up_collect_rows_and_hear_what_the_first_one_says(ranks):
         assert got[3].tolist() == [10, 12, 14]
         assert got[4].dtype == torch.float64 and got[4].tolist() == [[1, 1, 1]] * 2
         assert got[5:] == (1 if rank == 0 else 0, {"of": 0})
+
+
+POOLED = {"encoder": "stage_runs.Pooled", "hidden": 8, "projector": [16, 16]}
+# objectives, settings of the stage, model, precision
+STAGES = {
+    "two views": ({"two_views": 1.0}, {"ema": 0.9}, None, "64-true"),
+    "many views": ({"many_views": 1.0}, {}, None, "64-true"),
+    "a last step of one sample": ({"supervised": 1.0}, {}, None, "64-true"),
+    "an encoder that thaws": ({"supervised": 1.0}, {"frozen": {"encoder": 2}, "clip": 0.1}, None, "64-true"),
+    # Encoded once, before the network is one of doubles.
+    "a frozen encoder": ({"supervised": 1.0}, {"frozen": {"encoder": True}}, None, "32-true"),
+    "terms of an encoder, which skips modalities": (
+        {"supervised": 1.0, "auxiliary": 0.3},
+        {"batch_size": 6, "weight_decay": 0.1},
+        POOLED,
+        "64-true",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_several_processes_train_as_one_with_the_whole_batch(name, ranks, tmp_path):
+    objectives, settings, model, precision = STAGES[name]
+    arguments = (objectives, settings, model, None, precision)
+    alone = run(tmp_path / "alone", *arguments)
+    several = ranks(together_run, tmp_path / "several", *arguments)
+    # Batches and labels are float32; what is added up in another order differs beyond that.
+    close = {"rtol": 1e-5, "atol": 1e-6 if precision == "64-true" else 1e-5}
+    assert len(alone.losses) == alone.result["steps"]
+    for losses, _ in several:
+        torch.testing.assert_close(losses, alone.losses, **close)
+    history = [outcome.result["history"] for outcome in (alone, *several)]
+    assert history[1] == history[2]
+    for one, other in zip(history[0], history[1], strict=True):
+        torch.testing.assert_close(other, one, **close)
+    for file in sorted(path.name for path in (tmp_path / "alone").glob("*.ckpt")):
+        one, other = (checkpoint(tmp_path / where / file) for where in ("alone", "several"))
+        torch.testing.assert_close(other["state_dict"], one["state_dict"], **close)
+    assert several[0].result["metrics"] if "supervised" in objectives else True
+    files = [sorted(p.name for p in (tmp_path / where).iterdir()) for where in ("alone", "several")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("objective", ["two_views", "supervised"])
+def test_a_resumed_run_of_several_processes_is_the_one_that_was_not_stopped(objective, ranks, tmp_path):
+    arguments = ({objective: 1.0}, {}, None, None, "32-true")
+    whole = ranks(together_run, tmp_path / "whole", *arguments)
+    assert ranks(together_run, tmp_path / "stopped", *arguments, 8) == [None, None]
+    resumed = ranks(together_run, tmp_path / "stopped", *arguments)
+    assert len(resumed[0].losses) < len(whole[0].losses)
+    assert [r.result["history"] for r in resumed] == [w.result["history"] for w in whole]
+    one, other = (checkpoint(tmp_path / where / "last.ckpt") for where in ("whole", "stopped"))
+    for key in ("state_dict", "optimizer_states", "epoch", "global_step"):
+        assert_same(one[key], other[key], key)
+
+
+def test_processes_draw_for_themselves_with_dropout(ranks, tmp_path):
+    model = {**SETTINGS["model"], "dropout": 0.5}
+    two = ranks(together_run, tmp_path / "two", {"two_views": 1.0}, {}, model, None, "32-true")
+    assert two[0].losses == two[1].losses
+    seeds = ranks(seeds_of_a_step, tmp_path / "seeds", model)
+    assert seeds[0] != seeds[1]
+
+
+def seeds_of_a_step(group, folder, model):
+    seeds, seed = [], torch.manual_seed
+    torch.manual_seed = lambda value: seeds.append(value) or seed(value)
+    try:
+        together_run(group, folder, {"two_views": 1.0}, {"epochs": 1}, model, None, "32-true")
+    finally:
+        torch.manual_seed = seed
+    return seeds[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 1}, "supervised.batch_size must be at least the 2 processes that share it, got 1"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(settings, message, ranks, tmp_path):
+    for said in ranks(refused, tmp_path / "run", {"supervised": 1.0}, settings):
+        assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def refused(group, *arguments):
+    with pytest.raises(UserError) as error:
+        together_run(group, *arguments)
+    return str(error.value)

@@ -34,14 +34,11 @@ class Auxiliary(Objective):
         terms = step.encoder.auxiliary(step.representations)
         if not terms:
             return None
-        means, share = torch.stack(list(terms.values())), 1.0
-        whole, samples = means.detach(), len(step.batch)
-        if world_size() > 1:
-            # Each process has the mean over its own samples.
-            samples = int(total(torch.tensor(step.batch.samples, device=means.device)))
-            share = step.batch.samples / samples
-            whole = total(means * share)
+        means = torch.stack(list(terms.values()))
+        # Each process has means over its own samples.
+        share = step.batch.samples / step.samples
+        whole = total(means * share)
         loss = means.sum()
         check_finite(loss, "auxiliary loss", step.progress)
         logged = {f"auxiliary_{name}": value for name, value in zip(terms, whole.unbind(), strict=True)}
-        return Terms(loss * share * world_size(), {"loss": whole.sum(), **logged}, samples)
+        return Terms(loss * share * world_size(), {"loss": whole.sum(), **logged}, step.samples)

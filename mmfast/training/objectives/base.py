@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mmfast.data import MultimodalBatch
 from mmfast.training.divergence import Progress
+from mmfast.training.processes import total, world_size
 
 if TYPE_CHECKING:
     from mmfast.training.config import Config
@@ -38,6 +40,13 @@ class Step:
         self.encoder, self.batch, self.progress, self.seed = encoder, batch, progress, seed
         if fused is not None:
             self.fused = fused
+
+    @cached_property
+    def samples(self) -> int:
+        """How many samples the batches of all processes have."""
+        if world_size() == 1:
+            return self.batch.samples
+        return int(total(torch.tensor(self.batch.samples, device=self.batch.ids.device)))
 
     @cached_property
     def representations(self) -> Any:

@@ -60,7 +60,7 @@ class ManyViews(Objective):
             for (a, b), parts in self.loss.last.items()
             if parts.mean_diagonal.isfinite()
         }
-        return Terms(loss, {"loss": loss.detach(), **pairs}, len(step.batch))
+        return Terms(loss, {"loss": loss.detach(), **pairs}, step.samples)
 
     def _projected(self, vectors: Tensor, present: Tensor) -> Tensor:
         """(B, D); batch norm sees the samples that have the modality, and there are zeros for the others."""

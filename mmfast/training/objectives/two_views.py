@@ -71,7 +71,7 @@ class TwoViews(Objective):
         check_finite(loss, "loss", progress)
         parts = getattr(self.loss, "last", None)
         logged = {"loss": loss.detach()} if parts is None else parts._asdict()
-        return Terms(loss, logged, len(batch))
+        return Terms(loss, logged, step.samples)
 
     def validate(self, step: Step) -> None:
         real = slice(step.batch.samples)
