@@ -36,7 +36,7 @@ def run(code: str, *arguments: str) -> str:
         "import mmfast; dir(mmfast); mmfast.UserError",
         "from mmfast.cli.main import main; main(['--version'])",
         "from mmfast.cli.main import main; main(['--help'])",
-        "from mmfast.cli.main import main; main(['pretrain', '--help'])",
+        "from mmfast.cli.main import main; main(['pretrain', '--model.encoder=M3Encoder', '--help'])",
         "from mmfast.cli.main import main; assert main(['experiment', '--run.seed=x']) == 2",
         "from mmfast.cli.main import main; assert main(['evaluate']) == 2",
         "from mmfast.cli.main import main; assert main(['embed']) == 2",

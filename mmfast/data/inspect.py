@@ -268,7 +268,7 @@ def _split_lines(name: str, report: SplitReport, label_range: tuple[float, float
         lines.append(text)
     faults = {
         "with a label outside [{:g}, {:g}]".format(*label_range or (0, 0)): report.outside,
-        "with modalities of different lengths, which must be aligned before training": report.unaligned,
+        "with modalities of different lengths, to be aligned unless the encoder takes them so": report.unaligned,
         "without any modality": report.empty,
         "with a modality that is 0 or no number throughout; what is missing has no steps": report.blank,
     }

@@ -115,7 +115,7 @@ def test_faults_of_single_samples_are_counted_and_named(tmp_path):
     text = str(report)
     for line in (
         "  2 samples (b, d) with a label outside [-3, 3]",
-        "  2 samples (b, e) with modalities of different lengths, which must be aligned before training",
+        "  2 samples (b, e) with modalities of different lengths, to be aligned unless the encoder takes them so",
         "  1 sample (c) without any modality",
         "  1 sample (b) with a modality that is 0 or no number throughout; what is missing has no steps",
         "train and test share 1 sample (twin) of equal contents",

@@ -266,7 +266,7 @@ def test_the_report_begins_with_what_it_is_about(whole, folded):
     # 57 inputs in batches of 16, the last one dropped; 28 labels in batches of 8.
     assert facts["Pre-training"].startswith("57 samples, 6 steps in 2 epochs")
     assert facts["Training of FS"].startswith("12 steps in 3 epochs")
-    assert facts["Model"].startswith("5,760 parameters in the encoder, 9 in the head, 416 in the projector")
+    assert facts["Model"].startswith("M3Encoder, 5,760 parameters, 9 in the head, 416 in the projector")
     assert re.match(time.strftime("%Y-"), facts["Written"])
     facts = dict(re.findall(r"- \*\*(.+?)\*\*: (.+)", (folded / "report.md").read_text()))
     assert facts["Command"].startswith("mmfast experiment --data.synthetic.samples=80 ")

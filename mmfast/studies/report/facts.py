@@ -116,7 +116,9 @@ def _span(numbers: Iterable[int]) -> str:
 def _model(config: Config, data: MultimodalData, pretrained: bool) -> str:
     features = data.features
     network = make_module(config, features, supervised_stage(config))
-    text = f"{_size(network.encoder):,} parameters in the encoder, {_size(network.head):,} in the head"
+    text = (
+        f"{config.model.encoder}, {_size(network.encoder):,} parameters, {_size(network.head):,} in the head"
+    )
     if pretrained:
         network = make_module(config, features, pretraining_stage(config))
         text += f", {_size(network.projector):,} in the projector"
