@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from mmfast import backends
+from mmfast.losses.barlow_twins import Options
 from mmfast.ops.barlow_twins import op as ops
+from mmfast.ops.barlow_twins.definition import Definition, Request
 from mmfast.ops.barlow_twins.kernels import passes_for
 
 # cuBLAS refuses the deterministic mode of `poisoned_memory` without it.
@@ -39,6 +41,18 @@ def modalities(rows, widths, dtype=torch.float64):
     shared = torch.randn(rows, max(widths), dtype=torch.float64)
     noise = [torch.randn(rows, width, dtype=torch.float64) for width in widths]
     return [(2 * (shared[:, : e.shape[1]] + 0.7 * e) + 3 * m).to(dtype) for m, e in enumerate(noise)]
+
+
+def settings_of(variant, **given):
+    """Fields of a published definition, and whether its statistics are ``pooled``."""
+    return Options(variant=variant, **given).resolved()
+
+
+def request_of(settings, **more):
+    """The same as the ops take it, for one process unless ``sharing`` says otherwise."""
+    settings = dict(settings)
+    pooled = settings.pop("pooled", False)
+    return Request(Definition(**settings), pooled, **more)
 
 
 def is_narrow(dtype):

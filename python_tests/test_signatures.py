@@ -6,6 +6,7 @@ import pytest
 
 import mmfast
 from mmfast import functional, metrics, models
+from mmfast.losses.barlow_twins import Options
 from mmfast.models.layers import attention, masking
 from mmfast.models.layers import recurrent as rnn
 
@@ -35,6 +36,49 @@ def test_one_optional_number_at_most_is_positional_and_no_switch(call):
     plain = [p for p in positional if any(t in str(p.annotation) for t in ("float", "int", "bool", "str"))]
     plain = [p for p in plain if not any(t in str(p.annotation) for t in ("Tensor", "Mapping", "Sequence"))]
     assert len(plain) <= 1 and not any("bool" in str(p.annotation) for p in plain)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        functional.barlow_twins,
+        functional.barlow_twins_components,
+        functional.multi_view_barlow_twins,
+        mmfast.BarlowTwinsLoss,
+        mmfast.MultiViewBarlowTwinsLoss,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_options_of_barlow_twins_are_the_same_everywhere(call):
+    parameters = inspect.signature(call).parameters
+    found = {name: p.default for name, p in parameters.items() if name in Options._fields}
+    assert found == Options()._asdict()
+    assert all(
+        p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name in found and name != "lambd"
+    )
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+UNKNOWN = [
+    ("BarlowTwinsLoss.__init__", lambda: mmfast.BarlowTwinsLoss(lamda=1.0)),
+    ("MultiViewBarlowTwinsLoss", lambda: mmfast.MultiViewBarlowTwinsLoss(lamda=1.0)),
+    ("barlow_twins_components", lambda: functional.barlow_twins_components(None, None, lamda=1.0)),
+    ("multi_view_barlow_twins", lambda: functional.multi_view_barlow_twins([], lamda=1.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "call"), UNKNOWN, ids=[name for name, _ in UNKNOWN])
+def test_an_unknown_option_is_told_by_the_name_of_the_call(name, call):
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert str(caught.value).startswith(f"{name}() got an unexpected keyword argument 'lamda'")
+
+
+def test_too_many_positional_arguments_are_told_by_the_name_of_the_loss():
+    with pytest.raises(
+        TypeError, match=r"^BarlowTwinsLoss\.__init__\(\) takes from 1 to 2 positional arguments"
+    ):
+        mmfast.BarlowTwinsLoss(1.0, 1e-12)
 
 
 WRONG = [

@@ -9,6 +9,7 @@ from mmfast.checks import check_number
 from mmfast.errors import UserError
 from mmfast.losses.barlow_twins import TwoViewLoss, evaluate_barlow_twins
 from mmfast.ops.barlow_twins.checks import check_dense
+from mmfast.ops.barlow_twins.definition import Definition, Request
 
 OP = "lifestream.BarlowTwinsLoss"
 NAMES = ("model_outputs[::2]", "model_outputs[1::2]")
@@ -46,6 +47,6 @@ class BarlowTwinsLoss(TwoViewLoss):
                 f"{OP}: target must be the same in rows 2 i and 2 i + 1, "
                 f"got {target[row].item()} and {target[row + 1].item()} in rows {row} and {row + 1}"
             )
-        options = {"lambd": self.lambd, "center": False, "normalise": False}
+        request = Request(Definition(self.lambd, center=False, normalise=False))
         a, b = model_outputs[::2], model_outputs[1::2]
-        return self._kept(*evaluate_barlow_twins(a, b, options, op=OP, names=NAMES))
+        return self._kept(*evaluate_barlow_twins(a, b, request, op=OP, names=NAMES))

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from mmfast.checks import check_bool, check_number
 from mmfast.errors import UserError
-from mmfast.losses.barlow_twins import TwoViewLoss, barlow_twins_options, evaluate_barlow_twins
-from mmfast.ops.barlow_twins.definition import Sharing
+from mmfast.losses.barlow_twins import Options, TwoViewLoss, evaluate_barlow_twins
 
 OP = "lightly.BarlowTwinsLoss"
 
@@ -31,6 +30,6 @@ class BarlowTwinsLoss(TwoViewLoss):
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss of two views' embeddings (B, D)."""
-        sharing = Sharing("local" if self.gather_distributed else None)
-        options = barlow_twins_options("lightly", lambd=self.lambda_param)
-        return self._kept(*evaluate_barlow_twins(z_a, z_b, options, sharing=sharing, op=OP))
+        stats = "local" if self.gather_distributed else None
+        options = Options(self.lambda_param, variant="lightly", stats=stats)
+        return self._kept(*evaluate_barlow_twins(z_a, z_b, options.request(), op=OP))

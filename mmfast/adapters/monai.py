@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmfast.checks import check_number
-from mmfast.losses.barlow_twins import TwoViewLoss, barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses.barlow_twins import Options, TwoViewLoss, evaluate_barlow_twins
 
 OP = "monai.BarlowTwinsLoss"
 
@@ -19,6 +19,6 @@ class BarlowTwinsLoss(TwoViewLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of two views' embeddings (B, D)."""
-        options = barlow_twins_options("monai", lambd=self.lambd)
+        request = Options(self.lambd, variant="monai", stats=None).request()
         names = ("input", "target")
-        return self._kept(*evaluate_barlow_twins(input, target, options, op=OP, names=names))
+        return self._kept(*evaluate_barlow_twins(input, target, request, op=OP, names=names))

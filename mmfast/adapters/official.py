@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from mmfast.checks import check_number
-from mmfast.losses.barlow_twins import TwoViewLoss, barlow_twins_options, evaluate_barlow_twins
-from mmfast.ops.barlow_twins.definition import Sharing
+from mmfast.losses.barlow_twins import Options, TwoViewLoss, evaluate_barlow_twins
 
 OP = "official.BarlowTwins"
 
@@ -32,6 +31,5 @@ class BarlowTwins(TwoViewLoss):
     def forward(self, y1: Tensor, y2: Tensor) -> Tensor:
         """The loss of two views of a batch."""
         z1, z2 = (self.projector(self.backbone(y)) for y in (y1, y2))
-        options, sharing = barlow_twins_options("official", lambd=self.lambd), Sharing("global", "legacy")
-        result = evaluate_barlow_twins(z1, z2, options, sharing=sharing, op=OP, names=("z1", "z2"))
-        return self._kept(*result)
+        request = Options(self.lambd, grad_convention="legacy").request()
+        return self._kept(*evaluate_barlow_twins(z1, z2, request, op=OP, names=("z1", "z2")))

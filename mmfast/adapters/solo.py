@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmfast.checks import check_number
-from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
-from mmfast.ops.barlow_twins.definition import Sharing
+from mmfast.losses.barlow_twins import Options, evaluate_barlow_twins
 
 OP = "solo.barlow_loss_func"
 
@@ -18,5 +17,5 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
     by the number of processes.
     """
     lambd, scale = check_number(OP, "lamb", lamb, 0), check_number(OP, "scale_loss", scale_loss, 0)
-    options, sharing = barlow_twins_options("solo", lambd=lambd, scale=scale), Sharing("local", "legacy")
-    return evaluate_barlow_twins(z1, z2, options, sharing=sharing, op=OP, names=("z1", "z2"))[0]
+    options = Options(lambd, variant="solo", scale=scale, stats="local", grad_convention="legacy")
+    return evaluate_barlow_twins(z1, z2, options.request(), op=OP, names=("z1", "z2"))[0]

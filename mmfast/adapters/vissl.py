@@ -6,9 +6,8 @@ from torch import Tensor
 
 from mmfast.checks import check_integer, check_number
 from mmfast.errors import UserError
-from mmfast.losses.barlow_twins import TwoViewLoss, barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses.barlow_twins import Options, TwoViewLoss, evaluate_barlow_twins
 from mmfast.ops.barlow_twins.checks import check_dense
-from mmfast.ops.barlow_twins.definition import Sharing
 
 OP = "vissl.BarlowTwinsCriterion"
 
@@ -39,9 +38,7 @@ class BarlowTwinsCriterion(TwoViewLoss):
                 f"columns, got {shape}"
             )
         rows = shape[0] // 2
-        options = barlow_twins_options("vissl", lambd=self.lambda_, scale=self.scale_loss)
-        sharing, names = Sharing("global", "legacy"), (f"embedding[:{rows}]", f"embedding[{rows}:]")
-        result = evaluate_barlow_twins(
-            embedding[:rows], embedding[rows:], options, sharing=sharing, op=OP, names=names
-        )
-        return self._kept(*result)
+        options = Options(self.lambda_, variant="vissl", scale=self.scale_loss, grad_convention="legacy")
+        views = embedding[:rows], embedding[rows:]
+        names = f"embedding[:{rows}]", f"embedding[{rows}:]"
+        return self._kept(*evaluate_barlow_twins(*views, options.request(), op=OP, names=names))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from mmfast.checks import check_bool, check_number
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import OP, check_views, unusable
-from mmfast.ops.barlow_twins.definition import Definition, Sharing
-from mmfast.ops.barlow_twins.multi_view import barlow_twins_many
+from mmfast.ops.barlow_twins.definition import Definition, Request, Sharing
+from mmfast.ops.barlow_twins.multi_view import barlow_twins_of_pairs
 from mmfast.ops.barlow_twins.op import barlow_twins as _two_views
+
+T = TypeVar("T")
 
 
 class BarlowTwinsComponents(NamedTuple):
@@ -58,40 +61,79 @@ BARLOW_TWINS_VARIANTS: dict[str, dict[str, float | bool]] = {
 }
 
 
-_NOBODY = Sharing(stats=None)
-
-
-def _check_weight(op: str, name: str, value: float) -> float:
+def _check_weight(op: str, name: str, value: Any) -> float:
     return check_number(op, name, value, 0)
 
 
-_OPTIONS = {"lambd": _check_weight, "eps": _check_weight, "scale": _check_weight, "center": check_bool}
+class Options(NamedTuple):
+    """What can be chosen about a Barlow Twins loss; :func:`barlow_twins` explains it. None: as the variant has it."""
+
+    lambd: float | None = None
+    center: bool = True
+    eps: float | None = None
+    variant: str = "official"
+    scale: float | None = None
+    debias: bool = False
+    stats: str | None = "global"
+    grad_convention: str = "true"
+    group: Any = None
+
+    @classmethod
+    def of(cls, call: str, given: Mapping[str, Any]) -> Options:
+        """Those of a ``call`` that takes them by keyword."""
+        for name in given:
+            if name not in cls._fields:
+                raise TypeError(f"{call}() got an unexpected keyword argument {name!r}")
+        return cls(**given)
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(self.stats, self.grad_convention, self.group)
+
+    def resolved(self) -> dict[str, float | bool]:
+        """Fields of the definition, and whether statistics are ``pooled``, the variant's where they are not given."""
+        chosen = BARLOW_TWINS_VARIANTS.get(self.variant) if isinstance(self.variant, str) else None
+        if chosen is None:
+            names = ", ".join(BARLOW_TWINS_VARIANTS)
+            raise UserError(f"barlow_twins: variant must be one of {names}, got {self.variant!r}")
+        resolved = {**BARLOW_TWINS_VARIANTS["official"], **chosen}
+        for name, check in _CHECKS.items():
+            if (value := getattr(self, name)) is not None:
+                resolved[name] = check(OP, name, value)
+        return resolved
+
+    def request(self) -> Request:
+        """The same for the ops, all looked at; what is wrong is raised on every process."""
+        sharing = self.sharing
+        try:
+            resolved, debias = self.resolved(), check_bool(OP, "debias", self.debias)
+        except (TypeError, ValueError) as error:
+            sharing.refuse(error)
+        pooled = resolved.pop("pooled", False)
+        return Request(Definition(**resolved), pooled, debias, sharing)
 
 
-def barlow_twins_options(variant: str, **given: float | bool | None) -> dict[str, float | bool]:
-    """Arguments of the op: those of the variant, where they are not given."""
-    chosen = BARLOW_TWINS_VARIANTS.get(variant) if isinstance(variant, str) else None
-    if chosen is None:
-        names = ", ".join(BARLOW_TWINS_VARIANTS)
-        raise UserError(f"barlow_twins: variant must be one of {names}, got {variant!r}")
-    checked = {name: _OPTIONS[name](OP, name, value) for name, value in given.items() if value is not None}
-    return {**BARLOW_TWINS_VARIANTS["official"], **chosen, **checked}
+_TYPES = get_type_hints(Options)
+_CHECKS = {"lambd": _check_weight, "center": check_bool, "eps": _check_weight, "scale": _check_weight}
 
 
-def resolved(sharing: Sharing, variant: str, debias: bool, **given: float | bool | None):
-    """Arguments of the op, and ``debias``, all looked at; what is wrong is raised on every process."""
-    try:
-        return barlow_twins_options(variant, **given), check_bool(OP, "debias", debias)
-    except (TypeError, ValueError) as error:
-        sharing.refuse(error)
+def takes_options(function: Callable[..., T]) -> Callable[..., T]:
+    """Shows each of the :class:`Options` in the signature instead of ``**options``."""
+    signature = inspect.signature(function)
+    *own, _ = signature.parameters.values()
+    options = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_TYPES[name])
+        for name, default in Options()._asdict().items()
+        if name not in signature.parameters
+    ]
+    function.__signature__ = signature.replace(parameters=[*own, *options])
+    return function
 
 
 def evaluate_barlow_twins(
     z_a: Tensor,
     z_b: Tensor,
-    options: Mapping[str, float | bool],
-    debias: bool = False,
-    sharing: Sharing = _NOBODY,
+    request: Request,
     gram: bool | None = None,
     op: str = OP,
     names: tuple[str, str] = ("z_a", "z_b"),
@@ -100,28 +142,18 @@ def evaluate_barlow_twins(
 
     ``op`` and ``names``: who asks, and what the views are called there, in errors.
     """
-    pooled = options.get("pooled", False)
+    definition, pooled, debias, sharing = request
     views = dict(zip(names, (z_a, z_b), strict=True))
     if not (pooled or debias) and sharing.across() is None:
         sharing.check()
         if op == OP:
-            return _two_views(z_a, z_b, **options, gram=gram)
+            return _two_views(z_a, z_b, *definition, gram=gram)
         check_views(views, corresponding=True, op=op)
         try:
-            return _two_views(z_a, z_b, **options, gram=gram)
+            return _two_views(z_a, z_b, *definition, gram=gram)
         except UserError:
             raise unusable(views, op) from None
-    definition = Definition(**{name: value for name, value in options.items() if name != "pooled"})
-    loss, components = barlow_twins_many(
-        views,
-        definition=definition,
-        pooled=pooled,
-        debias=debias,
-        sharing=sharing,
-        corresponding=True,
-        gram=gram,
-        op=op,
-    )
+    loss, components = barlow_twins_of_pairs(views, request=request, corresponding=True, gram=gram, op=op)
     return loss, components[0]
 
 
@@ -213,66 +245,37 @@ def barlow_twins(
         Of several processes all raise the error of the lowest rank that has one, with that rank; also where
         arguments differ that must not: D, dtype, options, whether a gradient is required.
     """
-    sharing = Sharing(stats, grad_convention, group)
-    options, debias = resolved(sharing, variant, debias, lambd=lambd, center=center, eps=eps, scale=scale)
-    return evaluate_barlow_twins(z_a, z_b, options, debias, sharing)[0]
+    options = Options(lambd, center, eps, variant, scale, debias, stats, grad_convention, group)
+    return evaluate_barlow_twins(z_a, z_b, options.request())[0]
 
 
+@takes_options
 @torch.no_grad()
 def barlow_twins_components(
-    z_a: Tensor,
-    z_b: Tensor,
-    lambd: float | None = None,
-    *,
-    center: bool = True,
-    eps: float | None = None,
-    variant: str = "official",
-    scale: float | None = None,
-    debias: bool = False,
-    stats: str | None = "global",
-    group: Any = None,
+    z_a: Tensor, z_b: Tensor, lambd: float | None = None, **options: Any
 ) -> BarlowTwinsComponents:
     """The parts of :func:`barlow_twins`, for the same arguments and at the cost of its forward pass."""
-    sharing = Sharing(stats, "true", group)
-    options, debias = resolved(sharing, variant, debias, lambd=lambd, center=center, eps=eps, scale=scale)
-    _, components = evaluate_barlow_twins(z_a, z_b, options, debias, sharing)
+    request = Options.of("barlow_twins_components", {"lambd": lambd, **options}).request()
+    _, components = evaluate_barlow_twins(z_a, z_b, request)
     return BarlowTwinsComponents(*components.unbind())
 
 
-class _BarlowTwins(nn.Module):
-    """Options of Barlow Twins losses; :func:`mmfast.functional.barlow_twins` explains them."""
+class WithOptions(nn.Module):
+    """A loss whose :class:`Options` are its attributes; they may be set at any time."""
 
-    def __init__(
-        self,
-        lambd: float | None = None,
-        *,
-        center: bool = True,
-        eps: float | None = None,
-        variant: str = "official",
-        scale: float | None = None,
-        debias: bool = False,
-        stats: str | None = "global",
-        grad_convention: str = "true",
-        group: Any = None,
-    ):
-        super().__init__()
-        options = barlow_twins_options(variant, lambd=lambd, center=center, eps=eps, scale=scale)
-        self.variant, self.debias = variant, check_bool(OP, "debias", debias)
-        self.lambd, self.center, self.eps, self.scale = (
-            options[name] for name in ("lambd", "center", "eps", "scale")
-        )
-        self.stats, self.grad_convention, self.group = stats, grad_convention, group
-        Sharing(stats, grad_convention).check()
+    def _take(self, options: Options) -> None:
+        resolved = options.resolved()
+        numbers = {name: resolved[name] for name in _CHECKS}
+        options = options._replace(**numbers, debias=check_bool(OP, "debias", options.debias))
+        options.sharing.check()
+        for name, value in options._asdict().items():
+            setattr(self, name, value)
 
-    def _settings(self) -> tuple[dict[str, float | bool], bool, Sharing]:
-        """Options, ``debias`` and ``sharing`` of a call: attributes may have been set since."""
-        sharing = Sharing(self.stats, self.grad_convention, self.group)
-        names = ("variant", "debias", "lambd", "center", "eps", "scale")
-        return *resolved(sharing, **{name: getattr(self, name) for name in names}), sharing
+    def _request(self) -> Request:
+        return Options(*[getattr(self, name) for name in Options._fields]).request()
 
     def extra_repr(self) -> str:
-        names = ("lambd", "center", "eps", "variant", "scale", "debias", "stats", "grad_convention")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in Options._fields if name != "group")
 
 
 class TwoViewLoss(nn.Module):
@@ -290,7 +293,7 @@ class TwoViewLoss(nn.Module):
         return loss
 
 
-class BarlowTwinsLoss(_BarlowTwins, TwoViewLoss):
+class BarlowTwinsLoss(WithOptions, TwoViewLoss):
     """Barlow Twins loss of two views' embeddings (B, D), defined in :func:`mmfast.functional.barlow_twins`.
 
     >>> loss = BarlowTwinsLoss()
@@ -302,11 +305,27 @@ class BarlowTwinsLoss(_BarlowTwins, TwoViewLoss):
     the loss is that of all their rows: every process must call it (``stats=None``: each has its own).
     """
 
+    def __init__(
+        self,
+        lambd: float | None = None,
+        *,
+        center: bool = True,
+        eps: float | None = None,
+        variant: str = "official",
+        scale: float | None = None,
+        debias: bool = False,
+        stats: str | None = "global",
+        grad_convention: str = "true",
+        group: Any = None,
+    ):
+        super().__init__()
+        self._take(Options(lambd, center, eps, variant, scale, debias, stats, grad_convention, group))
+
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        return self._kept(*evaluate_barlow_twins(z_a, z_b, *self._settings()))
+        return self._kept(*evaluate_barlow_twins(z_a, z_b, self._request()))
 
     @torch.no_grad()
     def components(self, z_a: Tensor, z_b: Tensor) -> BarlowTwinsComponents:
         """Components for other embeddings, with this loss's options; ``last`` stays as it is."""
-        _, components = evaluate_barlow_twins(z_a, z_b, *self._settings())
+        _, components = evaluate_barlow_twins(z_a, z_b, self._request())
         return BarlowTwinsComponents(*components.unbind())

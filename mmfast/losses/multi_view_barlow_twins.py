@@ -11,10 +11,10 @@ from torch import Tensor
 from mmfast import backends
 from mmfast.checks import check_number, told
 from mmfast.errors import UserError
-from mmfast.losses.barlow_twins import BarlowTwinsComponents, _BarlowTwins, resolved
+from mmfast.losses.barlow_twins import BarlowTwinsComponents, Options, WithOptions, takes_options
 from mmfast.ops.barlow_twins.checks import check_views, stacked_present, unusable
-from mmfast.ops.barlow_twins.definition import Definition, Sharing
-from mmfast.ops.barlow_twins.multi_view import barlow_twins_many
+from mmfast.ops.barlow_twins.definition import Request
+from mmfast.ops.barlow_twins.multi_view import barlow_twins_of_pairs
 from mmfast.ops.barlow_twins.op import barlow_twins as _two_views
 from mmfast.ops.barlow_twins.op import gram_is_cheaper
 
@@ -22,20 +22,13 @@ Views = Mapping[str, Tensor] | Sequence[Tensor]
 Pair = tuple[str, str] | tuple[int, int]
 
 
+@takes_options
 def multi_view_barlow_twins(
     views: Views,
     present: Tensor | Mapping[str, Tensor] | None = None,
     *,
     weights: Mapping[Pair, float] | None = None,
-    lambd: float | None = None,
-    center: bool = True,
-    eps: float | None = None,
-    variant: str = "official",
-    scale: float | None = None,
-    debias: bool = False,
-    stats: str | None = "global",
-    grad_convention: str = "true",
-    group: Any = None,
+    **options: Any,
 ) -> Tensor:
     r"""Sum over pairs of any number of views or modalities of the weighted :func:`barlow_twins` losses.
 
@@ -55,44 +48,41 @@ def multi_view_barlow_twins(
             that fewer than two samples have count nothing.
         weights: by pairs of names or positions, finite and >= 0; pairs that are not there are left out. None: 1 for
             all.
-        others: see :func:`barlow_twins`; ``debias`` is for samples that have all views, and ``variant="vissl"``,
+        options: see :func:`barlow_twins`; ``debias`` is for samples that have all views, and ``variant="vissl"``,
             which pools the statistics of two views, is not offered.
 
     Returns and raises what :func:`barlow_twins` does.
     """
-    sharing = Sharing(stats, grad_convention, group)
-    options, debias = resolved(sharing, variant, debias, lambd=lambd, center=center, eps=eps, scale=scale)
-    return evaluate_multi_view(views, present, weights, options, debias, sharing)[0]
+    request = Options.of("multi_view_barlow_twins", options).request()
+    return evaluate_multi_view(views, present, weights, request)[0]
 
 
-def evaluate_multi_view(
-    views, present, weights, options, debias, sharing
-) -> tuple[Tensor, dict[Pair, Tensor]]:
+def evaluate_multi_view(views, present, weights, request: Request) -> tuple[Tensor, dict[Pair, Tensor]]:
     """The loss, and its components (5,) by pair."""
+    sharing = request.sharing
     try:
-        views, named, pairs, present = _prepared(views, present, weights, options, debias)
+        views, named, pairs, present = _prepared(views, present, weights, request)
     except (TypeError, ValueError) as error:
         sharing.refuse(error)
-    if present is None and not debias and sharing.across() is None and _pair_by_pair(views, len(pairs)):
+    alone = present is None and not request.debias and sharing.across() is None
+    if alone and _pair_by_pair(views, len(pairs)):
         sharing.check()
         check_views(named, 2)
         # A backend that cannot serve says so here: below, what is refused is a value.
         backends.choose("barlow_twins", next(iter(views.values())).device)
         try:
-            terms = {(m, n): _two_views(views[m], views[n], **options) for m, n in pairs}
+            terms = {(m, n): _two_views(views[m], views[n], *request.definition) for m, n in pairs}
         except UserError:
             raise unusable(named) from None
         loss = sum(weight * terms[pair][0] for pair, weight in pairs.items())
         return loss, {pair: components for pair, (_, components) in terms.items()}
     names = list(views)
     positions = [(names.index(m), names.index(n), weight) for (m, n), weight in pairs.items()]
-    loss, components = barlow_twins_many(
-        named, positions, present, Definition(**options), debias=debias, sharing=sharing
-    )
+    loss, components = barlow_twins_of_pairs(named, positions, present, request)
     return loss, dict(zip(pairs, components.unbind(), strict=True))
 
 
-def _prepared(views, present, weights, options, debias):
+def _prepared(views, present, weights, request: Request):
     """Views by name, the same by their names in errors, weights by pair, and present as one tensor or None."""
     if not isinstance(views, Mapping):
         if not isinstance(views, Iterable) or isinstance(views, (str, bytes)):
@@ -103,11 +93,11 @@ def _prepared(views, present, weights, options, debias):
     names = list(views)
     if len(names) < 2:
         raise UserError(f"multi_view_barlow_twins: there must be at least 2 views, got {len(names)}")
-    if options.get("pooled"):
+    if request.pooled:
         raise UserError(
             'multi_view_barlow_twins: variant must not be "vissl", whose statistics are those of two views'
         )
-    if debias and present is not None:
+    if request.debias and present is not None:
         raise UserError("multi_view_barlow_twins: debias must be False where present is given, got True")
     named = {f"views[{name!r}]": z for name, z in views.items()}
     if isinstance(present, Mapping):
@@ -169,7 +159,7 @@ def _present(present: Mapping[str, Tensor], names: list, views: Mapping[str, Ten
     return stacked_present({name: present[name] for name in names}, views)
 
 
-class MultiViewBarlowTwinsLoss(_BarlowTwins):
+class MultiViewBarlowTwinsLoss(WithOptions):
     """Weighted Barlow Twins losses of all pairs of any number of views:
     :func:`mmfast.functional.multi_view_barlow_twins`.
 
@@ -182,12 +172,14 @@ class MultiViewBarlowTwinsLoss(_BarlowTwins):
 
     _last: dict[Pair, Tensor] | None = None
 
+    @takes_options
     def __init__(self, weights: Mapping[Pair, float] | None = None, **options: Any):
-        super().__init__(**options)
+        super().__init__()
+        self._take(Options.of("MultiViewBarlowTwinsLoss", options))
         self.weights = None if weights is None else checked_weights(weights)
 
     def forward(self, views: Views, present: Tensor | Mapping[str, Tensor] | None = None) -> Tensor:
-        loss, self._last = evaluate_multi_view(views, present, self.weights, *self._settings())
+        loss, self._last = evaluate_multi_view(views, present, self.weights, self._request())
         return loss
 
     @property

@@ -7,8 +7,8 @@ import torch
 from barlow_twins_help import FORMS, modalities
 
 from mmfast.losses import BarlowTwinsLoss
-from mmfast.ops.barlow_twins.definition import Definition
-from mmfast.ops.barlow_twins.multi_view import barlow_twins_many
+from mmfast.ops.barlow_twins.definition import Definition, Request
+from mmfast.ops.barlow_twins.multi_view import barlow_twins_of_pairs
 
 
 def u_statistic(a, b, same=True):
@@ -39,7 +39,7 @@ def test_debiased_is_the_u_statistic(widths, gram):
     views = modalities(6, widths)
     hats = [(z - z.mean(0)) / (z.var(0, correction=0) + 1e-5).sqrt() for z in views]
     expected = float(u_statistic(*hats, same=widths[0] == widths[1]))
-    _, components = barlow_twins_many(dict(enumerate(views)), debias=True, gram=gram)
+    _, components = barlow_twins_of_pairs(dict(enumerate(views)), request=Request(debias=True), gram=gram)
     assert float(components[0, 2]) == pytest.approx(expected, rel=1e-9)
 
 
@@ -50,8 +50,8 @@ def test_debiased_without_centring_counts_pairs_of_different_rows(gram):
     products = torch.einsum("bi,bj->bij", *hats)
     products.diagonal(dim1=1, dim2=2).zero_()
     total = products.sum(0).square().sum() - products.square().sum()
-    options = Definition(center=False)
-    _, components = barlow_twins_many(dict(enumerate(views)), definition=options, debias=True, gram=gram)
+    request = Request(Definition(center=False), debias=True)
+    _, components = barlow_twins_of_pairs(dict(enumerate(views)), request=request, gram=gram)
     assert float(components[0, 2]) == pytest.approx(float(total / 42), rel=1e-9)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from barlow_twins_formulas import relative_error
+from barlow_twins_help import request_of, settings_of
 from ranks import Ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,10 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 import mmfast
 from mmfast.adapters import lightly, official, solo, vissl
 from mmfast.functional import barlow_twins, multi_view_barlow_twins
-from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses.barlow_twins import Options, evaluate_barlow_twins
 from mmfast.ops.barlow_twins import op as ops
-from mmfast.ops.barlow_twins.definition import Sharing
-from mmfast.ops.barlow_twins.multi_view import barlow_twins_many
+from mmfast.ops.barlow_twins.multi_view import barlow_twins_of_pairs
 
 # Rows of each rank, by number of processes.
 ROWS = {1: (13,), 2: (12, 5), 3: (9, 1, 11), 4: (7, 9, 0, 6)}
@@ -53,20 +53,17 @@ def mine(group, views, rows):
 def run(group, rows, views, options, upstream):
     """The loss and this rank's gradients."""
     leaves = mine(group, views, rows)
-    definition = barlow_twins_options(options.get("variant", "official"))
-    sharing = Sharing(options.get("stats", "global"), options.get("grad_convention", "true"), group)
-    loss, _ = evaluate_barlow_twins(
-        *leaves, definition, options.get("debias", False), sharing, options.get("gram")
-    )
+    gram = options.pop("gram", None)
+    loss, _ = evaluate_barlow_twins(*leaves, Options(group=group, **options).request(), gram)
     loss.backward(torch.tensor(upstream, dtype=loss.dtype))
     return loss.detach(), [z.grad for z in leaves]
 
 
 def truth(views, variant, upstream, debias=False, gram=None):
     leaves = [z.double().requires_grad_() for z in views]
-    options = barlow_twins_options(variant)
+    options = settings_of(variant)
     if debias:
-        loss, _ = evaluate_barlow_twins(*leaves, options, debias, gram=gram)
+        loss, _ = evaluate_barlow_twins(*leaves, request_of(options, debias=debias), gram)
     else:
         loss = ops.reference(*leaves, **options)
     loss.backward(torch.tensor(upstream, dtype=torch.float64))
@@ -121,7 +118,7 @@ def saved_shapes(group, rows, views):
     shapes = []
     leaves = mine(group, views, rows)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: shapes.append(tuple(x.shape)) or x, lambda x: x):
-        barlow_twins_many({"z_a": leaves[0], "z_b": leaves[1]}, sharing=Sharing(group=group))
+        barlow_twins_of_pairs({"z_a": leaves[0], "z_b": leaves[1]}, request=Options(group=group).request())
     return shapes
 
 
@@ -323,10 +320,7 @@ def without_deprecated_collectives(group, size):
         warnings.simplefilter("error", DeprecationWarning)
         for gram in (True, False):
             z_a, z_b = mine(group, batch(sum(ROWS[size]), 20), ROWS[size])
-            sharing = Sharing(group=group)
-            evaluate_barlow_twins(z_a, z_b, barlow_twins_options("official"), sharing=sharing, gram=gram)[
-                0
-            ].backward()
+            evaluate_barlow_twins(z_a, z_b, Options(group=group).request(), gram)[0].backward()
         with pytest.raises(ValueError, match="must be the same on every rank"):
             barlow_twins(z_a, z_b, 0.1 * dist.get_rank(group), group=group)
 

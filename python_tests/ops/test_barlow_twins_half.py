@@ -3,11 +3,11 @@
 import pytest
 import torch
 from barlow_twins_formulas import relative_error
-from barlow_twins_help import native
+from barlow_twins_help import native, request_of, settings_of
 
 from mmfast import backends
 from mmfast import functional as F
-from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses.barlow_twins import evaluate_barlow_twins
 from mmfast.ops.barlow_twins import op as ops
 from mmfast.ops.barlow_twins.definition import Definition
 from mmfast.ops.barlow_twins.kernels import NarrowCpu, Plain, _native
@@ -195,7 +195,7 @@ CONSTANT = ["in both views", "mean 100", "in one view", "all", "all, of their ow
 )
 def test_constant_columns_get_no_gradient(variant, kind, isa):
     """However much 1 / eps magnifies the rounding of sums; and the others get theirs."""
-    options = barlow_twins_options(variant)
+    options = settings_of(variant)
     z = with_constant_columns(kind, 52, 200)
     truth = gradients(ops.reference, *z, dtype=torch.float64, **options)
     plain = gradients(narrow_loss, *z, narrow=False, **options)
@@ -252,7 +252,7 @@ def test_which_calls_are_narrow(fast, monkeypatch):
 
     def narrow(rows, columns, dtype=BF16, **options):
         calls.clear()
-        evaluate_barlow_twins(*views("correlated", rows, columns, dtype), options)
+        evaluate_barlow_twins(*views("correlated", rows, columns, dtype), request_of(options))
         return bool(calls)
 
     assert narrow(64, 500)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from barlow_twins_formulas import relative_error
-from barlow_twins_help import FORMS, modalities
+from barlow_twins_help import FORMS, modalities, settings_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +20,9 @@ from mmfast.functional import (
 )
 from mmfast.losses import MultiViewBarlowTwinsLoss
 from mmfast.losses import multi_view_barlow_twins as multi_view
-from mmfast.losses.barlow_twins import barlow_twins_options
 from mmfast.ops.barlow_twins import op as ops
-from mmfast.ops.barlow_twins.definition import Definition, Setting
-from mmfast.ops.barlow_twins.multi_view import _loss, barlow_twins_many
+from mmfast.ops.barlow_twins.definition import Definition, Request, Setting
+from mmfast.ops.barlow_twins.multi_view import _loss, barlow_twins_of_pairs
 from mmfast.ops.collectives import Ranks
 
 HALF = (torch.bfloat16, torch.float16)
@@ -81,7 +80,7 @@ def agree(ours, truth, tolerance):
 def test_the_sum_over_pairs(variant, dtype, shape, road):
     views = modalities(shape[0], [shape[1]] * 3, dtype)
     weights = {(0, 1): 1.0, (2, 0): 0.25, (1, 2): 3.0}
-    options = barlow_twins_options(variant)
+    options = settings_of(variant)
 
     def truth(z):
         return sum(w * ops.reference(z[a], z[b], **options) for (a, b), w in weights.items())
@@ -102,7 +101,7 @@ def test_missing_views_and_different_widths(widths, missing, gram):
 
     def ours(z):
         pairs = [(*pair, 1.0) for pair in itertools.combinations(range(3), 2)]
-        return barlow_twins_many(dict(enumerate(z)), pairs, present, gram=gram)[0]
+        return barlow_twins_of_pairs(dict(enumerate(z)), pairs, present, gram=gram)[0]
 
     found = gradients(ours, holes)
     agree(found, expected, 1e-10)
@@ -169,9 +168,9 @@ def test_gradcheck(gram):
     pairs = [(0, 1, 1.0), (1, 2, 0.5)]
     for mask, debias in ((None, False), (present, False), (None, True)):
         assert torch.autograd.gradcheck(
-            lambda *z, m=mask, d=debias: barlow_twins_many(dict(enumerate(z)), pairs, m, debias=d, gram=gram)[
-                0
-            ],
+            lambda *z, m=mask, d=debias: barlow_twins_of_pairs(
+                dict(enumerate(z)), pairs, m, Request(debias=d), gram=gram
+            )[0],
             views,
         )
 

@@ -8,17 +8,17 @@ import math
 import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
+from barlow_twins_help import settings_of
 from targets import BACKENDS
 
 from mmfast import functional as F
-from mmfast.losses.barlow_twins import barlow_twins_options
 
 VARIANTS = pytest.mark.parametrize("variant", list(FORMULAS))
 # On both sides of the choice of form.
 SHAPES = pytest.mark.parametrize("shape", [(12, 50), (40, 17)], ids=str)
 # The root over the variance plus eps, or the deviation plus eps: the power of a scale that eps goes with.
 POWER = {name: 1 if name in ("monai", "stable-pretraining") else 2 for name in FORMULAS}
-UNBIASED = [name for name in FORMULAS if barlow_twins_options(name).get("unbiased")]
+UNBIASED = [name for name in FORMULAS if settings_of(name).get("unbiased")]
 
 
 def loss_of(variant, **options):
@@ -41,7 +41,7 @@ def double(*shape, **options):
 def by_hand(z_a, z_b, variant):
     """Loops over Python's floats."""
     options = {"eps_outside": False, "unbiased": False, "divide": True, "pooled": False}
-    options |= barlow_twins_options(variant)
+    options |= settings_of(variant)
     rows = len(z_a)
     columns = [z_a.double().T.tolist(), z_b.double().T.tolist()]
 
@@ -170,7 +170,7 @@ def test_repeated_rows(shape, variant):
 def test_a_scale_is_another_eps(shape, scale, variant, backend):
     """L(s z; eps) is L(z; eps / s) of deviations, L(z; eps / s^2) of variances, and s times the gradient its."""
     z_a, z_b = double(*shape)
-    eps = barlow_twins_options(variant)["eps"]
+    eps = settings_of(variant)["eps"]
     truth = gradients(loss_of(variant, eps=eps / scale ** POWER[variant]), z_a, z_b)
     loss, grad_a, grad_b = gradients(loss_of(variant), z_a * scale, z_b * scale)
     same((loss, grad_a * scale, grad_b * scale), truth, 1e-10)
@@ -212,7 +212,7 @@ def test_embeddings_of_zeros(variant, backend):
     z = torch.zeros(4, 6)
     loss, *grads = gradients(loss_of(variant), z, z, dtype=torch.float32)
     # On the diagonal 1 - 0, times B^2 (1 / B)^2 where C is not divided.
-    assert float(loss) == pytest.approx(6 * barlow_twins_options(variant)["scale"], rel=1e-6)
+    assert float(loss) == pytest.approx(6 * settings_of(variant)["scale"], rel=1e-6)
     assert not any(g.any() for g in grads)
 
 

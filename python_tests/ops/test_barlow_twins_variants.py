@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
-from barlow_twins_help import FORMS
+from barlow_twins_help import FORMS, request_of, settings_of
 from targets import ALL_BACKENDS, BACKENDS
 
 import mmfast
 from mmfast import functional as F
 from mmfast.losses import BarlowTwinsLoss
-from mmfast.losses.barlow_twins import barlow_twins_options, evaluate_barlow_twins
+from mmfast.losses.barlow_twins import evaluate_barlow_twins
 from mmfast.ops.barlow_twins import op as ops
 
 VARIANTS = pytest.mark.parametrize("variant", list(FORMULAS))
@@ -21,8 +21,8 @@ TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 
 def op(variant, gram=None, **given):
-    options = barlow_twins_options(variant, **given)
-    return lambda a, b: evaluate_barlow_twins(a, b, options, gram=gram)[0]
+    options = settings_of(variant, **given)
+    return lambda a, b: evaluate_barlow_twins(a, b, request_of(options), gram=gram)[0]
 
 
 def test_every_formula_has_a_name():
@@ -51,7 +51,7 @@ def test_values_and_gradients(variant, gram, backend):
 
 @VARIANTS
 def test_the_reference(variant):
-    options = barlow_twins_options(variant)
+    options = settings_of(variant)
     for shape in ((12, 50), (40, 17)):
         z = views(*shape)
         truth = gradients(FORMULAS[variant], *z)
@@ -191,7 +191,7 @@ def test_identical_views(variant):
     """With unbiased variances c_ii = 1 - 1 / B, and the loss knows it to all digits of fp32."""
     z, _ = views(4000, 3)
     parts = F.barlow_twins_components(z, z, variant=variant, lambd=0.0, eps=0.0)
-    options = barlow_twins_options(variant)
+    options = settings_of(variant)
     if options.get("unbiased"):
         assert float(parts.on_diagonal) == pytest.approx(3 / 4000**2, rel=1e-5)
     elif variant == "thesis":
@@ -230,7 +230,7 @@ def test_components_and_module(variant):
 @VARIANTS
 def test_what_is_given_goes_before_the_variant(variant):
     z_a, z_b = views(9, 20)
-    scale = barlow_twins_options(variant)["scale"]
+    scale = settings_of(variant)["scale"]
     truth = float(FORMULAS[variant](z_a.double(), z_b.double(), 0.7)) / scale * 3
     assert float(F.barlow_twins(z_a, z_b, lambd=0.7, variant=variant, scale=3)) == pytest.approx(
         truth, rel=3e-6
@@ -273,7 +273,7 @@ def test_embeddings_that_are_not_standardised(center, gram, backend):
     truth = gradients(lambda a, b: ops.reference(a, b, **options), z_a, z_b, -1.5)
     for dtype, tolerance in TOLERANCES.items():
         ours = gradients(
-            lambda a, b: evaluate_barlow_twins(a, b, options, gram=gram)[0], z_a, z_b, -1.5, dtype
+            lambda a, b: evaluate_barlow_twins(a, b, request_of(options), gram=gram)[0], z_a, z_b, -1.5, dtype
         )
         assert all(relative_error(x, y) < 2 * tolerance for x, y in zip(ours, truth, strict=True))
 
@@ -287,7 +287,7 @@ def test_pooled_statistics_of_any_kind(normalise, center, unbiased, eps_outside)
     options |= {"normalise": normalise, "pooled": True}
     z_a, z_b = views(12, 7)
     truth = gradients(lambda a, b: ops.reference(a, b, **options), z_a, z_b)
-    ours = gradients(lambda a, b: evaluate_barlow_twins(a, b, options)[0], z_a, z_b)
+    ours = gradients(lambda a, b: evaluate_barlow_twins(a, b, request_of(options))[0], z_a, z_b)
     for x, y in zip(ours, truth, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 

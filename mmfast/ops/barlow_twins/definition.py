@@ -10,7 +10,13 @@ from mmfast.ops.collectives import agree, check_group, world
 
 
 class Definition(NamedTuple):
-    """What published losses of this name disagree on; ``barlow_twins`` in op.py explains the fields."""
+    """What published losses of this name disagree on.
+
+    Embeddings are divided by sqrt(v + eps), or with ``eps_outside`` by sqrt(v) + eps, for the mean square v of their
+    columns (less the column means if ``center``), or with ``unbiased`` the sum of squares over B - 1.
+    ``normalise=False``: by nothing. ``divide=False``: C = Â'B̂. Components are of the C that is divided by B all the
+    same: the loss is scale B^2 (sum_i (1 / B - c_ii)^2 + lambd sum_{i != j} c_ij^2) in its terms.
+    """
 
     lambd: float = 5e-3
     center: bool = True
@@ -71,6 +77,16 @@ class Sharing(NamedTuple):
             if value not in choices:
                 known = ", ".join(map(repr, choices))
                 raise UserError(f"barlow_twins: {name} must be one of {known}, got {value!r}")
+
+
+class Request(NamedTuple):
+    """What is asked for, whatever the views."""
+
+    definition: Definition = Definition()
+    pooled: bool = False
+    """Statistics are those of all views together."""
+    debias: bool = False
+    sharing: Sharing = Sharing(stats=None)
 
 
 class Setting(NamedTuple):

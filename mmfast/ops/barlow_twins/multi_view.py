@@ -30,23 +30,20 @@ from mmfast.ops.barlow_twins.checks import (
     not_finite,
     too_large,
 )
-from mmfast.ops.barlow_twins.definition import Definition, Setting, Sharing
+from mmfast.ops.barlow_twins.definition import Request, Setting
 from mmfast.ops.barlow_twins.op import gram_is_cheaper
 from mmfast.ops.barlow_twins.pairs import Pairs, same
 from mmfast.ops.barlow_twins.standardise import Standardise
 from mmfast.ops.collectives import Ranks, agree, raise_together
 
-_ALONE, _OFFICIAL, _TWO_VIEWS = Sharing(None), Definition(), ((0, 1, 1.0),)
+_ALONE = Request()
 
 
-def barlow_twins_many(
+def barlow_twins_of_pairs(
     views: Mapping[str, Tensor],
-    pairs: Sequence[tuple[int, int, float]] = _TWO_VIEWS,
+    pairs: Sequence[tuple[int, int, float]] = ((0, 1, 1.0),),
     present: Tensor | None = None,
-    definition: Definition = _OFFICIAL,
-    pooled: bool = False,
-    debias: bool = False,
-    sharing: Sharing = _ALONE,
+    request: Request = _ALONE,
     corresponding: bool = False,
     gram: bool | None = None,
     op: str = OP,
@@ -75,6 +72,7 @@ def barlow_twins_many(
     ``gram`` forces a form; by default it is the cheaper one. Every process raises the same error, in which views
     have their names and ``op`` is whose they are.
     """
+    definition, pooled, debias, sharing = request
     group, problem = sharing.across(), None
     try:
         _check_ordinary(views)

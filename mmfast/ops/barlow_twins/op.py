@@ -19,6 +19,8 @@ embeddings on CPUs with AVX512-BF16, in the Gram form.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -31,22 +33,12 @@ from mmfast.ops.barlow_twins.kernels import Cpu, NarrowCpu, passes_for
 from mmfast.ops.products import gram_matrices, matmul, product
 
 
-def reference(
-    z_a: Tensor,
-    z_b: Tensor,
-    lambd: float = 5e-3,
-    center: bool = True,
-    eps: float = 1e-5,
-    eps_outside: bool = False,
-    unbiased: bool = False,
-    divide: bool = True,
-    scale: float = 1.0,
-    normalise: bool = True,
-    pooled: bool = False,
-) -> Tensor:
-    """The definition, by autograd differentiable to any order: what every form and backend must equal."""
-    definition = Definition(lambd, center, eps, eps_outside, unbiased, divide, scale, normalise)
-    return composed(z_a, z_b, definition, pooled)[0]
+def reference(z_a: Tensor, z_b: Tensor, *definition: Any, pooled: bool = False, **named: Any) -> Tensor:
+    """The definition, by autograd differentiable to any order: what every form and backend must equal.
+
+    Options are the fields of :class:`~mmfast.ops.barlow_twins.definition.Definition`, in their order or by name.
+    """
+    return composed(z_a, z_b, Definition(*definition, **named), pooled)[0]
 
 
 def composed(z_a: Tensor, z_b: Tensor, definition: Definition, pooled: bool = False) -> tuple[Tensor, Tensor]:
@@ -79,29 +71,14 @@ def composed(z_a: Tensor, z_b: Tensor, definition: Definition, pooled: bool = Fa
 
 
 def barlow_twins(
-    z_a: Tensor,
-    z_b: Tensor,
-    lambd: float = 5e-3,
-    center: bool = True,
-    eps: float = 1e-5,
-    eps_outside: bool = False,
-    unbiased: bool = False,
-    divide: bool = True,
-    scale: float = 1.0,
-    normalise: bool = True,
-    gram: bool | None = None,
+    z_a: Tensor, z_b: Tensor, *definition: Any, gram: bool | None = None, **named: Any
 ) -> tuple[Tensor, Tensor]:
     """The loss, and detached (5,) the loss, its on- and off-diagonal part, the mean of c_ii, the RMS of c_ij.
 
-    Embeddings are divided by sqrt(v + eps), or with ``eps_outside`` by sqrt(v) + eps, for the mean square v of
-    their columns (less the column means if ``center``), or with ``unbiased`` the sum of squares over B - 1.
-    ``normalise=False``: by nothing.
-    ``divide=False``: C = Â'B̂. Components are of the C that is divided by B all the same: the loss is
-    scale B^2 (sum_i (1 / B - c_ii)^2 + lambd sum_{i != j} c_ij^2) in its terms.
-
-    ``gram`` forces a form; by default it is the cheaper one. Options are looked at where users give them.
+    Options are the fields of :class:`~mmfast.ops.barlow_twins.definition.Definition`, in their order or by name; they
+    are looked at where users give them. ``gram`` forces a form; by default it is the cheaper one.
     """
-    definition = Definition(lambd, center, eps, eps_outside, unbiased, divide, scale, normalise)
+    definition = Definition(*definition, **named)
     check_views({"z_a": z_a, "z_b": z_b}, corresponding=True)
     if gram is None:
         gram = gram_is_cheaper(*z_a.shape)

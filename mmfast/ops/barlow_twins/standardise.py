@@ -19,7 +19,7 @@ class Standardise(Function):
 
     @staticmethod
     def forward(ctx, *arguments):
-        # A Setting of barlow_twins_many, Ranks, None or bool (B, M), and views; of one name as in Pairs.
+        # A Setting of barlow_twins_of_pairs, Ranks, None or bool (B, M), and views; of one name as in Pairs.
         setting, ranks, present, *views = arguments
         definition, dtype = setting.definition, compute_dtype(views[0])
         columns = [None if present is None else present[:, m, None] for m in range(len(views))]
