@@ -51,7 +51,12 @@ def train(argv: list[str]) -> Any:
     """
     path = argv[0] if argv and not argv[0].startswith("-") else None
     given, values = ([], {}) if path is None else read_method(path)
-    line = _Line("train", "Stages of training one after the other, each in its own folder.", argv[1:], values)
+    line = _Line(
+        "train",
+        "Stages of training one after the other, each in its own folder (docs/training.md shows a file).",
+        argv[1:],
+        values,
+    )
     line.parser.usage = f"%(prog)s METHOD.yaml {line.parser.usage.partition(' ')[2]}"
     line.add_resume()
     if path is None and not {"-h", "--help"} & set(argv):
