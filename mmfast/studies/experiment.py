@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -23,36 +23,64 @@ from mmfast.errors import UserError
 from mmfast.studies.baselines import BASELINES
 from mmfast.training import bars, runs
 from mmfast.training.config import Config, ExperimentConfig
-from mmfast.training.fitting import LAST
 from mmfast.training.folder import PREDICTIONS, claim, examine, finished, load_result, save_result
+from mmfast.training.methods import Method, config_for, methods_of, stages_of
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import measure, read_predictions, write_predictions
 from mmfast.training.splits import Splits, identity, load_data, make_splits, require_labels
-from mmfast.training.stages import pretraining_stage, supervised_stage
+from mmfast.training.stages import Stage
 
 log = logging.getLogger(__name__)
 
-PRETRAINED = "pretraining"
-
-
-class Method(NamedTuple):
-    """A methodology of thesis section 7.1."""
-
-    title: str
-    pretrained: bool
-    frozen: bool
-
-
-METHODS = {
-    "FS": Method("fully supervised", pretrained=False, frozen=False),
-    "SLE": Method("linear evaluation of a random encoder", pretrained=False, frozen=True),
-    "SSL": Method("self-supervised pre-training, then fine-tuning", pretrained=True, frozen=False),
-    "LE": Method("linear evaluation of the pre-trained encoder", pretrained=True, frozen=True),
-}
-TITLES = {name: method.title for name, method in METHODS.items()} | {
+# What the rows of baselines are.
+TITLES = {
     "ridge": "ridge regression on time means",
     "constant": "median training label",
 }
+
+
+class Run(NamedTuple):
+    """One stage in a folder of a unit.
+
+    Attributes:
+        config: of the method.
+        stage: what is trained.
+        before, source: the stage before and its folder, None for the first.
+        chain: all that its outcome depends on beside the unit.
+    """
+
+    config: Config
+    stage: Stage
+    before: Stage | None
+    source: str | None
+    chain: tuple[Any, ...]
+
+
+def plan(config: Config, methods: Mapping[str, Method]) -> dict[str, Run]:
+    """Folder in a unit -> what runs there: stages that several methods begin with, then each method's last one.
+
+    Raises:
+        UserError: a method that is refused, or whose last stage has no labels to be tested by.
+    """
+    shared: dict[str, Run] = {}
+    last: dict[str, Run] = {}
+    for row, method in methods.items():
+        own = config_for(method, config)
+        stages = stages_of(own, method.stages, method.source)
+        if not stages[-1].labels:
+            raise UserError(
+                f"{method.source}: the last stage must have labels, by which it is tested, got none"
+            )
+        before, source, chain = None, None, (own,)
+        for stage in stages[:-1]:
+            chain += (stage.describe(),)
+            folder = stage.name
+            if folder in methods or folder in TITLES or (folder in shared and shared[folder].chain != chain):
+                folder = f"{row}-{stage.name}"
+            shared[folder] = Run(own, stage, before, source, chain)
+            before, source = stage, folder
+        last[row] = Run(own, stages[-1], before, source, (*chain, stages[-1].describe()))
+    return shared | last
 
 
 class Unit(NamedTuple):
@@ -94,6 +122,11 @@ class Outcome:
     metrics: dict[str, float]
     results: list[dict[str, Any]]
 
+    @property
+    def trained(self) -> bool:
+        """Whether a network was trained, with a history of epochs."""
+        return "history" in self.results[0]
+
 
 def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, list[Outcome]]:
     """Run what is not yet complete in ``config.run.folder``; goes on where an earlier sitting stopped.
@@ -111,16 +144,19 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
     root = Path(config.run.folder)
     settings = {**asdict(config), "experiment": asdict(experiment)}
     begun = examine(root, settings, resume=None)
+    methods = methods_of(experiment.methods, TITLES)
+    planned = plan(config, methods)
+    inputs = {f"experiment.methods {m.source}": repr(m[1:3]) for m in methods.values() if m.source}
     data = load_data(config.data)
     units = units_of(config, experiment, data)
     workers = min(experiment.workers or _workers(config), len(units))
     if not begun:
-        _accept(config, experiment, units, data, workers)
-    with claim(root, settings, None, {"data.path": identity(data)}):
+        _accept(planned, units, data, workers)
+    with claim(root, settings, None, {"data.path": identity(data), **inputs}):
         began = time.monotonic()
         with bars.bar(config.run.progress) as tell:
-            board = tell and _board(config, experiment, units, data, tell)
-            _run_all(config, experiment, units, workers, board)
+            board = tell and _board(root, planned, units, data, tell)
+            _run_all(config, experiment, methods, units, workers, board)
         log.info("all runs complete after %.0f s", time.monotonic() - began)
     return collect(config, experiment, units, data.label_range)
 
@@ -131,49 +167,38 @@ def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData)
     return [Unit(seed, fold) for seed in experiment.seeds for fold in folds]
 
 
-def _accept(
-    config: Config, experiment: ExperimentConfig, units: list[Unit], data: MultimodalData, workers: int
-) -> None:
+def _accept(planned: Mapping[str, Run], units: list[Unit], data: MultimodalData, workers: int) -> None:
     """Refuse what any of the runs would, before the first of them starts."""
-    methods = [METHODS[name] for name in experiment.methods]
     sentences = {}
     # Folds differ in their samples; seeds only choose among them.
     for unit in (unit for unit in units if unit.seed == units[0].seed):
-        own = unit.config(config)
-        splits = make_splits(data, own.data, unit.seed)
-        require_labels({"train": splits.train, "valid": splits.valid, "test": splits.test})
-        if any(method.pretrained for method in methods):
-            stage = pretraining_stage(own)
-            runs.prepare(own, stage, splits, processes=workers)
-            sentences[runs.few_steps(stage, splits)] = None
-        module = runs.prepare(own, supervised_stage(own), splits, processes=workers).module
-        for name, count in runs.tested_on_seen(module, splits).items():
-            sentences[f"{unit}: of the {len(getattr(splits, name))} {name} samples, {count}"] = None
+        splits = None
+        for run in planned.values():
+            own = unit.config(run.config)
+            if splits is None:
+                splits = make_splits(data, own.data, unit.seed)
+                require_labels({"train": splits.train, "valid": splits.valid, "test": splits.test})
+            module = runs.prepare(own, run.stage, splits, processes=workers).module
+            sentences[runs.few_steps(run.stage, splits)] = None
+            if run.stage.labels:
+                for name, count in runs.tested_on_seen(module, splits).items():
+                    sentences[f"{unit}: of the {len(getattr(splits, name))} {name} samples, {count}"] = None
     for sentence in filter(None, sentences):
         log.info("warning: %s", sentence)
 
 
 def _board(
-    config: Config,
-    experiment: ExperimentConfig,
-    units: list[Unit],
-    data: MultimodalData,
-    tell: bars.Listener,
+    root: Path, planned: Mapping[str, Run], units: list[Unit], data: MultimodalData, tell: bars.Listener
 ) -> bars.Board:
     """All networks' runs, with the numbers of samples that pass through an encoder as costs."""
-    first = units[0].config(config)
+    first = units[0].config(next(iter(planned.values())).config)
     splits = make_splits(data, first.data, first.run.seed)
-    labelled = len(splits.train) + len(splits.valid)
-    costs = {
-        name: labelled if METHODS[name].frozen else config.supervised.epochs * labelled
-        for name in experiment.methods
-    }
-    if any(METHODS[name].pretrained for name in experiment.methods):
-        costs[PRETRAINED] = 2 * config.pretraining.epochs * len(splits.inputs)
+    samples = {True: len(splits.train) + len(splits.valid), False: len(splits.inputs)}
+    costs = {name: run.stage.cost * samples[run.stage.labels] for name, run in planned.items()}
     board = bars.Board({f"{unit}, {name}": cost for unit in units for name, cost in costs.items()}, tell)
     for unit in units:
         for name in costs:
-            if load_result(unit.folder(Path(config.run.folder)) / name) is not None:
+            if load_result(unit.folder(root) / name) is not None:
                 board.complete(f"{unit}, {name}")
     return board
 
@@ -181,11 +206,12 @@ def _board(
 def _run_all(
     config: Config,
     experiment: ExperimentConfig,
+    methods: Mapping[str, Method],
     units: list[Unit],
     workers: int,
     board: bars.Board | None,
 ) -> None:
-    arguments = (asdict(config), asdict(experiment))
+    arguments = (asdict(config), asdict(experiment), dict(methods))
     if workers == 1:
         for unit in units:
             _run_unit(*arguments, unit, board)
@@ -281,7 +307,11 @@ def _workers(config: Config) -> int:
 
 
 def _run_unit(
-    config: dict[str, Any], experiment: dict[str, Any], unit: Unit, board: bars.Board | None = None
+    config: dict[str, Any],
+    experiment: dict[str, Any],
+    methods: dict[str, Method],
+    unit: Unit,
+    board: bars.Board | None = None,
 ) -> None:
     """All of a unit's runs that are not complete yet, perhaps in a process of their own."""
     if _queue is not None:
@@ -290,15 +320,13 @@ def _run_unit(
     root = Path(config.run.folder)
     torch.set_num_threads(config.run.threads)
     splits = make_splits(load_data(config.data), config.data, unit.seed)
-    if any(METHODS[name].pretrained for name in experiment.methods):
-        with _heard(board, unit, PRETRAINED):
-            result = _pretrain(_in(config, unit, root, PRETRAINED), splits)
-        log.info("%s, pre-training: %d steps (%.0f s)", unit, result["steps"], result["seconds"])
-    for name in experiment.methods:
-        source = unit.folder(root) / PRETRAINED / LAST if METHODS[name].pretrained else None
+    for name, run in plan(config, methods).items():
         with _heard(board, unit, name):
-            result = _finetune(_in(config, unit, root, name), splits, source, METHODS[name].frozen)
-        _log(unit, name, result)
+            result = _run(run, unit.folder(root), name, splits)
+        if name in methods:
+            _log(unit, name, result)
+        else:
+            log.info("%s, %s: %d steps (%.0f s)", unit, name, result["steps"], result["seconds"])
     if _has_baselines(config, experiment, unit.seed):
         for name in BASELINES:
             _log(unit, name, _baseline(name, unit.folder(root) / name, splits))
@@ -324,26 +352,20 @@ def _log(unit: Unit, name: str, result: dict[str, Any]) -> None:
     log.info("%s, %s: MAE %.3f (%.0f s)", unit, name, result["metrics"]["mae"], result["seconds"])
 
 
-def _in(config: Config, unit: Unit, root: Path, name: str) -> Config:
-    return replace(config, run=replace(config.run, folder=str(unit.folder(root) / name)))
-
-
-def _pretrain(config: Config, splits: Splits) -> dict[str, Any]:
-    folder, settings, inputs = Path(config.run.folder), asdict(config), {"data.path": splits.identity}
-    if (done := finished(folder, settings, inputs)) is not None:
-        return done
-    return runs.run_stage(config, pretraining_stage(config), splits, claim(folder, settings, None, inputs))
-
-
-def _finetune(config: Config, splits: Splits, source: Path | None, freeze: bool) -> dict[str, Any]:
-    folder = Path(config.run.folder)
+def _run(run: Run, parent: Path, name: str, splits: Splits) -> dict[str, Any]:
+    folder = parent / name
+    config = replace(run.config, run=replace(run.config.run, folder=str(folder)))
+    source = run.source and parent / run.source / runs.outcome(run.before)
     # Relative, so that a moved experiment is still the same.
-    settings = {**asdict(config), "from": source and os.path.relpath(source, folder), "freeze": freeze}
+    settings = {
+        **asdict(config),
+        "stage": run.stage.describe(),
+        "from": source and os.path.relpath(source, folder),
+    }
     inputs = {"data.path": splits.identity}
     if (done := finished(folder, settings, inputs)) is not None:
         return done
-    place = claim(folder, settings, None, inputs)
-    return runs.run_stage(config, supervised_stage(config, freeze), splits, place, source)
+    return runs.run_stage(config, run.stage, splits, claim(folder, settings, None, inputs), source)
 
 
 def _baseline(name: str, folder: Path, splits: Splits) -> dict[str, Any]:
@@ -370,7 +392,7 @@ def collect(
     rows: dict[str, list[Outcome]] = {}
     for seed in experiment.seeds:
         baselines = list(BASELINES) if _has_baselines(config, experiment, seed) else []
-        for name in [*experiment.methods, *baselines]:
+        for name in [*methods_of(experiment.methods), *baselines]:
             folders = [unit.folder(root) / name for unit in units if unit.seed == seed]
             rows.setdefault(name, []).append(_outcome(seed, folders, label_range))
     return rows

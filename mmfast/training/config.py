@@ -265,16 +265,16 @@ class ExperimentConfig:
 
     Args:
         methods: ``FS`` fully supervised; ``SLE`` supervised linear evaluation of a random frozen encoder; ``SSL``
-            pre-training and fine-tuning; ``LE`` linear evaluation of the frozen pre-trained encoder.
+            pre-training and fine-tuning; ``LE`` linear evaluation of the frozen pre-trained encoder; or a YAML file
+            of stages as for ``mmfast train``, whose data, task and run play no part. What methods begin with in
+            common is run once.
         seeds: One run of everything for each.
         baselines: Add rows for mean-pooled ridge regression and for a constant prediction.
         workers: Processes side by side; one for each core when left out, one in all on a GPU. Each uses
             ``run.threads`` threads, by default 1, so that results do not depend on the number of workers.
     """
 
-    methods: list[Literal["FS", "SLE", "SSL", "LE"]] = field(
-        default_factory=lambda: ["FS", "SLE", "SSL", "LE"]
-    )
+    methods: list[str] = field(default_factory=lambda: ["FS", "SLE", "SSL", "LE"])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     baselines: bool = True
     workers: int | None = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,9 @@ from jsonargparse import ArgumentParser
 
 from mmfast.errors import UserError
 from mmfast.training.config import Config, PretrainingConfig, SupervisedConfig, check_stage
+from mmfast.training.model_section import encoder_name
 from mmfast.training.objectives import OBJECTIVES
+from mmfast.training.parsing import config_of
 from mmfast.training.refusals import Settings
 from mmfast.training.stages import PRETRAINING, SUPERVISED, Stage
 from mmfast.wording import guess, one_of
@@ -22,10 +24,19 @@ STAGES = "stages"
 
 
 class Method(NamedTuple):
-    """A list of stages: each a mapping of ``name``, ``objectives``, and settings that differ from its section's."""
+    """A list of stages: each a mapping of ``name``, ``objectives``, and settings that differ from its section's.
+
+    Attributes:
+        title: what it is.
+        stages: the mappings.
+        sections: settings that stand in the place of an experiment's.
+        source: what errors call it.
+    """
 
     title: str
-    stages: tuple[Mapping[str, Any], ...]
+    stages: Sequence[Mapping[str, Any]]
+    sections: Mapping[str, Any] = {}
+    source: str = ""
 
 
 _TWO_VIEWS = {"name": PRETRAINING, "objectives": {"two_views": 1.0}}
@@ -39,6 +50,62 @@ METHODS = {
     "SSL": Method("self-supervised pre-training, then fine-tuning", (_TWO_VIEWS, _LABELS)),
     "LE": Method("linear evaluation of the pre-trained encoder", (_TWO_VIEWS, _LINEAR)),
 }
+
+
+# Of a method's file, what an experiment takes: all its methods have the same data, task and run.
+_OWN = ("model", "augmentation", "loss", "pretraining", "supervised")
+
+
+def methods_of(names: Sequence[str], taken: Collection[str] = ()) -> dict[str, Method]:
+    """Row of an experiment -> method: names of :data:`METHODS`, or YAML files, whose rows are their names.
+
+    Args:
+        names: what ``experiment.methods`` says.
+        taken: names of rows that there are beside.
+
+    Raises:
+        UserError: neither a method nor a file, a file that is no method, or two rows of one name.
+    """
+    methods: dict[str, Method] = {}
+    for name in names:
+        row = name if name in METHODS else Path(name).stem
+        if name not in METHODS and Path(name).suffix not in (".yaml", ".yml"):
+            raise UserError(
+                f"config: experiment.methods must be some of {', '.join(METHODS)} or YAML files of methods, got "
+                f"{name!r}{guess(name, METHODS)}"
+            )
+        if row in methods or row in taken or (row in METHODS and name not in METHODS):
+            raise UserError(
+                f"config: experiment.methods must have each name once, got {row!r} again by {name!r}"
+            )
+        methods[row] = METHODS[name] if name in METHODS else _of_file(name)
+    return methods
+
+
+def _of_file(path: str) -> Method:
+    stages, values = read_method(path)
+    sections = {name: values[name] for name in _OWN if name in values}
+    title = ", then ".join(str(stage.get("name")) for stage in stages)
+    return Method(f"{title} ({path})", stages, sections, f"method {path}")
+
+
+def config_for(method: Method, config: Config) -> Config:
+    """An experiment's configuration with what the method's file says in its place."""
+    if not method.sections:
+        return config
+    values = asdict(config)
+    if encoder_name(method.sections) != encoder_name(values):
+        values["model"] = {"projector": values["model"]["projector"]}
+    try:
+        return config_of(_merged(values, method.sections))
+    except UserError as error:
+        raise UserError(f"{method.source}: {str(error).removeprefix('config: ')}") from error
+
+
+def _merged(values: Any, others: Any) -> Any:
+    if not (isinstance(values, Mapping) and isinstance(others, Mapping)):
+        return others
+    return {**values, **{name: _merged(values.get(name), other) for name, other in others.items()}}
 
 
 def read_method(path: str) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
@@ -64,13 +131,13 @@ def read_method(path: str) -> tuple[list[Mapping[str, Any]], dict[str, Any]]:
     return given, values
 
 
-def stages_of(config: Config, given: Sequence[Mapping[str, Any]], source: str) -> list[Stage]:
+def stages_of(config: Config, given: Sequence[Mapping[str, Any]], source: str = "") -> list[Stage]:
     """The stages of a method. What one does not say stands in ``supervised``, if it needs labels, or ``pretraining``.
 
     Args:
         given: of each stage ``name``, ``objectives`` (name -> weight), settings, and ``take``: the parts that it
             takes from the stage before, the encoder when left out.
-        source: what errors call the method, such as its file.
+        source: what errors call the file that the stages are from; those of the table are told by their sections.
 
     Raises:
         UserError: says where in the method something is missing, unknown, of the wrong type or out of range; a part
@@ -78,11 +145,12 @@ def stages_of(config: Config, given: Sequence[Mapping[str, Any]], source: str) -
     """
     stages: list[Stage] = []
     for number, values in enumerate(given):
-        stages.append(_stage(config, values, f"{source}: stages[{number}]", stages))
+        stages.append(_stage(config, values, f"{source}: stages[{number}]" if source else "", stages))
     return stages
 
 
 def _stage(config: Config, values: Mapping[str, Any], where: str, before: Sequence[Stage]) -> Stage:
+    of_file = bool(where)
     name = values.get("name")
     if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
         raise UserError(
@@ -96,10 +164,13 @@ def _stage(config: Config, values: Mapping[str, Any], where: str, before: Sequen
     section = config.supervised if labels else config.pretraining
     own = _settings(values, type(section), where, labels)
     take = _taken(values.get("take"), where)
+    called = f"{STAGES}.{name}" if of_file else SUPERVISED if labels else PRETRAINING
     try:
-        stage = Stage(name, objectives, replace(section, **own), f"{STAGES}.{name}", take)
+        stage = Stage(name, objectives, replace(section, **own), called, take)
         check_stage(stage.settings, stage.where, stage.least)
     except UserError as error:
+        if not of_file:
+            raise
         raise UserError(f"{where}: {str(error).removeprefix('config: ')}") from error
     if before and (missing := [part for part in take if part not in before[-1].parts]):
         known = before[-1].parts

@@ -89,6 +89,13 @@ class Stage:
         """What the seed of a draw is derived from."""
         return draw if self.name in (PRETRAINING, SUPERVISED) else f"{draw} of {self.name}"
 
+    @property
+    def cost(self) -> int:
+        """About how many times it encodes each of its samples."""
+        if self.labels and self.always_frozen("encoder"):
+            return 1
+        return self.settings.epochs * (1 if self.labels else 2)
+
     def describe(self) -> dict[str, Any]:
         """Plain values, for files."""
         return {

@@ -83,8 +83,7 @@ LINES = {
         "pretrain: --augmentation.view_a must be a list of mappings such as [{name: value}], or null, got 'noise'"
     ),
     "experiment --experiment.methods [FS,XX]": (
-        "experiment: --experiment.methods must be a list of some of FS, SLE, SSL, LE such as [FS, SLE], "
-        "got '[FS,XX]'"
+        "config: experiment.methods must be some of FS, SLE, SSL, LE or YAML files of methods, got 'XX'"
     ),
     # the last one counts
     "pretrain --run.seed 1 --run.seed x": "pretrain: --run.seed must be a whole number, got 'x'",

@@ -370,7 +370,7 @@ def test_report_is_complete(whole):
         "supervised:",
         "torch:",
         "16 test samples, 2 seeds",
-        "49 tensors (5,760 parameters) of the pre-trained encoder",
+        "49 tensors (5,760 parameters) of the stage before",
     ):
         assert word in page and word in text, word
     assert not re.search(r"src=\"(?!data:)|href=", page)

@@ -16,7 +16,7 @@ import yaml
 from mmfast.data import MultimodalData
 from mmfast.files import write_atomically, write_json
 from mmfast.metrics import MetricSet, metrics_for, shown
-from mmfast.studies.experiment import METHODS, PRETRAINED, TITLES, Outcome, Unit, units_of
+from mmfast.studies.experiment import TITLES, Outcome, Unit, units_of
 from mmfast.studies.report import plots
 from mmfast.studies.report.correlation import before_and_after
 from mmfast.studies.report.document import (
@@ -36,8 +36,10 @@ from mmfast.studies.statistics import bootstrap, corr, interval, mae, summarise
 from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.fitting import LAST
 from mmfast.training.folder import ENVIRONMENT, load_result
+from mmfast.training.methods import methods_of
 from mmfast.training.parsing import load_yaml
 from mmfast.training.splits import load_data, make_splits
+from mmfast.training.stages import PRETRAINING
 
 # key -> (heading, factor, decimals) of the metrics that a main table may have.
 COLUMNS = {
@@ -81,15 +83,16 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
     main = main_table(outcomes, metrics)
     resampled = _resampled(outcomes)
     means = _means(outcomes)
-    says = verdict([name for name in outcomes if name in METHODS], means, resampled)
+    says = verdict([name for name, runs in outcomes.items() if runs[0].trained], means, resampled)
     title = f"Experiment on {data.name}"
+    titles = TITLES | {name: method.title for name, method in methods_of(experiment.methods).items()}
     blocks: list[Block] = [
         Heading(title, 1),
         Text(says, "verdict"),
         Facts(facts(config, data, units, outcomes, command)),
         Heading("Results"),
         main,
-        Text("; ".join(f"{name}: {TITLES[name]}" for name in outcomes) + "."),
+        Text("; ".join(f"{name}: {titles[name]}" for name in outcomes) + "."),
         *_best_table(outcomes, metrics),
         _interval_table(outcomes, resampled),
         *_differences(outcomes, means, resampled),
@@ -242,7 +245,7 @@ def _figures(
     networks = {
         name: [r["history"] for run in runs for r in run.results]
         for name, runs in outcomes.items()
-        if name in METHODS
+        if runs[0].trained
     }
     blocks += [
         Heading("Training"),
@@ -252,11 +255,11 @@ def _figures(
             "Supervised phase: each run thin, thick their mean, where a run that has stopped keeps its last value.",
         ),
     ]
-    pretraining = [r for unit in units if (r := load_result(unit.folder(root) / PRETRAINED))]
-    if pretraining:
+    pretraining = [r for unit in units if (r := load_result(unit.folder(root) / PRETRAINING))]
+    if pretraining and "train_mean_diagonal" in pretraining[0]["history"][-1]:
         first = units[0].config(config)
         inputs = make_splits(data, first.data, first.run.seed).inputs
-        before, after = before_and_after(units[0].folder(root) / PRETRAINED / LAST, inputs)
+        before, after = before_and_after(units[0].folder(root) / PRETRAINING / LAST, inputs)
         blocks += [
             Figure(
                 "plots/pretraining.png",

@@ -12,6 +12,7 @@ from mmfast.data import MultimodalDataset, collate
 from mmfast.plots import correlation_matrix
 from mmfast.training.checkpoint import RECORD, read_checkpoint
 from mmfast.training.components import make_module
+from mmfast.training.handover import load_part
 from mmfast.training.module import StageModule
 from mmfast.training.parsing import config_of
 from mmfast.training.seeds import derive
@@ -28,7 +29,8 @@ def before_and_after(checkpoint: Path, inputs: MultimodalDataset) -> tuple[Tenso
     module = make_module(config, saved[RECORD]["features"], pretraining_stage(config))
     batch = collate([inputs[i] for i in range(min(len(inputs), config.pretraining.batch_size))])
     before = cross_correlation(module, batch)
-    module.load_state_dict(saved["state_dict"])
+    for part in ("encoder", "projector"):
+        load_part(getattr(module, part), saved["state_dict"], part, str(checkpoint))
     return before, cross_correlation(module, batch)
 
 

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from mmfast.data import MultimodalData, MultimodalDataset
-from mmfast.studies.experiment import METHODS, PRETRAINED, Outcome, Unit
+from mmfast.studies.experiment import Outcome, Unit
 from mmfast.training.components import make_module
 from mmfast.training.config import Config
 from mmfast.training.folder import load_result
-from mmfast.training.stages import pretraining_stage, supervised_stage
+from mmfast.training.stages import PRETRAINING, pretraining_stage, supervised_stage
 
 
 def facts(
@@ -27,8 +27,8 @@ def facts(
     """Names and texts, in the order of a report."""
     root = Path(config.run.folder)
     results = {name: [r for run in runs for r in run.results] for name, runs in outcomes.items()}
-    pretraining = [r for unit in units if (r := load_result(unit.folder(root) / PRETRAINED))]
-    supervised = [r for name in outcomes if name in METHODS for r in results[name]]
+    pretraining = [r for unit in units if (r := load_result(unit.folder(root) / PRETRAINING))]
+    supervised = [r for name, runs in outcomes.items() if runs[0].trained for r in results[name]]
     everything = [*pretraining, *(r for rs in results.values() for r in rs)]
     low, high = data.label_range
     rows = [
@@ -43,10 +43,11 @@ def facts(
         rows.append(("Pre-training", f"{inputs} samples, {_steps(pretraining)}; its last weights"))
     rows += [
         (f"Training of {name}", f"{_steps(results[name])}; the epoch of lowest validation loss is tested")
-        for name in outcomes
-        if name in METHODS
+        for name, runs in outcomes.items()
+        if runs[0].trained
     ]
     rows.append(("Model", _model(config, data, bool(pretraining))))
+    takers = [name for name, rs in results.items() if any(r.get("handover") for r in rs)]
     handed = {
         f"{taken['tensors']} tensors ({taken['parameters']:,} parameters)"
         for r in supervised
@@ -56,7 +57,7 @@ def facts(
         rows.append(
             (
                 "Taken over",
-                f"{' or '.join(sorted(handed))} of the pre-trained encoder by every SSL and LE run",
+                f"{' or '.join(sorted(handed))} of the stage before by every run of {', '.join(takers)}",
             )
         )
     return [

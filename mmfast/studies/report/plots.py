@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from zlib import crc32
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +24,16 @@ COLOURS = {
     "constant": "#7F7F7F",
 }
 History = Sequence[Mapping[str, float]]
+
+
+class _Colours(dict):
+    """Those above; of other rows one that is theirs by their name."""
+
+    def __missing__(self, name: str) -> str:
+        return ("#CC79A7", "#000000", "#B8A800")[crc32(name.encode()) % 3]
+
+
+COLOURS = _Colours(COLOURS)
 
 
 def pretraining_curves(histories: Sequence[History]) -> bytes:
