@@ -120,6 +120,39 @@ class Joined(Pooled):
         return torch.cat([x for x, _ in representations.values()], dim=2).mean(dim=1)
 
 
+class Convolved(Pooled):
+    """Needs five steps, has vectors of its own, and a term of its own."""
+
+    def __init__(self, features: dict[str, int], width: int = 8):
+        super().__init__(features, width)
+        self.convolution = nn.Conv1d(width, 3, 5)
+
+    def encode(self, values, lengths, padding="back"):
+        steps = super().encode(values, lengths, padding)
+        return {
+            name: (self.convolution(nn.functional.pad(x.mT, (0, 4))), x, n) for name, (x, n) in steps.items()
+        }
+
+    def vectors(self, representations):
+        return {name: x.mean(2) * (n > 0)[:, None] for name, (x, _, n) in representations.items()}
+
+    def auxiliary(self, representations):
+        return {"size": sum(x.square().mean() for _, x, _ in representations.values())}
+
+    def fuse(self, representations, without=()):
+        kept = self.leave_out(representations, without)
+        steps = {name: Steps(x, n) for name, (_, x, n) in kept.items()}
+        return torch.cat([*Encoder.vectors(self, steps).values()], dim=1)
+
+
+class Vectorless(Convolved):
+    def vectors(self, representations):
+        return {name: x for name, (_, x, _) in representations.items()}
+
+    def fuse(self, representations, without=()):
+        return torch.cat([x.mean(1) for _, x, _ in representations.values()], dim=1)
+
+
 class Broken(Pooled):
     def __init__(self, features: dict[str, int], rate: float = 0.0):
         super().__init__(features)

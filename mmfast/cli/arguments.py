@@ -51,18 +51,17 @@ def train(argv: list[str]) -> Any:
     """
     path = argv[0] if argv and not argv[0].startswith("-") else None
     given, values = ([], {}) if path is None else read_method(path)
+    words = argv if path is None else argv[1:]
     line = _Line(
         "train",
         "Stages of training one after the other, each in its own folder (docs/training.md shows a file).",
-        argv[1:],
+        words,
         values,
     )
     line.parser.usage = f"%(prog)s METHOD.yaml {line.parser.usage.partition(' ')[2]}"
     line.add_resume()
     if path is None and not {"-h", "--help"} & set(argv):
         raise UserError("train: the first word must be a YAML file with stages (see mmfast train --help)")
-    if path is None:
-        line.argv = argv
     if reason := line.settings.wrong(values):
         raise UserError(f"method {path}: {reason}")
     known = line.parse()

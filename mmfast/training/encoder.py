@@ -43,18 +43,42 @@ def check_takes(encoder: Encoder | type[Encoder], *datasets: MultimodalDataset) 
             check_aligned(dataset)
 
 
+def vector_sizes(encoder: Encoder) -> dict[str, int]:
+    """Modality -> H of the vectors (B, H) that ``encoder.vectors`` makes of it.
+
+    Raises:
+        UserError: it makes none, or others.
+    """
+    kind = type(encoder)
+    rule = "with vectors for each modality"
+    with untouched(encoder), torch.no_grad(), blamed(kind.__qualname__, kind.__module__, rule):
+        vectors = encoder.vectors(encoder.encode(*_two_samples(encoder)))
+    for name in encoder.features:
+        x = vectors.get(name) if isinstance(vectors, Mapping) else vectors
+        if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != 2:
+            raise refusal(
+                "a class whose vectors returns (B, H) for each modality, here (2, H)",
+                kind.__qualname__,
+                f": {_told(x)} for {name}",
+            )
+    return {name: vectors[name].shape[1] for name in encoder.features}
+
+
+def _two_samples(encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Zeros, of modalities that differ in length where they may: an encoder may say more of itself than is true."""
+    apart = count(step=0 if encoder.aligned else 1)
+    lengths = {m: [n - shorter for n in TRIED] for m, shorter in zip(encoder.features, apart, strict=False)}
+    return zeros(encoder, lengths)
+
+
 def _try(encoder: Encoder, name: str) -> None:
     out = getattr(encoder, "out_features", None)
     if type(out) is not int or out < 1:
         raise refusal("a class that sets out_features to a positive integer", name, f": {out}")
-    # Lengths differ where they may, for an encoder may say more of itself than is true.
-    apart = count(step=0 if encoder.aligned else 1)
-    lengths = {m: [n - shorter for n in TRIED] for m, shorter in zip(encoder.features, apart, strict=False)}
-    rule = "that encodes two samples in training" + (
-        "" if encoder.aligned else " whose modalities differ in length"
-    )
+    apart = "" if encoder.aligned else " whose modalities differ in length"
+    rule = f"that encodes two samples in training{apart}"
     with untouched(encoder), torch.no_grad(), blamed(name, type(encoder).__module__, rule):
-        representations = encoder.train().encode(*zeros(encoder, lengths))
+        representations = encoder.train().encode(*_two_samples(encoder))
         fused = encoder.fuse(representations)
     if not isinstance(representations, Mapping) or set(representations) != set(encoder.features):
         raise refusal(

@@ -315,5 +315,8 @@ def test_a_representation_of_another_kind_has_vectors_of_its_own():
     for without in ((), ("audio",)):
         got, expected = (e.fuse(e.encode(*batch), without) for e in (flat, plain))
         torch.testing.assert_close(got, expected, **CLOSE)
+    odd = make(Row(Odd, {}))
     with pytest.raises(TypeError, match=r"Odd: the representation of text must be Steps .* got 'words'"):
-        make(Row(Odd, {})).vectors({"text": "words"})
+        odd.vectors({"text": "words"})
+    with pytest.raises(TypeError, match=r"Odd: only representations of tensors .* got 'words'"):
+        odd.leave_out(odd.encode(*batch), ("text",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from dataclasses import MISSING, asdict, fields
 from typing import Any, get_type_hints
 
@@ -280,3 +281,29 @@ def test_a_checkpoint_says_which_encoder_it_is_of(here, capsys):
     ):
         assert sentence in refusal(capsys, "finetune", *arguments, "--from=pre/last.ckpt", *more)
         assert not (here / "run").exists()
+
+
+METHOD = """
+model: {{encoder: own_encoders.{0}, width: 4}}
+stages:
+  - {{name: views, objectives: {{many_views: 1, auxiliary: 0.1}}, epochs: 1}}
+  - {{name: labels, objectives: {{supervised: 1, auxiliary: 0.1}}, epochs: 1}}
+"""
+
+
+def test_stages_train_on_vectors_and_terms_of_the_class(here, capsys):
+    for name in ("Convolved", "Vectorless"):
+        (here / f"{name}.yaml").write_text(METHOD.format(name))
+    assert mmfast("train", "Convolved.yaml", *SMALL, "--run.folder=method") == 0, capsys.readouterr().err
+    history = json.loads((here / "method/labels/result.json").read_text())["history"]
+    assert history[0]["train_auxiliary_size"] > 0
+    assert load_yaml("method/config.yaml")["model"]["width"] == 4
+    line = refusal(capsys, "train", "Vectorless.yaml", *SMALL)
+    assert (
+        "(B, H) for each modality, here (2, H), got Vectorless: float32 of the shape (2, 64, 4) for text"
+        in line
+    )
+    assert not (here / "run").exists()
+    with pytest.raises(SystemExit):
+        mmfast("train", "--model.encoder", "own_encoders.Deep", "--help")
+    assert "--model.depth" in capsys.readouterr().out

@@ -141,14 +141,17 @@ class Encoder(nn.Module):
             for name in self.features
         }
 
-    @staticmethod
-    def _emptied(representation: Any) -> Any:
-        def zero(x: Tensor) -> Tensor:
-            return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)
-
-        if isinstance(representation, Steps):
-            return Steps(zero(representation.values), zero(representation.lengths))
-        return zero(representation)
+    def _emptied(self, representation: Any) -> Any:
+        if isinstance(representation, tuple):
+            emptied = map(self._emptied, representation)
+            return type(representation)(*emptied) if hasattr(representation, "_fields") else tuple(emptied)
+        if isinstance(representation, Tensor):
+            everywhere = torch.ones((), dtype=torch.bool, device=representation.device)
+            return representation.masked_fill(everywhere, 0)
+        raise TypeError(
+            f"{type(self).__name__}: only representations of tensors and tuples of them can be left out, got "
+            f"{told(representation)}"
+        )
 
     def _vector(self, name: str, representation: Any) -> Tensor:
         if isinstance(representation, Steps):

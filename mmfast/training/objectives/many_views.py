@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from mmfast.errors import UserError
 from mmfast.losses import MultiViewBarlowTwinsLoss
 from mmfast.training.config import Config
 from mmfast.training.divergence import check_finite
+from mmfast.training.encoder import vector_sizes
 from mmfast.training.objectives.base import Objective, Step, Terms
 from mmfast.training.objectives.two_views import evaluated, make_projector
 from mmfast.training.processes import total
@@ -44,7 +44,7 @@ class ManyViews(Objective):
             raise UserError(
                 f"config: {stage.where}.objectives must fit the data, many_views needs 2 modalities, got {names[0]}"
             )
-        widths = dict.fromkeys(vector.shape[1] for vector in _probed(encoder).values())
+        widths = dict.fromkeys(vector_sizes(encoder).values())
         projectors = nn.ModuleDict({str(width): make_projector(config, width) for width in widths})
         loss = MultiViewBarlowTwinsLoss(lambd=config.loss.lambd, center=config.loss.center)
         return cls(projectors, loss, names)
@@ -73,14 +73,3 @@ class ManyViews(Objective):
             return projector(vectors)
         z = projector(vectors[present])
         return out.to(z.dtype).masked_scatter(present[:, None], z)
-
-
-@torch.no_grad()
-def _probed(encoder: nn.Module) -> dict[str, Tensor]:
-    """The vectors that the encoder makes of one sample of a step of zeros."""
-    values = {name: torch.zeros(1, 1, size) for name, size in encoder.features.items()}
-    lengths = {name: torch.ones(1, dtype=torch.int64) for name in values}
-    training = encoder.training
-    vectors = encoder.eval().vectors(encoder.encode(values, lengths))
-    encoder.train(training)
-    return vectors
