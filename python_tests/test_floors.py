@@ -50,7 +50,6 @@ EXCEPTIONS = {
 MOST_LINES = 450
 LONG = {
     "mmfast/data/dataset.py": "",
-    "csrc/cpu/barlow_twins.cpp": "two views in fp32 and fp64: passes that share their blocks of columns",
 }
 
 

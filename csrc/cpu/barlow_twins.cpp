@@ -1,45 +1,13 @@
-// Barlow Twins on the CPU.
+// The forward pass of Barlow Twins on the CPU.
 //
 // Blocks of columns, or of a Gram matrix, are each the work of one thread and always done in the same order,
 // so results depend neither on the number of threads nor on chance.
-#include "../barlow_twins.h"
-
+#include "barlow_twins_blocks.h"
 #include "barlow_twins_loss.h"
 #include "kernels.h"
-#include "parallel.h"
-#include "tiles.h"
 
 namespace MMFAST_NS {
 namespace {
-
-// body(view, j, extent, scratch) for every block of columns j, j + 1, ... of so many views; `scratch` has
-// `rows` rows of a block and belongs to the thread. False if there is no memory.
-template <class C, class Body>
-bool for_blocks(int views, int64_t columns, int64_t rows, int threads, Body body) {
-  bool memory = true;
-  const int64_t blocks_of_view = (columns + kWidth<C> - 1) / kWidth<C>, blocks = views * blocks_of_view;
-#pragma omp parallel num_threads(blocks < threads ? (int)blocks : threads)
-  {
-    C* scratch = rows ? (C*)__builtin_malloc(rows * kWidth<C> * sizeof(C)) : 0;
-    const bool mine = scratch || !rows;
-    if (!mine) {
-#pragma omp atomic write
-      memory = false;
-    }
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < blocks; ++b) {
-      const int view = b >= blocks_of_view;
-      const int64_t j = (b - view * blocks_of_view) * kWidth<C>;
-      if (!mine) continue;
-      if (columns - j >= kWidth<C>)
-        body(view, j, Whole{}, scratch);
-      else
-        body(view, j, Part{(int)(columns - j)}, scratch);
-    }
-    __builtin_free(scratch);
-  }
-  return memory;
-}
 
 // Copies one block of a view to `block`, less its column means if `center`, and returns r. Sums are relative
 // to the first row: a constant column comes out exactly zero, and an offset costs no precision.
@@ -65,7 +33,7 @@ MMFAST_HD Row<C> centred(const T* z, int64_t stride, int64_t rows, Extent extent
   return Row<C>::of(r);
 }
 
-// gap: what c is drawn to less c, here and below.
+// gap: what c is drawn to less c.
 template <class C, class T>
 struct Standardise {
   const T *z_a, *z_b;
@@ -270,85 +238,6 @@ struct GramEnergy {
   }
 };
 
-// A view in the backward pass. matrix: in Gram form that of the other view, in direct form the product m,
-// which may be `grad`. grad: null if not wanted.
-template <class C, class T>
-struct View {
-  const C *hat, *r, *matrix;
-  T* grad;
-};
-
-template <class C, class T>
-struct Backward {
-  View<C, T> a, b;
-  const C* gap;
-  int64_t rows, columns;
-  Scaling<C> scaling;
-  Pull<C> pull;
-
-  // The gradient of one block of columns, from m, own and partner with rows of `stride`.
-  template <class Stored, class Extent>
-  MMFAST_HD void gradient(const C* m, const C* own, const C* partner, int64_t stride, Stored stored,
-                          const C* r, int64_t j, Extent extent, T* grad) const {
-    const Row<C> products = sum_rows<C>(
-        rows, [&](int64_t i) { return load<C>(m + i * stride, stored) * load<C>(own + i * stride, stored); });
-    const Row<C> scale = load<C>(r + j, extent);
-    C p[kWidth<C>], w[kWidth<C>], q[kWidth<C>];
-    products.to(p);
-    load<C>(gap + j, extent).to(w);
-    scale.to(q);
-    const Scaling<C> scaling = this->scaling;
-    const Pull<C> pull = this->pull;
-    for (int k = 0; k < kWidth<C>; ++k) {
-      const ColumnGradient<C> g = pull.column(p[k] / (C)rows, w[k], scaling.projection(q[k]));
-      p[k] = g.own;
-      w[k] = g.weight;
-    }
-    const Row<C> x = scale * Row<C>::all(pull.alpha), y = scale * Row<C>::of(w), z = scale * Row<C>::of(p);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t at = i * stride;
-      Row<C> g =
-          x * load<C>(m + at, stored) - y * load<C>(partner + at, stored) - z * load<C>(own + at, stored);
-      store(g, grad + i * columns + j, extent);
-    }
-  }
-
-  template <class Extent>
-  MMFAST_HD void direct(const View<C, T>& own, const View<C, T>& partner, int64_t j, Extent extent) const {
-    if (own.grad)
-      gradient(own.matrix + j, own.hat + j, partner.hat + j, columns, extent, own.r, j, extent, own.grad);
-  }
-
-  template <class Extent>
-  MMFAST_HD void gram(int64_t j, Extent extent, C* scratch) const {
-    constexpr int kStride = kWidth<C>;
-    C *own = scratch, *partner = own + rows * kStride, *m = partner + rows * kStride;
-    for (int64_t i = 0; i < rows; ++i) {
-      load<C>(a.hat + i * columns + j, extent).to(own + i * kStride);
-      load<C>(b.hat + i * columns + j, extent).to(partner + i * kStride);
-    }
-    if (a.grad) {
-      multiply(a.matrix, rows, own, rows, rows, m);
-      gradient(m, own, partner, kStride, Whole{}, a.r, j, extent, a.grad);
-    }
-    if (b.grad) {
-      multiply(b.matrix, rows, partner, rows, rows, m);
-      gradient(m, partner, own, kStride, Whole{}, b.r, j, extent, b.grad);
-    }
-  }
-
-  // False if there is no memory.
-  bool run(bool gram_form, int most_threads) const {
-    const int threads = threads_for((0.3 + (gram_form ? 0.025 * rows : 0)) * rows * columns, most_threads);
-    if (gram_form)
-      return for_blocks<C>(1, columns, 3 * rows, threads,
-                           [&](int, int64_t j, auto extent, C* scratch) { gram(j, extent, scratch); });
-    return for_blocks<C>(2, columns, 0, threads, [&](int view, int64_t j, auto extent, C*) {
-      view ? direct(b, a, j, extent) : direct(a, b, j, extent);
-    });
-  }
-};
-
 // The sum of the squares of a row.
 template <class C>
 MMFAST_HD double squares(const C* x, int64_t n) {
@@ -380,21 +269,6 @@ double correlation_energy(C* p, int64_t columns, int most_threads) {
   double total = 0;
   for (int s = 0; s < kShares; ++s) total += shares[s];
   return total;
-}
-
-// run(T(), C()) for the element type `dtype` and its compute type.
-template <class Run>
-auto with_types(int dtype, Run run) {
-  switch (dtype) {
-    case kFloat64:
-      return run(double(), double());
-    case kBFloat16:
-      return run(bfloat16(), float());
-    case kFloat16:
-      return run(float16(), float());
-    default:
-      return run(float(), float());
-  }
 }
 
 }  // namespace
@@ -439,24 +313,6 @@ void barlow_twins_correlation_energy(bool wide, void* p, const void* statistics,
     finish((const C*)statistics + 2 * columns, rows, columns, energy, false, definition, (C*)loss,
            (C*)components);
     return true;
-  });
-}
-
-bool barlow_twins_backward(int dtype, bool gram, const void* matrix_a, const void* matrix_b, const void* hat,
-                           const void* statistics, const void* upstream, int64_t rows, int64_t columns,
-                           const BarlowTwinsDefinition& definition, void* grad_a, void* grad_b, int threads) {
-  return with_types(dtype, [&](auto element, auto compute) {
-    using T = decltype(element);
-    using C = decltype(compute);
-    const C *hat_a = (const C*)hat, *hat_b = hat_a + rows * columns, *r = (const C*)statistics;
-    return Backward<C, T>{{hat_a, r, (const C*)matrix_a, (T*)grad_a},
-                          {hat_b, r + columns, (const C*)matrix_b, (T*)grad_b},
-                          r + 2 * columns,
-                          rows,
-                          columns,
-                          Scaling<C>(definition, rows),
-                          Pull<C>(definition, rows, gram, *(const C*)upstream)}
-        .run(gram, threads);
   });
 }
 

@@ -23,10 +23,11 @@ int augment_apply(const mmfast::AugmentCall& call, const int32_t* plan, int dtyp
 int augment_adjoint(const mmfast::AugmentCall& call, const int32_t* plan, int dtype, const void* const* grads,
                     void* const* x_grads, int threads);
 
-// barlow_twins.cpp. B rows, D columns; embeddings are of type `dtype` with unit column stride, all else is
-// dense and in compute type, fp64 for fp64 (`wide`), else fp32. hat (2, B, D): the standardised embeddings Â
-// and B̂. statistics (5, D): r of view a, r of view b, target - c, means of view a, means of view b (0 if not
-// `center`). components (5): loss, on-diagonal, off-diagonal, mean c, off-diagonal RMS.
+// barlow_twins.cpp, barlow_twins_gradient.cpp. B rows, D columns; embeddings are of type `dtype` with unit
+// column stride, all else is dense and in compute type, fp64 for fp64 (`wide`), else fp32. hat (2, B, D): the
+// standardised embeddings Â and B̂. statistics (5, D): r of view a, r of view b, target - c, means of view a,
+// means of view b (0 if not `center`). components (5): loss, on-diagonal, off-diagonal, mean c, off-diagonal
+// RMS.
 
 // Returns 0, kNoMemory, or kNotFinite if some column has a mean or variance that is not; so do the next.
 int barlow_twins_standardise(int dtype, const void* z_a, int64_t stride_a, const void* z_b, int64_t stride_b,
