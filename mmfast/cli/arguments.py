@@ -13,14 +13,15 @@ from typing import Any
 import yaml
 
 from mmfast.cli.flags import Parser
+from mmfast.cli.presets import PRESETS
+from mmfast.cli.refusals import wrong_arguments
 from mmfast.errors import UserError
 from mmfast.training.config import SPLITS, ExperimentConfig, check_experiment
 from mmfast.training.launched import as_launched, several
 from mmfast.training.methods import read_method, stages_of
 from mmfast.training.model_section import SHARED, config_type, encoder_name, open_config_type
 from mmfast.training.parsing import config_parser, sections
-from mmfast.training.presets import PRESETS
-from mmfast.training.refusals import Settings, in_plain_words, wrong_arguments
+from mmfast.training.settings import Settings, in_plain_words
 
 
 def pretrain(argv: list[str]) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mmfast.cli import arguments
+from mmfast.cli.presets import PRESETS
 from mmfast.data import Standardiser
 from mmfast.errors import UserError
 from mmfast.files import write_json
@@ -29,7 +30,6 @@ from mmfast.training.joining import joined
 from mmfast.training.methods import STAGES
 from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
-from mmfast.training.presets import PRESETS
 from mmfast.training.restored import restore
 from mmfast.training.seen import Overlap
 from mmfast.training.splits import check_range, load_data, make_splits

@@ -16,7 +16,7 @@ from mmfast.training.config import Config, PretrainingConfig, SupervisedConfig, 
 from mmfast.training.model_section import encoder_name
 from mmfast.training.objectives import OBJECTIVES
 from mmfast.training.parsing import config_of
-from mmfast.training.refusals import Settings
+from mmfast.training.settings import Settings
 from mmfast.training.stages import PRETRAINING, SUPERVISED, Stage
 from mmfast.wording import guess, one_of
 

@@ -24,7 +24,7 @@ from jsonargparse._parameter_resolvers import ParamData, get_signature_parameter
 
 from mmfast.errors import UserError
 from mmfast.training.config import Config, ModelConfig
-from mmfast.training.refusals import fits
+from mmfast.training.settings import fits
 from mmfast.wording import guess, one_of
 
 if TYPE_CHECKING:

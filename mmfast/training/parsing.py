@@ -15,7 +15,7 @@ from mmfast.errors import UserError
 from mmfast.files import write_atomically
 from mmfast.training.config import Config, check
 from mmfast.training.model_section import config_type, encoder_name
-from mmfast.training.refusals import Settings, in_plain_words
+from mmfast.training.settings import Settings, in_plain_words
 
 
 def config_parser(prog: str, description: str = "", kind: type[Config] = Config) -> ArgumentParser:

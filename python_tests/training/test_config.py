@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mmfast import BarlowTwinsLoss
+from mmfast.cli.presets import PRESETS
 from mmfast.errors import UserError
 from mmfast.training.augmentation import make_views
 from mmfast.training.config import (
@@ -19,7 +20,6 @@ from mmfast.training.config import (
     differences,
 )
 from mmfast.training.parsing import config_of, load_yaml, save_yaml
-from mmfast.training.presets import PRESETS
 from mmfast.training.seeds import derive
 from mmfast.transforms import FeatureMask, GaussianNoise, SeqAug, TimeMask
 

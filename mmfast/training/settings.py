@@ -1,19 +1,16 @@
-"""What is wrong with settings, in plain words: which one, what it must be, what was given, where."""
+"""Settings by name and type; in plain words what is wrong with a value: which one, what it must be, what it is."""
 
 from __future__ import annotations
 
-import argparse
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser
 
-from mmfast.wording import guess, no_such_flag, one_of
+from mmfast.wording import guess, one_of
 
 # Type -> (what a value is, what several are, two of them).
 _PLAIN = {
@@ -78,38 +75,12 @@ class Settings:
     def unfit(self, name: str, value: Any) -> str | None:
         """That the value of the setting ``name`` is of the wrong type, or None."""
         kind = self.types[name]
-        return None if _accepted(value, kind) else _must_be(name, kind, value)
+        return None if accepted(value, kind) else must_be(name, kind, value)
 
 
 def _fields(kind: type) -> list[tuple[str, Any]]:
     hints = get_type_hints(kind)
     return [(field.name, hints[field.name]) for field in fields(kind)]
-
-
-def wrong_arguments(parser: ArgumentParser, settings: Settings, argv: Sequence[str]) -> str | None:
-    """What is wrong with a command line, the first thing of it, or None if this function sees nothing."""
-    flags = parser._option_string_actions
-    previous = None
-    words = iter(_Words(argv))
-    for word, value in words:
-        if not word.startswith("-"):
-            return _too_much(word, previous, settings)
-        action, name = flags.get(word.removesuffix("+")), word.lstrip("-").removesuffix("+")
-        inside = _inside(dict, settings.types.get(name.rpartition(".")[0]))
-        if action is None and not inside:
-            return no_such_flag(word, [f for f in flags if f.startswith("--")])
-        action = action or flags[f"--{name.rpartition('.')[0]}"]
-        if action.nargs == 0:
-            if value is not None:
-                return f"{word} takes no value, got {value!r}"
-            continue
-        value = words.take() if value is None and action.nargs != "?" else value
-        if value is None and action.nargs != "?":
-            return f"{word} needs a value"
-        if value is not None and (reason := _unfit(action, name, word, value, settings)):
-            return reason
-        previous = name
-    return None
 
 
 def in_plain_words(error: Exception, settings: Settings) -> str:
@@ -121,72 +92,7 @@ def in_plain_words(error: Exception, settings: Settings) -> str:
     return " ".join(str(error).split()) if kind is None else f"{name[1]} must be {describe(kind)}"
 
 
-class _Words:
-    """A command line flag by flag: (flag, value behind its = or None)."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self._left = list(argv)
-
-    def __iter__(self) -> Iterator[tuple[str, str | None]]:
-        return self
-
-    def __next__(self) -> tuple[str, str | None]:
-        if not self._left:
-            raise StopIteration
-        word = self._left.pop(0)
-        name, equals, value = word.partition("=")
-        return (name, value if equals else None) if word.startswith("-") else (word, None)
-
-    def take(self) -> str | None:
-        """The next word, if it is a value and no flag."""
-        following = self._left[0] if self._left else "-"
-        negative = following[1:2].isdigit() or following[1:2] == "."
-        return self._left.pop(0) if following[:1] != "-" or negative else None
-
-
-def _too_much(word: str, previous: str | None, settings: Settings) -> str:
-    kind = settings.types.get(previous)
-    if _inside(list, kind):
-        return f"{word!r} is too much: --{previous} takes one value, {describe(kind)}"
-    return f"{word!r} is too much: settings are given as --name value"
-
-
-def _unfit(action: argparse.Action, name: str, flag: str, value: str, settings: Settings) -> str | None:
-    if name == "config":
-        return wrong_file(value, settings)
-    if name in settings.sections:
-        inline = _parsed(value)
-        if isinstance(inline, Mapping):
-            reason = settings.wrong(inline, name)
-            return reason and f"{flag}: {reason}"
-        return wrong_file(value, settings, name)
-    if name in settings.types:
-        kind = settings.types[name]
-        # --NAME+ adds one to a list, or several.
-        kinds = [kind, *_inside(list, kind)] if flag.endswith("+") else [kind]
-        return None if any(_accepted(value, kind) for kind in kinds) else _must_be(flag, kinds[-1], value)
-    for kind in _inside(dict, settings.types.get(name.rpartition(".")[0])):
-        return None if _accepted(value, kind) else _must_be(flag, kind, value)
-    if action.choices is not None and value not in action.choices:
-        return f"{flag} must be {one_of(action.choices)}, got {value!r}{guess(value, action.choices)}"
-    return None
-
-
-def wrong_file(path: str, settings: Settings, section: str = "") -> str | None:
-    """What is wrong with a YAML file of settings, or of those of a section; None if nothing is."""
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        return f"configuration {path}: {error.strerror}"
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}: {error.problem}" if mark else ""
-        return f"configuration {path}: not YAML{where}"
-    reason = None if values is None else settings.wrong(values, section)
-    return reason and f"configuration {path}: {reason}"
-
-
-def _parsed(text: str) -> Any:
+def parsed(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -232,7 +138,7 @@ def _examples(kind: Any) -> Sequence[str]:
     return [f"{{name: {_examples(get_args(kind)[1])[0]}}}"]
 
 
-def _inside(origin: type, kind: Any) -> list[Any]:
+def inside_of(origin: type, kind: Any) -> list[Any]:
     """The type of the values in a list or mapping type, optional or not; empty for other types."""
     return [get_args(option)[-1] for option in (kind, *get_args(kind)) if get_origin(option) is origin]
 
@@ -243,9 +149,9 @@ def _choices(kind: Any) -> list[str]:
     return [choice for option in get_args(kind) for choice in _choices(option)]
 
 
-def _accepted(value: Any, kind: Any) -> bool:
+def accepted(value: Any, kind: Any) -> bool:
     """Whether the value fits as it is or, as text, by what it says: 3 is text where text is wanted."""
-    return fits(value, kind) or (isinstance(value, str) and fits(_parsed(value), kind))
+    return fits(value, kind) or (isinstance(value, str) and fits(parsed(value), kind))
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -280,7 +186,7 @@ def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _must_be(name: str, kind: Any, value: Any) -> str:
+def must_be(name: str, kind: Any, value: Any) -> str:
     hint = guess(value, _choices(kind)) if isinstance(value, str) else ""
     return f"{name} must be {describe(kind)}, got {_short(value)}{hint}"
 
