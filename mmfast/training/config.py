@@ -131,14 +131,16 @@ class LossConfig:
     """The loss between two views.
 
     Args:
-        name: Which one.
+        name: Which one: ``barlow_twins``.
         lambd: Weight of the off-diagonal terms. The thesis prints 2e-2; its code and Barlow Twins use about 5e-3.
         center: Subtract the batch mean of each column; off gives thesis eq. 6.3.2 literally.
+        options: Further arguments of the loss, by keyword, such as ``{variant: thesis}`` of Barlow Twins.
     """
 
-    name: Literal["barlow_twins"] = "barlow_twins"
+    name: str = "barlow_twins"
     lambd: float = 5e-3
     center: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,6 +151,8 @@ class StageSettings:
         lr: Learning rate.
         epochs: The most passes over the samples.
         batch_size: Samples per optimiser step, over all processes.
+        fused: One kernel for all weights in the optimiser's step, which is faster and rounds otherwise: on a GPU
+            when left out, but for ``16-mixed``.
         optimiser: ``adam``, or ``adamw``, whose weight decay is not part of the gradient.
         weight_decay: Of all weights that learn.
         clip: Largest norm of the gradients of a step, all of them together; no limit when left out.
@@ -173,6 +177,7 @@ class StageSettings:
     epochs: int = 20
     batch_size: int = 170
     optimiser: Literal["adam", "adamw"] = "adam"
+    fused: bool | None = None
     weight_decay: float = 0.0
     clip: float | None = None
     schedule: Literal["constant", "plateau", "cosine"] = "constant"

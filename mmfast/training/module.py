@@ -149,7 +149,8 @@ class StageModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         learn = [p for p in self.parameters() if p.requires_grad]
-        return make_optimiser(self.stage.settings, learn, self.stage.rate[1])
+        scaled = self._trainer is not None and self._trainer.precision == "16-mixed"
+        return make_optimiser(self.stage.settings, learn, self.stage.rate[1], scaled)
 
     def configure_gradient_clipping(self, optimizer, *_: Any, **__: Any) -> None:
         if (clip := self.stage.settings.clip) is not None:

@@ -17,11 +17,19 @@ THRESHOLD, LEAST_CHANGE = 1e-4, 1e-8
 
 
 def make_optimiser(
-    settings: StageSettings, parameters: Iterable[nn.Parameter], lr: float
+    settings: StageSettings, parameters: Iterable[nn.Parameter], lr: float, scaled: bool = False
 ) -> torch.optim.Optimizer:
-    """Adam or AdamW for the parameters that learn at any time of the stage."""
+    """Adam or AdamW for the parameters that learn at any time of the stage.
+
+    ``scaled``: a scaler of gradients is at work, with which a fused step cannot be clipped. On a CPU the default is
+    the loop over weights, whose bits are those of earlier versions.
+    """
+    parameters = list(parameters)
+    fused = settings.fused
+    if fused is None:
+        fused = not scaled and all(p.device.type == "cuda" for p in parameters)
     kind = OPTIMISERS[settings.optimiser]
-    return kind(list(parameters), lr=lr, weight_decay=settings.weight_decay)
+    return kind(parameters, lr=lr, weight_decay=settings.weight_decay, fused=fused or None)
 
 
 class Schedule:

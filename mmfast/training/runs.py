@@ -213,6 +213,12 @@ def prepare(
         views = sum(objective.views for objective in module.objectives.values())
         check_memory(stage.where, module.encoder, train, views, config.run, processes)
     enough = len(splits.valid) >= stage.least
+    monitor = stage.settings.monitor or ""
+    if not enough and monitor.startswith("valid_"):
+        raise UserError(
+            f"{stage.name}: there must be at least {stage.least} validation samples for the monitor {monitor}, "
+            f"got {len(splits.valid)}"
+        )
     return Prepared(
         module, train, evaluation_batches(splits.valid, shared=True) if enough else None, handover
     )

@@ -17,6 +17,7 @@ from mmfast.training.divergence import Progress, check_finite
 from mmfast.training.memory import check_weights
 from mmfast.training.objectives.base import Objective, Step, Terms
 from mmfast.training.processes import rows
+from mmfast.wording import guess, one_of
 
 if TYPE_CHECKING:
     from mmfast.training.stages import Stage
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 # loss.name -> the loss (z_a, z_b) -> 0-d. Where it has `last` or `components`, as Barlow Twins does, their fields are
 # logged; where it has parameters, they learn and are saved.
 LOSSES: dict[str, Callable[[LossConfig], nn.Module]] = {
-    "barlow_twins": lambda config: BarlowTwinsLoss(lambd=config.lambd, center=config.center),
+    "barlow_twins": lambda config: BarlowTwinsLoss(
+        **{"lambd": config.lambd, "center": config.center, **config.options}
+    ),
 }
 
 
@@ -57,9 +60,7 @@ class TwoViews(Objective):
     @classmethod
     def of(cls, config: Config, stage: Stage, encoder: nn.Module) -> TwoViews:
         augment = make_views(config.augmentation, tuple(encoder.features))
-        return cls(
-            augment, make_projector(config, encoder.out_features), LOSSES[config.loss.name](config.loss)
-        )
+        return cls(augment, make_projector(config, encoder.out_features), make_loss(config.loss))
 
     def __call__(self, step: Step) -> Terms:
         batch, progress = step.batch, step.progress
@@ -99,6 +100,22 @@ class TwoViews(Objective):
             *(["valid_off_diagonal_rms"] if known else []),
             "valid_effective_rank",
         )
+
+
+def make_loss(config: LossConfig) -> nn.Module:
+    """The loss between two views.
+
+    Raises:
+        UserError: none of that name, or arguments that it does not take.
+    """
+    if config.name not in LOSSES:
+        raise UserError(
+            f"config: loss.name must be {one_of(LOSSES)}, got {config.name!r}{guess(config.name, LOSSES)}"
+        )
+    try:
+        return LOSSES[config.name](config)
+    except TypeError as error:
+        raise UserError(f"config: loss.options must fit the loss {config.name}: {error}") from error
 
 
 def make_projector(config: Config, width: int) -> Projector:
