@@ -189,6 +189,7 @@ class Classification(Task):
     """
 
     name: ClassVar[str] = "classification"
+    label_range: ClassVar[None] = None
     weights: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -236,6 +237,7 @@ class MultiLabel(Task):
     """
 
     name: ClassVar[str] = "multilabel"
+    label_range: ClassVar[None] = None
     weights: tuple[float, ...] | None = None
     threshold: float = 0.5
 

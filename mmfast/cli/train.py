@@ -21,6 +21,7 @@ from mmfast.data import Standardiser
 from mmfast.errors import UserError
 from mmfast.files import write_json
 from mmfast.metrics import shown
+from mmfast.tasks import Task, task_of
 from mmfast.training import embedding, runs
 from mmfast.training.checkpoint import RECORD, fingerprint, read_checkpoint
 from mmfast.training.config import RunConfig, differences
@@ -28,8 +29,8 @@ from mmfast.training.fitting import BEST, LAST, check_device
 from mmfast.training.folder import CONFIG, claim, examine
 from mmfast.training.joining import joined
 from mmfast.training.methods import STAGES
-from mmfast.training.predictions import measure, write_predictions
 from mmfast.training.predictions import predict as predictions_of
+from mmfast.training.predictions import write_predictions
 from mmfast.training.restored import restore
 from mmfast.training.seen import Overlap
 from mmfast.training.splits import check_range, load_data, make_splits
@@ -101,7 +102,9 @@ def _summary(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
         f"for {result['epochs']} epochs ({result['steps']} steps)"
     )
     if monitor is not None:
-        name = "validation MAE" if monitor == "valid_loss" else monitor
+        name = monitor
+        if monitor == "valid_loss":
+            name = f"validation {task_of(result['task']).loss_title}"
         best = f"best {name} {result[monitor]:.4f} in epoch {result['best_epoch'] + 1}"
         return f"{text}, {best}: {folder / BEST}"
     last = result["history"][-1]
@@ -116,7 +119,8 @@ def _print_test(command: str, result: Mapping[str, Any]) -> None:
     for name, count in result.get("seen", {}).items():
         _warn(f"{command}: of the {result['samples'][name]} {name} samples, {Overlap(**count)}")
     if result.get("metrics") is not None:
-        print(f"test, {result['samples']['test']} samples:\n{_lines(result['metrics'])}")
+        lines = _lines(result["metrics"], task_of(result["task"]))
+        print(f"test, {result['samples']['test']} samples:\n{lines}")
 
 
 def experiment(given: Any) -> None:
@@ -135,8 +139,8 @@ def experiment(given: Any) -> None:
 
 def evaluate(given: argparse.Namespace) -> None:
     """``mmfast evaluate``: metrics of a checkpoint on a split."""
-    module, dataset, seen, own, label_range = restore(given.checkpoint, given.data, given.split)
-    dataset = dataset.subset(~dataset.labels.isnan())
+    module, dataset, seen, own = restore(given.checkpoint, given.data, given.split)
+    dataset, task = dataset.subset(dataset.labelled()), module.task
     if len(dataset) == 0:
         raise UserError(f"evaluate: the {given.split} split holds no labelled samples")
     overlap = seen.overlap(dataset)
@@ -145,11 +149,11 @@ def evaluate(given: argparse.Namespace) -> None:
             f"evaluate: the {given.split} split must hold no sample that {given.checkpoint} was trained on, got "
             f"{overlap} of {len(dataset)}; --split unseen leaves them out"
         )
-    check_range(dataset, label_range, f"the range of the labels that {given.checkpoint} was trained on")
-    metrics = measure(predictions_of(module, dataset), dataset.labels, label_range)
+    check_range(dataset, task.label_range, f"the range of the labels that {given.checkpoint} was trained on")
+    metrics = task.metrics(predictions_of(module, dataset), dataset.labels)
     if given.out:
         write_json(given.out, metrics)
-    print(f"{given.split}, {len(dataset)} samples:\n{_lines(metrics)}")
+    print(f"{given.split}, {len(dataset)} samples:\n{_lines(metrics, task)}")
     if any(overlap):
         _warn(f"evaluate: of {len(dataset)} samples, {overlap}")
 
@@ -159,7 +163,7 @@ def predict(given: argparse.Namespace) -> None:
     module, dataset, seen, *_ = restore(given.checkpoint, given.data, given.split)
     if len(dataset) == 0:
         raise UserError(f"predict: the {given.split} split holds no samples")
-    write_predictions(Path(given.out), dataset, predictions_of(module, dataset))
+    write_predictions(Path(given.out), dataset, predictions_of(module, dataset), module.task)
     print(f"{len(dataset)} predictions: {given.out}")
     if any(overlap := seen.overlap(dataset)):
         _warn(f"predict: of {len(dataset)} samples, {overlap}; --split unseen leaves them out")
@@ -247,6 +251,7 @@ def _warn(sentence: str) -> None:
     print(f"mmfast: warning: {sentence}", file=sys.stderr)
 
 
-def _lines(metrics: Mapping[str, float]) -> str:
+def _lines(metrics: Mapping[str, float], task: Task) -> str:
     width = max(map(len, metrics))
-    return "\n".join(f"  {name:<{width}}  {shown(value, 4)}" for name, value in metrics.items())
+    lines = [f"  {name:<{width}}  {shown(value, 4)}" for name, value in metrics.items()]
+    return "\n".join(lines if task.name == "regression" else [*lines, textwrap.fill(task.note, 80)])

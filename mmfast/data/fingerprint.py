@@ -32,7 +32,8 @@ def of_samples(
 def of_all(features: Mapping[str, int], samples: Tensor, labels: Tensor) -> str:
     """32 hexadecimal digits from the samples' fingerprints and labels (N,) or (N, K), in any order."""
     bits = torch.where(labels.isnan(), torch.nan, labels + 0.0).view(torch.int32)
-    rows = np.concatenate([samples.numpy()[:, None], bits.numpy().reshape(len(samples), -1)], axis=1)
+    columns = bits.numpy() if bits.ndim == 2 else bits.numpy()[:, None]
+    rows = np.concatenate([samples.numpy()[:, None], columns], axis=1)
     rows = rows[np.lexsort(rows.T)].astype("<i8", copy=False)
     return of_parts(sorted(features.items()), rows.tobytes())
 

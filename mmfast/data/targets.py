@@ -163,6 +163,7 @@ def strata(dataset) -> np.ndarray | None:
     """
     if dataset.task not in (CLASSIFICATION, MULTILABEL):
         return None
-    rows = dataset.labels.nan_to_num(nan=NONE).numpy().reshape(len(dataset), -1)
+    rows = dataset.labels.nan_to_num(nan=NONE).numpy()
+    rows = rows if rows.ndim == 2 else rows[:, None]
     found = np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
     return np.where(dataset.labelled().numpy(), found, NONE)

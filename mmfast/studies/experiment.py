@@ -21,14 +21,17 @@ import torch
 from mmfast.data import MultimodalData
 from mmfast.errors import UserError
 from mmfast.studies.baselines import BASELINES
+from mmfast.studies.statistics import NAMES
+from mmfast.tasks import Task
 from mmfast.training import bars, runs
 from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.folder import PREDICTIONS, claim, examine, finished, load_result, save_result
 from mmfast.training.methods import Method, config_for, methods_of, stages_of
 from mmfast.training.parsing import config_of
-from mmfast.training.predictions import measure, read_predictions, write_predictions
+from mmfast.training.predictions import read_predictions, write_predictions
 from mmfast.training.splits import Splits, identity, load_data, make_splits, require_labels
 from mmfast.training.stages import Stage
+from mmfast.training.task import task_of_data
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,8 @@ log = logging.getLogger(__name__)
 TITLES = {
     "ridge": "ridge regression on time means",
     "constant": "median training label",
+    "logistic": "logistic regression on time means",
+    "base_rate": "share of each class or label among training samples",
 }
 
 
@@ -109,8 +114,8 @@ class Outcome:
 
     Attributes:
         seed: of the run.
-        names, predictions, truths: (N,) of every test sample; with folds, each sample is predicted by the run that
-            did not train on it, and all are pooled before any metric is computed.
+        names, predictions, truths: (N,), (N, columns) and (N,) or (N, K) of every test sample; with folds, each
+            sample is predicted by the run that did not train on it, and all are pooled before any metric is computed.
         metrics: name -> value on them.
         results: the runs' ``result.json``, one per fold.
     """
@@ -135,8 +140,8 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
     same for all methodologies.
 
     Returns:
-        Row of the table -> one outcome per seed. Ridge regression and the constant know no chance, so they have
-        one outcome, or one per seed when the seed chooses the labels (``data.label_share``).
+        Row of the table -> one outcome per seed. The baselines know no chance, so they have one outcome, or one per
+        seed when the seed chooses the labels (``data.label_share``).
 
     Raises:
         UserError: as any of the runs, or a folder that holds another experiment.
@@ -158,7 +163,7 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
             board = tell and _board(root, planned, units, data, tell)
             _run_all(config, experiment, methods, units, workers, board)
         log.info("all runs complete after %.0f s", time.monotonic() - began)
-    return collect(config, experiment, units, data.label_range)
+    return collect(config, experiment, units, task_of_data(config.task, data))
 
 
 def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData) -> list[Unit]:
@@ -328,8 +333,9 @@ def _run_unit(
         else:
             log.info("%s, %s: %d steps (%.0f s)", unit, name, result["steps"], result["seconds"])
     if _has_baselines(config, experiment, unit.seed):
-        for name in BASELINES:
-            _log(unit, name, _baseline(name, unit.folder(root) / name, splits))
+        task = task_of_data(config.task, splits)
+        for name in BASELINES[task.name]:
+            _log(unit, name, _baseline(name, unit.folder(root) / name, splits, task))
 
 
 def _send(run: str, standing: bars.Standing) -> None:
@@ -349,7 +355,9 @@ def _heard(board: Callable[[str, bars.Standing], None] | None, unit: Unit, name:
 
 
 def _log(unit: Unit, name: str, result: dict[str, Any]) -> None:
-    log.info("%s, %s: MAE %.3f (%.0f s)", unit, name, result["metrics"]["mae"], result["seconds"])
+    metrics = result["metrics"]
+    first = next(name for name in ("mae", "ua", "jaccard") if name in metrics)
+    log.info("%s, %s: %s %.3f (%.0f s)", unit, name, NAMES[first], metrics[first], result["seconds"])
 
 
 def _run(run: Run, parent: Path, name: str, splits: Splits) -> dict[str, Any]:
@@ -368,13 +376,13 @@ def _run(run: Run, parent: Path, name: str, splits: Splits) -> dict[str, Any]:
     return runs.run_stage(config, run.stage, splits, claim(folder, settings, None, inputs), source)
 
 
-def _baseline(name: str, folder: Path, splits: Splits) -> dict[str, Any]:
+def _baseline(name: str, folder: Path, splits: Splits, task: Task) -> dict[str, Any]:
     if (done := load_result(folder)) is not None:
         return done
     began = time.monotonic()
-    predictions = torch.from_numpy(BASELINES[name](splits)).float()
-    write_predictions(folder / PREDICTIONS, splits.test, predictions)
-    metrics = measure(predictions, splits.test.labels, splits.label_range)
+    predictions = torch.from_numpy(BASELINES[task.name][name](splits)).float()
+    write_predictions(folder / PREDICTIONS, splits.test, predictions, task)
+    metrics = task.metrics(predictions, splits.test.labels)
     result = {"kind": name, "seconds": round(time.monotonic() - began, 2), "metrics": metrics}
     save_result(folder, result)
     return result
@@ -385,27 +393,27 @@ def _has_baselines(config: Config, experiment: ExperimentConfig, seed: int) -> b
 
 
 def collect(
-    config: Config, experiment: ExperimentConfig, units: list[Unit], label_range: tuple[float, float]
+    config: Config, experiment: ExperimentConfig, units: list[Unit], task: Task
 ) -> dict[str, list[Outcome]]:
     """Outcomes of a complete experiment from its files, as :func:`run_experiment` returns them."""
     root = Path(config.run.folder)
     rows: dict[str, list[Outcome]] = {}
     for seed in experiment.seeds:
-        baselines = list(BASELINES) if _has_baselines(config, experiment, seed) else []
+        baselines = list(BASELINES[task.name]) if _has_baselines(config, experiment, seed) else []
         for name in [*methods_of(experiment.methods), *baselines]:
             folders = [unit.folder(root) / name for unit in units if unit.seed == seed]
-            rows.setdefault(name, []).append(_outcome(seed, folders, label_range))
+            rows.setdefault(name, []).append(_outcome(seed, folders, task))
     return rows
 
 
-def _outcome(seed: int, folders: list[Path], label_range: tuple[float, float]) -> Outcome:
+def _outcome(seed: int, folders: list[Path], task: Task) -> Outcome:
     names, predictions, truths = [], [], []
     for folder in folders:
-        part = read_predictions(folder / PREDICTIONS)
+        part = read_predictions(folder / PREDICTIONS, task)
         names += part[0]
         predictions.append(torch.from_numpy(part[1]))
         truths.append(torch.from_numpy(part[2]))
     predictions, truths = torch.cat(predictions), torch.cat(truths)
     results = [load_result(folder) for folder in folders]
-    metrics = measure(predictions, truths, label_range)
+    metrics = task.metrics(predictions, truths)
     return Outcome(seed, names, predictions.numpy(), truths.numpy(), metrics, results)

@@ -20,7 +20,7 @@ from mmfast.training.processes import agreed
 
 # The entry that says what a checkpoint is, and what that holds.
 RECORD = "mmfast"
-KEYS = ("kind", "config", "stage", "features", "standardiser", "label_range", "data", "seen")
+KEYS = ("kind", "config", "stage", "features", "standardiser", "task", "data", "seen")
 
 
 class AtomicCheckpointIO(CheckpointIO):

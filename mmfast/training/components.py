@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mmfast.tasks import Task
 from mmfast.training.config import Config
 from mmfast.training.encoder import make_encoder
 from mmfast.training.module import StageModule
@@ -15,9 +16,15 @@ from mmfast.training.stages import Stage
 
 
 def make_module(
-    config: Config, features: dict[str, int], stage: Stage, record: dict[str, Any] | None = None
+    config: Config,
+    features: dict[str, int],
+    stage: Stage,
+    record: dict[str, Any] | None = None,
+    task: Task | None = None,
 ) -> StageModule:
     """Encoder and objectives of a stage; weights are a function of ``config.run.seed`` and the parts' names.
+
+    ``task`` is what a stage with labels learns.
 
     Raises:
         UserError: settings that a part refuses, or a monitor that the objectives do not log.
@@ -31,5 +38,5 @@ def make_module(
             kind = OBJECTIVES[name]
             if kind.parts:
                 torch.manual_seed(derive(seed, f"weights of the {kind.parts[0]}"))
-            objectives[name] = kind.load().of(config, stage, encoder)
+            objectives[name] = kind.load().of(config, stage, encoder, task)
     return StageModule(encoder, objectives, stage, seed, record)

@@ -31,6 +31,8 @@ class SyntheticConfig:
         corrupt: Share of audio cells that are NaN or -inf.
         max_length: Longest utterance in words.
         features: Modality to feature size; text 300, audio 74, visual 35 when left out.
+        task: ``regression`` of the sentiment, ``multilabel``: six emotions as in MOSEI, a third of the samples
+            without any, or ``classification``: one of four.
     """
 
     samples: int = 2000
@@ -40,6 +42,7 @@ class SyntheticConfig:
     corrupt: float = 1e-3
     max_length: int = 50
     features: dict[str, int] | None = None
+    task: Literal["regression", "classification", "multilabel"] = "regression"
 
 
 @dataclass
@@ -55,6 +58,8 @@ class DataConfig:
         split_seed: Seed of that division, apart from the seed of the run: all runs see the same splits.
         folds: Number of folds for data that ask for cross-validation instead of having a fair test split.
         fold: Which of them is tested, from 0; validation samples are a fifth of the others.
+        task: What the labels are taken for, where that is not what the data say: classes as numbers, whole numbers as
+            classes, columns of 0 and 1 as numbers.
         synthetic: Options of the generator.
     """
 
@@ -64,6 +69,7 @@ class DataConfig:
     split_seed: int = 0
     folds: int = 5
     fold: int = 0
+    task: Literal["regression", "classification", "multilabel"] | None = None
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -100,6 +106,25 @@ class ModelConfig:
     masking_mode: Literal["step", "sequence"] = "step"
     masking_weights: dict[str, float] | None = None
     projector: list[int] = field(default_factory=lambda: [1000, 1000, 1000])
+
+
+@dataclass
+class TaskConfig:
+    """What is learnt from labels; each setting belongs to one task and is refused for others.
+
+    Args:
+        loss: Of a regression: ``mae``, the default, ``mse`` or ``huber`` (linear beyond an error of 1).
+        class_weights: Of a classification: one number for each class, ``balanced`` (the rarer a class among the
+            training samples, the more it weighs) or ``none``, the default.
+        positive_weights: Of labels: what one that is there weighs against one that is not, one number each,
+            ``balanced`` (absent over present) or ``none``, the default.
+        threshold: Of labels: probability above which one is predicted, 0.5 by default.
+    """
+
+    loss: Literal["mae", "mse", "huber"] | None = None
+    class_weights: Literal["none", "balanced"] | list[float] | None = None
+    positive_weights: Literal["none", "balanced"] | list[float] | None = None
+    threshold: float | None = None
 
 
 @dataclass
@@ -259,6 +284,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     pretraining: PretrainingConfig = field(default_factory=PretrainingConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -289,6 +315,10 @@ def _positive(value: float) -> bool:
     return 0 < value < inf
 
 
+def _weights(value: Any) -> bool:
+    return not isinstance(value, list) or (bool(value) and all(map(_positive, value)))
+
+
 def _distinct(values: list) -> bool:
     return len(values) > 0 and len(set(values)) == len(values)
 
@@ -310,6 +340,9 @@ RULES = (
     ("data.folds", "at least 2", lambda v: v >= 2),
     ("data.fold", "at least 0", lambda v: v >= 0),
     ("loss.lambd", "finite and at least 0", lambda v: 0 <= v < inf),
+    ("task.class_weights", "positive numbers, balanced or none", _weights),
+    ("task.positive_weights", "positive numbers, balanced or none", _weights),
+    ("task.threshold", "in (0, 1)", lambda v: v is None or 0 < v < 1),
     ("supervised.linear_lr", "positive", lambda v: v is None or _positive(v)),
     ("run.checkpoint_seconds", "at least 0", lambda v: v >= 0),
     # Far more than any machine has: OpenMP ends the process where it cannot allocate its threads.

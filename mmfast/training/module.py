@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mmfast.data import MultimodalBatch, MultimodalDataset
 from mmfast.errors import UserError
+from mmfast.tasks import Task
 from mmfast.training.checkpoint import RECORD
 from mmfast.training.divergence import Progress
 from mmfast.training.objectives.base import Objective, Step
@@ -82,6 +83,11 @@ class StageModule(pl.LightningModule):
     def thaws(self) -> bool:
         """Whether a part learns from a later epoch on: until then its parameters have no gradients."""
         return any(self.stage.frozen(name, 0) and not self.stage.always_frozen(name) for name in self.parts)
+
+    @property
+    def task(self) -> Task:
+        """What the head's outputs are."""
+        return self.objectives["supervised"].task
 
     @property
     def cached(self) -> bool:

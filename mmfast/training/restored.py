@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, load
 from mmfast.errors import UserError
+from mmfast.tasks import Task
 from mmfast.training import runs
 from mmfast.training.config import SPLITS, DataConfig
 from mmfast.training.encoder import check_takes
@@ -35,13 +36,12 @@ class Samples(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """What :func:`restore` finds: the network, :class:`Samples`, and the range of the labels it was trained on."""
+    """What :func:`restore` finds: the network with its task, and :class:`Samples` that fit it."""
 
     module: StageModule
     dataset: MultimodalDataset
     seen: Seen
     own: bool
-    label_range: tuple[float, float]
 
 
 def restore(checkpoint: str, path: str | None, split: str) -> Restored:
@@ -54,11 +54,12 @@ def restore(checkpoint: str, path: str | None, split: str) -> Restored:
             has not ``unseen``.
 
     Raises:
-        UserError: not such a checkpoint, no such data, other features; without ``path``, data that are no longer
-            those of the run.
+        UserError: not such a checkpoint, no such data, other features or targets; without ``path``, data that are no
+            longer those of the run.
     """
     module, record = runs.restore(Path(checkpoint))
-    return Restored(module, *samples(checkpoint, record, path, split), record["label_range"])
+    found = samples(checkpoint, record, path, split)
+    return Restored(module, *found._replace(dataset=_with_targets(checkpoint, found.dataset, module.task)))
 
 
 def samples(checkpoint: str, record: Mapping[str, Any], path: str | None, split: str) -> Samples:
@@ -86,6 +87,17 @@ def samples(checkpoint: str, record: Mapping[str, Any], path: str | None, split:
     return Samples(standardiser.transform(dataset), seen, own)
 
 
+def _with_targets(checkpoint: str, dataset: MultimodalDataset, task: Task) -> MultimodalDataset:
+    """The data set with the targets of the network; its own may be others where none is labelled."""
+    foreign = dataset.task != task.name or not set(dataset.targets) <= set(task.targets)
+    if foreign and dataset.labelled().any():
+        raise UserError(
+            f"{checkpoint}: was trained on {task.name} of {', '.join(task.targets)}, the data have {dataset.task} of "
+            f"{', '.join(dataset.targets)}"
+        )
+    return dataset.as_task(task.name, task.targets)
+
+
 def _data(path: str | None, config: DataConfig, fingerprint: str) -> tuple[MultimodalData, bool]:
     """The data, and whether they are those that a run of ``config`` was trained on."""
     if path is None:
@@ -96,7 +108,8 @@ def _data(path: str | None, config: DataConfig, fingerprint: str) -> tuple[Multi
         data = load_data(replace(config, path=path))
         if data.fingerprint() == fingerprint:
             return data, True
-    return load(path), False
+    data = load(path)
+    return data if config.task is None else data.as_task(config.task), False
 
 
 def _sizes(features: Mapping[str, int]) -> str:

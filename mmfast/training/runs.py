@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
 from torch.utils.data import DataLoader
 
 from mmfast.data import make_loader
 from mmfast.errors import UserError
 from mmfast.models import Encoder
+from mmfast.tasks import Task, task_of
 from mmfast.training.checkpoint import RECORD, read_checkpoint
 from mmfast.training.components import make_module
 from mmfast.training.config import Config
@@ -26,12 +26,13 @@ from mmfast.training.handover import Handover, load_part
 from mmfast.training.memory import check_memory
 from mmfast.training.module import StageModule
 from mmfast.training.parsing import config_of
-from mmfast.training.predictions import evaluation_batches, measure, predict, write_predictions
+from mmfast.training.predictions import evaluation_batches, predict, write_predictions
 from mmfast.training.processes import is_main, rank, world_size
 from mmfast.training.seeds import derive
 from mmfast.training.seen import NONE, Overlap, Seen
 from mmfast.training.splits import Splits, require_labels
 from mmfast.training.stages import SUPERVISED, Stage, supervised_stage
+from mmfast.training.task import task_of_run
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def run_stage(
             result |= {"best_epoch": best["epoch"], monitor: history[best["epoch"]][monitor]}
         if stage.labels:
             seen = {name: count._asdict() for name, count in tested_on_seen(module, splits).items()}
-            result |= {"seen": seen, "metrics": _test(module, splits, folder)}
+            result |= {"task": module.task.state(), "seen": seen, "metrics": _test(module, splits, folder)}
         if is_main():
             save_result(folder, result)
     return result
@@ -179,7 +180,8 @@ def prepare(
 
     Raises:
         UserError: too few samples, no labelled training or validation samples, weights that do not fit, settings
-            that a part refuses, a device that is not there, memory that is not free.
+            that a part or the task refuses, a class without training samples, a device that is not there, memory
+            that is not free.
     """
     check_device(config.run)
     if stage.labels:
@@ -194,7 +196,9 @@ def prepare(
     checkpoint = source and read_checkpoint(source)
     before = checkpoint and checkpoint[RECORD]["seen"]
     seen = Seen.by(splits, stage.labels, stage.settings.monitor is not None, before)
-    module = make_module(config, splits.features, stage, _record(config, stage, splits, seen))
+    task = task_of_run(config.task, splits) if stage.labels else None
+    record = _record(config, stage, splits, seen, task)
+    module = make_module(config, splits.features, stage, record, task)
     check_takes(module.encoder, samples, splits.valid, *([splits.test] if stage.labels else []))
     handover = {}
     for part in stage.take if checkpoint else ():
@@ -269,7 +273,8 @@ def restore(path: Path) -> tuple[StageModule, dict[str, Any]]:
     checkpoint = read_checkpoint(path, SUPERVISED)
     record = checkpoint[RECORD]
     config = config_of(record["config"])
-    module = make_module(config, record["features"], supervised_stage(config))
+    task = task_of(record["task"])
+    module = make_module(config, record["features"], supervised_stage(config), task=task)
     for part in module.parts:
         load_part(getattr(module, part), checkpoint["state_dict"], part, str(path))
     return module, record
@@ -284,22 +289,22 @@ def restore_encoder(path: Path) -> tuple[Encoder, dict[str, Any]]:
     return encoder, record
 
 
-def _record(config: Config, stage: Stage, splits: Splits, seen: Seen) -> dict[str, Any]:
+def _record(config: Config, stage: Stage, splits: Splits, seen: Seen, task: Task | None) -> dict[str, Any]:
     return {
         "kind": stage.kind,
         "config": asdict(config),
         "stage": stage.describe(),
         "features": dict(splits.features),
         "standardiser": splits.standardiser.state_dict(),
-        "label_range": splits.label_range,
+        "task": task and task.state(),
         "data": splits.fingerprint,
         "seen": seen._asdict(),
     }
 
 
-def _test(module: nn.Module, splits: Splits, folder: Path) -> Mapping[str, float] | None:
+def _test(module: StageModule, splits: Splits, folder: Path) -> Mapping[str, float] | None:
     if len(splits.test) == 0 or not is_main():
         return None
     predictions = predict(module, splits.test)
-    write_predictions(folder / PREDICTIONS, splits.test, predictions)
-    return measure(predictions, splits.test.labels, splits.label_range)
+    write_predictions(folder / PREDICTIONS, splits.test, predictions, module.task)
+    return module.task.metrics(predictions, splits.test.labels)

@@ -35,7 +35,8 @@ class Splits:
         train, valid: labelled samples for the supervised phase.
         test: labelled samples that are only ever predicted.
         standardiser: fitted on ``inputs``.
-        label_range: smallest and largest possible label.
+        task, targets: what the labels are, and the names of their columns or classes.
+        label_range: smallest and largest possible number; None for other tasks.
         fingerprint: of the whole data set that they were made from.
         identity: of the same with its order and ids, see :func:`identity`.
     """
@@ -45,7 +46,9 @@ class Splits:
     valid: MultimodalDataset
     test: MultimodalDataset
     standardiser: Standardiser
-    label_range: tuple[float, float]
+    task: str
+    targets: tuple[str, ...]
+    label_range: tuple[float, float] | None
     fingerprint: str
     identity: str
 
@@ -55,8 +58,9 @@ class Splits:
 
 
 def load_data(config: DataConfig) -> MultimodalData:
-    """The data set that ``config.path`` names, divided as ``config.split`` says."""
+    """The data set that ``config.path`` names, with labels of ``config.task``, divided as ``config.split`` says."""
     data = synthetic(**asdict(config.synthetic)) if config.path == "synthetic" else load(config.path)
+    data = data if config.task is None else data.as_task(config.task)
     return data if config.split is None else random_split(data, config.split, config.split_seed)
 
 
@@ -92,7 +96,8 @@ def make_splits(
         valid = label_share(valid, config.label_share, derive(seed, "labels of valid"), least=1)
     phases = (inputs, _labelled(train), _labelled(valid), _labelled(test))
     standardised = (standardiser.transform(phase) for phase in phases)
-    return Splits(*standardised, standardiser, data.label_range, fingerprint, known)
+    kind = data.task, data.targets, data.label_range
+    return Splits(*standardised, standardiser, *kind, fingerprint, known)
 
 
 def identity(data: MultimodalData) -> str:
@@ -147,13 +152,16 @@ def _and_more(dataset: MultimodalDataset, indices: list[int]) -> str:
     return f"{dataset.names[indices[0]]!r} (id {int(dataset.ids[indices[0]])}){more}"
 
 
-def check_range(dataset: MultimodalDataset, label_range: tuple[float, float], whose: str) -> None:
-    """Refuse labels outside the range that decides the metrics; ``whose`` range it is completes the sentence."""
+def check_range(dataset: MultimodalDataset, label_range: tuple[float, float] | None, whose: str) -> None:
+    """Refuse numbers outside the range that decides the metrics; ``whose`` range it is completes the sentence."""
+    if label_range is None:
+        return
     low, high = label_range
-    outside = torch.nonzero((dataset.labels < low) | (dataset.labels > high)).flatten().tolist()
+    wrong = (dataset.labels < low) | (dataset.labels > high)
+    outside = torch.nonzero(wrong)[:, 0].unique().tolist()
     if outside:
         raise UserError(
-            f"data: labels must lie in [{low:g}, {high:g}], {whose}, got {float(dataset.labels[outside[0]]):g} in "
+            f"data: labels must lie in [{low:g}, {high:g}], {whose}, got {float(dataset.labels[wrong][0]):g} in "
             f"sample {_and_more(dataset, outside)}"
         )
 
@@ -161,12 +169,12 @@ def check_range(dataset: MultimodalDataset, label_range: tuple[float, float], wh
 def require_labels(parts: Mapping[str, MultimodalDataset]) -> None:
     """Refuse a part without a labelled sample."""
     for name, part in parts.items():
-        if part.labels.isnan().all():
+        if not part.labelled().any():
             raise UserError(f"data: there are no labelled samples in the {name} split; {DIVIDE}")
 
 
 def _check_share(train: MultimodalDataset, share: float) -> None:
-    labelled = int((~train.labels.isnan()).sum())
+    labelled = int(train.labelled().sum())
     if labelled and not round(share * labelled):
         raise UserError(
             f"config: data.label_share must leave at least one of the {labelled} labelled training samples, "
@@ -186,4 +194,4 @@ def _joined(datasets: list[MultimodalDataset]) -> MultimodalDataset:
 
 
 def _labelled(dataset: MultimodalDataset) -> MultimodalDataset:
-    return dataset.subset(~dataset.labels.isnan())
+    return dataset.subset(dataset.labelled())

@@ -333,3 +333,12 @@ def test_synthetic_emotions_are_like_those_of_mosei():
     assert classes.targets == ("neutral", "happy", "sad", "angry") and (shares(classes.train) > 0.15).all()
     with pytest.raises(UserError, match="synthetic: task must be one of"):
         synthetic(100, task="emotions")
+
+
+@pytest.mark.parametrize("task", ["multilabel", "classification", "regression"])
+def test_empty_splits_have_no_labels_of_any_kind(task, tmp_path):
+    full = synthetic(60, task=task, max_length=3, features={"text": 2})
+    data = MultimodalData(full.train, task=task, targets=full.targets)
+    assert len(label_share(data.valid, 0.5, seed=0)) == 0 and data.valid.fingerprint()
+    save(data, tmp_path / "a.npz")
+    assert load(tmp_path / "a.npz").fingerprint() == data.fingerprint()

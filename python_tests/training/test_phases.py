@@ -17,7 +17,7 @@ from mmfast.training.config import Config, DataConfig, StageSettings
 from mmfast.training.divergence import Progress, check_finite
 from mmfast.training.objectives.two_views import effective_rank
 from mmfast.training.optimisers import Schedule
-from mmfast.training.predictions import encode, predict, read_predictions, write_predictions
+from mmfast.training.predictions import ONE_NUMBER, encode, predict, read_predictions, write_predictions
 from mmfast.training.splits import make_splits, named_parts, select
 from mmfast.training.stages import pretraining_stage, supervised_stage
 
@@ -35,7 +35,7 @@ def settings() -> Config:
 
 
 def make_supervised(config: Config, features: dict[str, int], freeze: bool = False):
-    return make_module(config, features, supervised_stage(config, freeze))
+    return make_module(config, features, supervised_stage(config, freeze), task=ONE_NUMBER)
 
 
 def make_pretraining(config: Config, features: dict[str, int]):
@@ -82,7 +82,7 @@ def test_supervised_training_beats_the_constant_on_synthetic_data(tmp_path):
     ]
     assert mmfast("finetune", *TINY, *learnt, f"--run.folder={tmp_path}") == 0
     _, predictions, truths = read_predictions(tmp_path / "predictions.csv")
-    mae = abs(predictions - truths).mean()
+    mae = abs(predictions[:, 0] - truths).mean()
     constant = min(abs(truths - value).mean() for value in truths)
     assert mae < 0.95 * constant
     assert result(tmp_path)["metrics"]["corr"] > 0.3
@@ -164,7 +164,7 @@ def test_only_labelled_samples_count():
     train = standardised(small())
     module = make_supervised(settings(), FEATURES).eval()
     batch = batch_of(train)
-    expected = (module(batch)[2:] - batch.labels[2:]).abs().mean()
+    expected = (module(batch)[2:, 0] - batch.labels[2:]).abs().mean()
     batch.labels[:2] = math.nan
     terms = module.objectives["supervised"](module._step(batch))
     assert terms.weight == 6
@@ -263,8 +263,8 @@ def test_predictions_keep_the_order_and_do_not_depend_on_it():
 
 def test_csv_of_predictions_reads_back_bit_by_bit(tmp_path):
     train = small(labelled=0.5).train
-    predictions = torch.randn(len(train), generator=torch.Generator().manual_seed(0)) / 3
-    write_predictions(tmp_path / "p.csv", train, predictions)
+    predictions = torch.randn(len(train), 1, generator=torch.Generator().manual_seed(0)) / 3
+    write_predictions(tmp_path / "p.csv", train, predictions, ONE_NUMBER)
     names, read, truths = read_predictions(tmp_path / "p.csv")
     assert names == train.names
     assert torch.equal(torch.from_numpy(read), predictions)

@@ -15,7 +15,7 @@ import yaml
 
 from mmfast.data import MultimodalData
 from mmfast.files import write_atomically, write_json
-from mmfast.metrics import MetricSet, metrics_for, shown
+from mmfast.metrics import shown
 from mmfast.studies.experiment import TITLES, Outcome, Unit, units_of
 from mmfast.studies.report import plots
 from mmfast.studies.report.correlation import before_and_after
@@ -31,8 +31,9 @@ from mmfast.studies.report.document import (
     to_markdown,
 )
 from mmfast.studies.report.facts import facts
-from mmfast.studies.report.verdict import Means, Resampled, difference, verdict
-from mmfast.studies.statistics import bootstrap, corr, interval, mae, summarise
+from mmfast.studies.report.verdict import LINEAR, Means, Resampled, difference, verdict
+from mmfast.studies.statistics import bootstrap, compared, interval, summarise
+from mmfast.tasks import Task
 from mmfast.training.config import Config, ExperimentConfig
 from mmfast.training.fitting import LAST
 from mmfast.training.folder import ENVIRONMENT, load_result
@@ -40,6 +41,7 @@ from mmfast.training.methods import methods_of
 from mmfast.training.parsing import load_yaml
 from mmfast.training.splits import load_data, make_splits
 from mmfast.training.stages import PRETRAINING
+from mmfast.training.task import task_of_data
 
 # key -> (heading, factor, decimals) of the metrics that a main table may have.
 COLUMNS = {
@@ -47,6 +49,11 @@ COLUMNS = {
     "mae": ("MAE", 1, 3),
     "ccc": ("CCC", 1, 3),
     **{key: (key.capitalize(), 100, 1) for key in ("acc2", "f1", "acc3", "acc5", "acc7")},
+    "ua": ("UA", 100, 1),
+    "accuracy": ("Acc (WA)", 100, 1),
+    "jaccard": ("Jaccard", 100, 1),
+    **{f"f1_{key}": (f"F1 {key}", 100, 1) for key in ("micro", "macro", "weighted")},
+    "auc": ("AUC", 1, 3),
 }
 # What the names in the table of all metrics mean.
 LEGEND = {
@@ -55,10 +62,14 @@ LEGEND = {
     "f1_as_published": "f1_as_published: weighted by predicted counts.",
     "acc7_cmu": "acc7_cmu: seven classes rounded away from zero.",
     "ccc": "ccc: concordance correlation.",
+    "jaccard_empty1": "jaccard_empty1: where both sets are empty it counts 1.",
+    "exact_match": "exact_match: share of samples whose sets are equal.",
 }
-RESAMPLED = {"corr": corr, "mae": mae}
-# Differences worth an interval of their own: what pre-training adds, and what a network adds to ridge regression.
-PAIRS = (("SSL", "FS"), ("LE", "SLE"), ("FS", "ridge"), ("SSL", "ridge"))
+# Differences worth an interval of their own: what pre-training adds, and what a network adds to a linear model.
+PAIRS = (
+    *(("SSL", "FS"), ("LE", "SLE")),
+    *((network, linear) for linear in LINEAR for network in ("FS", "SSL")),
+)
 
 Outcomes = Mapping[str, Sequence[Outcome]]
 
@@ -79,10 +90,10 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
     root = Path(config.run.folder)
     data = load_data(config.data)
     units = units_of(config, experiment, data)
-    metrics = metrics_for(data.label_range)
-    main = main_table(outcomes, metrics)
-    resampled = _resampled(outcomes)
-    means = _means(outcomes)
+    task = task_of_data(config.task, data)
+    main = main_table(outcomes, task)
+    resampled = _resampled(outcomes, task)
+    means = _means(outcomes, resampled)
     says = verdict([name for name, runs in outcomes.items() if runs[0].trained], means, resampled)
     title = f"Experiment on {data.name}"
     titles = TITLES | {name: method.title for name, method in methods_of(experiment.methods).items()}
@@ -93,12 +104,12 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
         Heading("Results"),
         main,
         Text("; ".join(f"{name}: {titles[name]}" for name in outcomes) + "."),
-        *_best_table(outcomes, metrics),
+        *_best_table(outcomes, task),
         _interval_table(outcomes, resampled),
         *_differences(outcomes, means, resampled),
-        *_figures(config, data, outcomes, resampled, units, root),
+        *_figures(config, data, task, outcomes, resampled, units, root),
         Heading("All metrics"),
-        *_appendix(outcomes, metrics),
+        *_appendix(outcomes, task),
         Heading("Configuration"),
         Code(yaml.safe_dump({**asdict(config), "experiment": asdict(experiment)}, sort_keys=False)),
         Heading("Environment"),
@@ -114,15 +125,16 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
     return Report(root / "report.html", says, main.text())
 
 
-def main_table(outcomes: Outcomes, metrics: MetricSet) -> Table:
+def main_table(outcomes: Outcomes, task: Task) -> Table:
     """Mean and standard deviation of the main metrics."""
-    keys = metrics.main
+    keys = task.main
     rows = [[name, str(len(runs)), *(_cell(key, runs) for key in keys)] for name, runs in outcomes.items()]
-    percent = " Accuracies and F1 in percent." if any(COLUMNS[key][1] == 100 for key in keys) else ""
+    kinds = "Accuracies and F1" if task.name != "multilabel" else "Jaccard and F1"
+    percent = f" {kinds} in percent." if any(COLUMNS[key][1] == 100 for key in keys) else ""
     return Table(
         ["", "n", *(COLUMNS[key][0] for key in keys)],
         rows,
-        f"Mean ± standard deviation over n seeds; - where undefined.{percent} {metrics.note}".rstrip(),
+        f"Mean ± standard deviation over n seeds; - where undefined.{percent} {task.note}".rstrip(),
     )
 
 
@@ -133,8 +145,8 @@ def _cell(key: str, runs: Sequence[Outcome]) -> str:
     return mean if summary.n == 1 or mean == "-" else f"{mean} ± {std}"
 
 
-def _best_table(outcomes: Outcomes, metrics: MetricSet) -> list[Block]:
-    keys = metrics.main
+def _best_table(outcomes: Outcomes, task: Task) -> list[Block]:
+    keys = task.main
     rows = []
     for name, runs in outcomes.items():
         if (best := best_run(runs)) is not None:
@@ -145,10 +157,10 @@ def _best_table(outcomes: Outcomes, metrics: MetricSet) -> list[Block]:
             )
             rows.append([f"{name}, seed {best.seed}", f"{_valid_loss(best):.3f}", *numbers])
     caption = (
-        "The best run of each network, chosen by its validation loss (MAE, mean over folds), not by any of the test "
-        "metrics beside it, which are all of that one run."
+        f"The best run of each network, chosen by its validation loss ({task.loss_title}, mean over folds), not by "
+        "any of the test metrics beside it, which are all of that one run."
     )
-    header = ["", "validation MAE", *(COLUMNS[key][0] for key in keys)]
+    header = ["", f"validation {task.loss_title}", *(COLUMNS[key][0] for key in keys)]
     return [Table(header, rows, caption)] if rows else []
 
 
@@ -163,29 +175,31 @@ def _valid_loss(run: Outcome) -> float:
     return float(np.mean([result["valid_loss"] for result in run.results]))
 
 
-def _means(outcomes: Outcomes) -> Means:
+def _means(outcomes: Outcomes, resampled: Resampled) -> Means:
     return {
         key: {name: float(np.mean([run.metrics[key] for run in runs])) for name, runs in outcomes.items()}
-        for key in RESAMPLED
+        for key in resampled
     }
 
 
-def _resampled(outcomes: Outcomes) -> Resampled:
+def _resampled(outcomes: Outcomes, task: Task) -> Resampled:
     """metric -> row -> its bootstrap distribution over test samples, mean over seeds; rows share the resamples."""
     # Test samples and folds are the same for all rows and seeds, in one order.
     truths = next(iter(outcomes.values()))[0].truths.astype(float)
+    metrics, decided = compared(task)
     predictions = {
-        name: np.stack([run.predictions for run in runs]).astype(float) for name, runs in outcomes.items()
+        name: decided(np.stack([run.predictions for run in runs]).astype(float))
+        for name, runs in outcomes.items()
     }
     return {
         key: {name: bootstrap(p, truths, metric) for name, p in predictions.items()}
-        for key, metric in RESAMPLED.items()
+        for key, metric in metrics.items()
     }
 
 
 def _interval_table(outcomes: Outcomes, resampled: Resampled) -> Table:
     header, rows = [""], [[name] for name in outcomes]
-    for key in RESAMPLED:
+    for key in resampled:
         header += [f"{COLUMNS[key][0]}, over samples", f"{COLUMNS[key][0]}, over seeds"]
         for row, (name, runs) in zip(rows, outcomes.items(), strict=True):
             summary = summarise(key, [run.metrics[key] for run in runs])
@@ -195,7 +209,8 @@ def _interval_table(outcomes: Outcomes, resampled: Resampled) -> Table:
         rows,
         "95 % intervals of the mean. Over samples: bootstrap of the test samples, what another test set of this size "
         "might give. Over seeds: what other seeds might give on these samples, by Student's t, on Fisher's z for "
-        "correlations and the logarithm for errors, lest an interval leave the metric's range; - below 3 seeds.",
+        "correlations, the logarithm for errors and the logit for shares, lest an interval leave the metric's range; "
+        "- below 3 seeds.",
     )
 
 
@@ -204,14 +219,14 @@ def _differences(outcomes: Outcomes, means: Means, resampled: Resampled) -> list
     for a, b in PAIRS:
         if a in outcomes and b in outcomes:
             row = [f"{a} - {b}"]
-            for key in RESAMPLED:
+            for key in resampled:
                 found = difference(key, a, b, means, resampled)
                 row += [shown(found.mean, 3, sign="+"), _interval(found.low, found.high)]
             rows.append(row)
-    header = ["", *(cell for key in RESAMPLED for cell in (COLUMNS[key][0], "95 % interval"))]
+    header = ["", *(cell for key in resampled for cell in (COLUMNS[key][0], "95 % interval"))]
     caption = (
         "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 "
-        "does not show a difference; MAE is better when lower."
+        f"does not show a difference{'; MAE is better when lower' if 'mae' in resampled else ''}."
     )
     return [Table(header, rows, caption)] if rows else []
 
@@ -223,6 +238,7 @@ def _interval(low: float, high: float) -> str:
 def _figures(
     config: Config,
     data: MultimodalData,
+    task: Task,
     outcomes: Outcomes,
     resampled: Resampled,
     units: list[Unit],
@@ -230,10 +246,10 @@ def _figures(
 ) -> list[Block]:
     values = {
         COLUMNS[key][0]: {name: [run.metrics[key] for run in runs] for name, runs in outcomes.items()}
-        for key in RESAMPLED
+        for key in resampled
     }
     whiskers = {
-        COLUMNS[key][0]: {name: interval(r) for name, r in resampled[key].items()} for key in RESAMPLED
+        COLUMNS[key][0]: {name: interval(r) for name, r in rows.items()} for key, rows in resampled.items()
     }
     blocks: list[Block] = [
         Figure(
@@ -251,7 +267,7 @@ def _figures(
         Heading("Training"),
         Figure(
             "plots/supervised.png",
-            plots.supervised_curves(networks),
+            plots.supervised_curves(networks, task.loss_title),
             "Supervised phase: each run thin, thick their mean, where a run that has stopped keeps its last value.",
         ),
     ]
@@ -273,25 +289,50 @@ def _figures(
                 f"the first dimensions of {len(before)}, and the distribution over all cells.",
             ),
         ]
-    return [
-        *blocks,
-        Heading("Predictions"),
-        Figure(
-            "plots/predictions.png",
-            plots.scatter(
-                {name: (r[0].predictions, r[0].truths) for name, r in outcomes.items()}, data.label_range
-            ),
-            f"Predictions against truths on the test samples, seed {units[0].seed}; predictions are clipped to "
-            "the range of labels in this figure alone.",
-        ),
-    ]
+    return [*blocks, Heading("Predictions"), _predictions(task, data, outcomes, units[0].seed)]
 
 
-def _appendix(outcomes: Outcomes, metrics: MetricSet) -> list[Block]:
+def _predictions(task: Task, data: MultimodalData, outcomes: Outcomes, seed: int) -> Figure:
+    first = {name: runs[0] for name, runs in outcomes.items()}
+    if task.name == "multilabel":
+        found = {
+            name: {label: [run.metrics[f"f1_{label}"] for run in runs] for label in task.targets}
+            for name, runs in outcomes.items()
+        }
+        drawn = plots.per_label(found)
+        caption = "F1 of each label on the test samples: mean over seeds (bars), single seeds (dots)."
+    elif task.name == "classification":
+        drawn = plots.confusion(
+            {name: (run.predictions.argmax(1), run.truths.astype(int)) for name, run in first.items()},
+            task.targets,
+        )
+        caption = (
+            f"Classes predicted of each true class on the test samples, seed {seed}, in percent of the true."
+        )
+    else:
+        drawn = plots.scatter(
+            {
+                (name, "" if task.outputs == 1 else target): (
+                    run.predictions[:, k],
+                    run.truths.reshape(len(run.truths), -1)[:, k],
+                )
+                for name, run in first.items()
+                for k, target in enumerate(task.targets)
+            },
+            data.label_range,
+        )
+        caption = (
+            f"Predictions against truths on the test samples, seed {seed}; predictions are clipped to the range of "
+            "labels in this figure alone."
+        )
+    return Figure("plots/predictions.png", drawn, caption)
+
+
+def _appendix(outcomes: Outcomes, task: Task) -> list[Block]:
     keys = next(iter(outcomes.values()))[0].metrics
     means = [[key, *(_plain(key, runs) for runs in outcomes.values())] for key in keys]
     single = [
-        [f"{name}, seed {run.seed}", *(shown(run.metrics[key], 3) for key in metrics.main)]
+        [f"{name}, seed {run.seed}", *(shown(run.metrics[key], 3) for key in task.main)]
         for name, runs in outcomes.items()
         for run in runs
         if len(runs) > 1
@@ -301,9 +342,7 @@ def _appendix(outcomes: Outcomes, metrics: MetricSet) -> list[Block]:
     )
     blocks: list[Block] = [Table(["", *outcomes], means, caption)]
     if single:
-        blocks.append(
-            Table(["", *metrics.main], single, "Single seeds; all their metrics are in results.csv.")
-        )
+        blocks.append(Table(["", *task.main], single, "Single seeds; all their metrics are in results.csv."))
     return blocks
 
 

@@ -15,6 +15,7 @@ from mmfast.training.components import make_module
 from mmfast.training.config import Config
 from mmfast.training.folder import load_result
 from mmfast.training.stages import PRETRAINING, pretraining_stage, supervised_stage
+from mmfast.training.task import task_of_data
 
 
 def facts(
@@ -30,9 +31,9 @@ def facts(
     pretraining = [r for unit in units if (r := load_result(unit.folder(root) / PRETRAINING))]
     supervised = [r for name, runs in outcomes.items() if runs[0].trained for r in results[name]]
     everything = [*pretraining, *(r for rs in results.values() for r in rs)]
-    low, high = data.label_range
     rows = [
-        ("Data", f"{data.name} ({config.data.path}); {_parts(data)}; labels in [{low:g}, {high:g}]"),
+        ("Data", f"{data.name} ({config.data.path}); {_parts(data)}; {_targets(data)}"),
+        ("Task", task_of_data(config.task, data).describe()),
         ("Test", _test(config, units, len(next(iter(outcomes.values()))[0].truths))),
     ]
     if supervised:
@@ -64,7 +65,7 @@ def facts(
         *rows,
         (
             "Inputs",
-            "standardised on what pre-training may see, never on validation or test samples; ridge regression is "
+            "standardised on what pre-training may see, never on validation or test samples; baselines are "
             "fitted on training and validation samples",
         ),
         ("Command", command),
@@ -73,6 +74,12 @@ def facts(
             f"{time.strftime('%Y-%m-%d %H:%M')}, after {sum(r['seconds'] for r in everything):.0f} s of work",
         ),
     ]
+
+
+def _targets(data: MultimodalData) -> str:
+    if data.label_range is not None:
+        return "labels in [{:g}, {:g}]".format(*data.label_range)
+    return f"{'classes' if data.task == 'classification' else 'labels'}: {', '.join(data.targets)}"
 
 
 def _parts(data: MultimodalData) -> str:
@@ -87,7 +94,7 @@ def _parts(data: MultimodalData) -> str:
 
 
 def _labelled(part: MultimodalDataset) -> str:
-    labelled = int((~part.labels.isnan()).sum())
+    labelled = int(part.labelled().sum())
     return "" if labelled == len(part) else f" ({labelled or 'none'} labelled)"
 
 
@@ -116,7 +123,8 @@ def _span(numbers: Iterable[int]) -> str:
 
 def _model(config: Config, data: MultimodalData, pretrained: bool) -> str:
     features = data.features
-    network = make_module(config, features, supervised_stage(config))
+    task = task_of_data(config.task, data)
+    network = make_module(config, features, supervised_stage(config), task=task)
     text = (
         f"{config.model.encoder}, {_size(network.encoder):,} parameters, {_size(network.head):,} in the head"
     )

@@ -22,7 +22,11 @@ COLOURS = {
     "LE": "#E69F00",
     "ridge": "#009E73",
     "constant": "#7F7F7F",
+    "logistic": "#009E73",
+    "base_rate": "#7F7F7F",
 }
+# Panels side by side.
+COLUMNS = 3
 History = Sequence[Mapping[str, float]]
 
 
@@ -62,15 +66,15 @@ def pretraining_curves(histories: Sequence[History]) -> bytes:
     return _png(figure)
 
 
-def supervised_curves(histories: Mapping[str, Sequence[History]]) -> bytes:
-    """MAE of training and validation over epochs, a panel per methodology."""
+def supervised_curves(histories: Mapping[str, Sequence[History]], loss: str) -> bytes:
+    """The loss of that name in training and validation over epochs, a panel per methodology."""
     figure, axes = _figure(1, len(histories), 2.75 * len(histories) + 0.6, 3.2, sharex=True, sharey=True)
     for ax, (name, runs) in zip(axes[0], histories.items(), strict=True):
         for key, style, label in (("train_loss", "--", "training"), ("valid_loss", "-", "validation")):
             _curves(ax, [[epoch[key] for epoch in run] for run in runs], COLOURS[name], style, label)
         ax.set(title=name, xlabel="epoch")
         ax.legend(frameon=False, fontsize=8)
-    axes[0][0].set_ylabel("MAE")
+    axes[0][0].set_ylabel(loss)
     return _png(figure)
 
 
@@ -102,26 +106,75 @@ def correlation_maps(before: Tensor, after: Tensor, shown: int = 64) -> bytes:
     return _png(figure)
 
 
-def scatter(predictions: Mapping[str, tuple[np.ndarray, np.ndarray]], limits: tuple[float, float]) -> bytes:
-    """Predictions against truths, a panel for each row of the table: name -> (predictions, truths)."""
-    columns = min(len(predictions), 3)
-    rows = -(-len(predictions) // columns)
-    figure, axes = _figure(rows, columns, 3.5 * columns, 3.3 * rows, sharex=True, sharey=True)
-    panels = list(axes.flat)
+def scatter(
+    predictions: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]], limits: tuple[float, float]
+) -> bytes:
+    """Predictions against truths, a panel for each row of the table and target: both -> (predictions, truths)."""
+    figure, panels = _panels(len(predictions), 3.5, 3.3)
     pad = 0.08 * (limits[1] - limits[0])
-    for ax, (name, (p, y)) in zip(panels, predictions.items(), strict=False):
+    for ax, ((name, target), (p, y)) in zip(panels, predictions.items(), strict=True):
         ax.plot(limits, limits, color="#98a3b3", linewidth=1, zorder=1)
         alpha = float(np.clip(60 / len(p), 0.15, 0.7))
         ax.scatter(y, np.clip(p, *limits), s=14, color=COLOURS[name], alpha=alpha, linewidths=0, zorder=2)
-        ax.set(title=name, xlim=(limits[0] - pad, limits[1] + pad), ylim=(limits[0] - pad, limits[1] + pad))
+        ax.set(
+            title=f"{name}, {target}" if target else name,
+            xlim=(limits[0] - pad, limits[1] + pad),
+            ylim=(limits[0] - pad, limits[1] + pad),
+        )
         ax.set_aspect("equal")
         if ax.get_subplotspec().is_first_col():
             ax.set_ylabel("prediction")
-    for ax in panels[len(predictions) :]:
-        ax.remove()
-    for ax in panels[max(0, len(predictions) - columns) : len(predictions)]:
+    for ax in panels[-COLUMNS:]:
         ax.set_xlabel("truth")
         ax.tick_params(labelbottom=True)
+    return _png(figure)
+
+
+def confusion(predicted: Mapping[str, tuple[np.ndarray, np.ndarray]], classes: Sequence[str]) -> bytes:
+    """Classes predicted of each true class, a panel for each row of the table: name -> (predictions, truths)."""
+    count = len(classes)
+    size = 1.6 + 0.5 * count
+    figure, panels = _panels(len(predicted), size + 0.3, size)
+    for ax, (name, (p, y)) in zip(panels, predicted.items(), strict=True):
+        table = np.zeros((count, count))
+        np.add.at(table, (y, p), 1)
+        shares = table / np.maximum(table.sum(1, keepdims=True), 1)
+        ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        for i, j in np.ndindex(count, count):
+            colour = "white" if shares[i, j] > 0.6 else "#1c2430"
+            text = f"{100 * shares[i, j]:.0f}" if table[i].any() else "-"
+            ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
+        ax.set_title(name)
+        ax.spines[:].set_visible(False)
+        ax.set_xticks(range(count), classes, rotation=45, ha="right")
+        ax.set_yticks(range(count), classes)
+        ax.tick_params(length=0)
+        if ax.get_subplotspec().is_first_col():
+            ax.set_ylabel("truth")
+    for ax in panels[-COLUMNS:]:
+        ax.set_xlabel("prediction")
+        ax.tick_params(labelbottom=True)
+    return _png(figure)
+
+
+def per_label(values: Mapping[str, Mapping[str, Sequence[float]]]) -> bytes:
+    """Of each label a bar for each row of the table, and each run as a dot: row -> label -> one value per run."""
+    labels = list(next(iter(values.values())))
+    figure, axes = _figure(1, 1, max(6, 1.4 + 0.22 * len(labels) * (len(values) + 1)), 3.2)
+    ax, width = axes[0][0], 0.84 / len(values)
+    for row, (name, found) in enumerate(values.items()):
+        for k, label in enumerate(labels):
+            x = k + (row - (len(values) - 1) / 2) * width
+            bar = ax.bar(x, np.mean(found[label]), width=0.92 * width, color=COLOURS[name], alpha=0.6)
+            if k == 0:
+                bar.set_label(name)
+            if len(found[label]) > 1:
+                ax.scatter(
+                    [x] * len(found[label]), found[label], s=7, color="#1c2430", linewidths=0, zorder=3
+                )
+    ax.set_xticks(range(len(labels)), labels)
+    ax.set(ylabel="F1", ylim=(0, 1))
+    ax.legend(frameon=False, fontsize=8, ncols=len(values), loc="upper center")
     return _png(figure)
 
 
@@ -155,6 +208,17 @@ def comparison(
         ax.set_title(metric)
         ax.axhline(0, color="#1c2430", linewidth=0.8)
     return _png(figure)
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """As many panels in rows of ``COLUMNS`` at most, that share their axes."""
+    columns = min(count, COLUMNS)
+    rows = -(-count // columns)
+    figure, axes = _figure(rows, columns, width * columns, height * rows, sharex=True, sharey=True)
+    panels = list(axes.flat)
+    for ax in panels[count:]:
+        ax.remove()
+    return figure, panels[:count]
 
 
 def _figure(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, np.ndarray]:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from mmfast.metrics import shown
-from mmfast.studies.statistics import LOWER, interval
+from mmfast.studies.statistics import LOWER, NAMES, interval
 
-# Metric -> how a sentence calls it.
-NAMES = {"corr": "correlation", "mae": "MAE"}
-TITLES = {"ridge": "ridge regression", "constant": "the median label"}
+# The two baselines of a table, whichever they are: a linear model and a constant.
+LINEAR = {"ridge": "ridge regression", "logistic": "logistic regression"}
+CONSTANT = {"constant": "the median label", "base_rate": "the base rate"}
+TITLES = LINEAR | CONSTANT
 
 
 class Difference(NamedTuple):
@@ -44,26 +45,28 @@ def difference(metric: str, a: str, b: str, means: Means, resampled: Resampled) 
 
 
 def verdict(networks: list[str], means: Means, resampled: Resampled) -> str:
-    """One sentence: networks against ridge regression, or the constant without it, and what pre-training adds.
+    """One sentence: networks against the linear model, or the constant without it, and what pre-training adds.
 
-    A row beats another if the 95 % interval of their difference leaves out 0 in correlation or MAE, and not the other
-    way round in the other.
+    A row beats another if the 95 % interval of their difference leaves out 0 in one of the two metrics, and not the
+    other way round in the other.
 
     Args:
         networks: the rows that are networks; others are baselines.
-        means: metric -> row -> mean over seeds.
+        means: metric -> row -> mean over seeds; of two metrics.
         resampled: metric -> row -> bootstrap distribution of that mean.
     """
-    best = min(networks, key=lambda name: means["mae"][name])
+    best = best_of(networks, means)
     parts = []
-    if "constant" in means["mae"] and _compare(best, "constant", means, resampled)[0] < 1:
+    rows = next(iter(means.values()))
+    linear, constant = (next(filter(rows.__contains__, kind), None) for kind in (LINEAR, CONSTANT))
+    if constant and _compare(best, constant, means, resampled)[0] < 1:
         parts.append(
-            f"no network is shown to be better than {TITLES['constant']} ({_of(best, 'constant', means, resampled)})"
+            f"no network is shown to be better than {TITLES[constant]} ({_of(best, constant, means, resampled)})"
         )
-    if "ridge" in means["mae"]:
-        parts.append(_against_ridge(best, len(networks) > 1, means, resampled))
-    elif not parts and "constant" in means["mae"]:
-        parts.append(f"{best} beats {TITLES['constant']} ({_of(best, 'constant', means, resampled)})")
+    if linear:
+        parts.append(_against(linear, best, len(networks) > 1, means, resampled))
+    elif not parts and constant:
+        parts.append(f"{best} beats {TITLES[constant]} ({_of(best, constant, means, resampled)})")
     if {"SSL", "FS"} <= set(networks):
         sign, mixed = _compare("SSL", "FS", means, resampled)
         word = {1: "helps", -1: "harms", 0: "shows no effect"}[sign]
@@ -72,31 +75,44 @@ def verdict(networks: list[str], means: Means, resampled: Resampled) -> str:
             f"pre-training {'helps in one metric and harms in the other' if mixed else word} ({numbers})"
         )
     if not parts:
-        parts = [f"{best} has an MAE of {means['mae'][best]:.3f}"]
+        first = _decisive(means)
+        parts = [
+            f"{best} has {'an' if first in ('mae', 'accuracy') else 'a'} {NAMES[first]} of {means[first][best]:.3f}"
+        ]
     sentence = "; ".join(parts)
     note = "; brackets hold 95 % intervals over test samples" if "[" in sentence else ""
     return f"{sentence[0].upper()}{sentence[1:]}{note}."
 
 
-def _against_ridge(best: str, several: bool, means: Means, resampled: Resampled) -> str:
-    sign, mixed = _compare(best, "ridge", means, resampled)
-    numbers = _of(best, "ridge", means, resampled)
-    ridge, networks = TITLES["ridge"], "the networks" if several else best
+def best_of(rows: list[str], means: Means) -> str:
+    """The row that is best by MAE, or by the first of other metrics."""
+    first = _decisive(means)
+    return (min if first in LOWER else max)(rows, key=lambda name: means[first][name])
+
+
+def _decisive(means: Means) -> str:
+    return "mae" if "mae" in means else next(iter(means))
+
+
+def _against(linear: str, best: str, several: bool, means: Means, resampled: Resampled) -> str:
+    sign, mixed = _compare(best, linear, means, resampled)
+    numbers = _of(best, linear, means, resampled)
+    title, networks = TITLES[linear], "the networks" if several else best
     if mixed:
-        return f"{best} and {ridge} each win in one metric ({numbers})"
+        return f"{best} and {title} each win in one metric ({numbers})"
     if sign > 0:
-        return f"{best} beats {ridge} ({numbers})"
+        return f"{best} beats {title} ({numbers})"
     if sign < 0:
-        return f"{ridge} beats {networks} ({numbers})"
-    return f"{best} and {ridge} are not told apart ({numbers})"
+        return f"{title} beats {networks} ({numbers})"
+    return f"{best} and {title} are not told apart ({numbers})"
 
 
 def _compare(a: str, b: str, means: Means, resampled: Resampled) -> tuple[int, bool]:
     """Whether ``a`` is better (1), worse (-1) or neither (0), and whether the two metrics contradict each other."""
-    signs = {difference(metric, a, b, means, resampled).sign for metric in NAMES}
+    signs = {difference(metric, a, b, means, resampled).sign for metric in means}
     return (0, True) if {1, -1} <= signs else (sum(signs), False)
 
 
 def _of(a: str, b: str, means: Means, resampled: Resampled) -> str:
-    both = (difference(metric, a, b, means, resampled) for metric in NAMES)
+    both = (difference(metric, a, b, means, resampled) for metric in means)
     return f"{a} - {b}: {', '.join(str(d) for d in both if not np.isnan(d.mean) and not np.isnan(d.low))}"

@@ -15,6 +15,7 @@ from mmfast.training.objectives.base import Objective, Step, Terms
 from mmfast.training.processes import total, world_size
 
 if TYPE_CHECKING:
+    from mmfast.tasks import Task
     from mmfast.training.stages import Stage
 
 
@@ -22,7 +23,7 @@ class Auxiliary(Objective):
     """Their sum; each, a mean over samples, is logged as ``train_auxiliary_<name>``."""
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module) -> Auxiliary:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> Auxiliary:
         if type(encoder).auxiliary is Encoder.auxiliary:
             name = type(encoder).__name__
             raise UserError(

@@ -14,6 +14,7 @@ from mmfast.training.divergence import Progress
 from mmfast.training.processes import total, world_size
 
 if TYPE_CHECKING:
+    from mmfast.tasks import Task
     from mmfast.training.config import Config
     from mmfast.training.stages import Stage
 
@@ -95,8 +96,10 @@ class Objective:
     parts: Mapping[str, nn.Module] = {}
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module) -> Objective:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> Objective:
         """The objective as settings describe it; weights are drawn from torch's random state.
+
+        ``task`` is that of the labels, where the stage has them.
 
         Raises:
             UserError: settings that do not fit, or an encoder that lacks what the objective needs.

@@ -16,6 +16,7 @@ from mmfast.training.objectives.two_views import evaluated, make_projector
 from mmfast.training.processes import total
 
 if TYPE_CHECKING:
+    from mmfast.tasks import Task
     from mmfast.training.stages import Stage
 
 
@@ -38,7 +39,7 @@ class ManyViews(Objective):
         self.parts = {"view_projectors": projectors}
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module) -> ManyViews:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> ManyViews:
         names = tuple(encoder.features)
         if len(names) < 2:
             raise UserError(

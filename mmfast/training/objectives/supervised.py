@@ -5,41 +5,37 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmfast.models import RegressionHead
+from mmfast.models import LinearHead
 from mmfast.training.config import Config
 from mmfast.training.divergence import check_finite
 from mmfast.training.objectives.base import Objective, Step, Terms
 from mmfast.training.processes import total, world_size
 
 if TYPE_CHECKING:
+    from mmfast.tasks import Task
     from mmfast.training.stages import Stage
-
-
-def mean_absolute_error(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum over the labelled samples, and their number."""
-    labelled = ~labels.isnan()
-    errors = (outputs[labelled] - labels[labelled]).abs()
-    return errors.sum(), labelled.sum().to(errors.dtype)
 
 
 class Supervised(Objective):
     """Means over the labelled targets of a batch, by all processes together; ``valid_loss`` over the whole split.
 
     Args:
-        head: (B, out_features) -> outputs.
+        head: (B, out_features) -> (B, task.outputs).
+        task: what the labels are, and its loss.
     """
 
     fused = True
 
-    def __init__(self, head: nn.Module) -> None:
-        self.head = head
+    def __init__(self, head: nn.Module, task: Task) -> None:
+        self.head, self.task = head, task
         self.parts = {"head": head}
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module) -> Supervised:
-        return cls(RegressionHead(encoder.out_features, dropout=stage.settings.head_dropout))
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> Supervised:
+        head = LinearHead(encoder.out_features, task.outputs, dropout=stage.settings.head_dropout)
+        return cls(head, task)
 
     def __call__(self, step: Step) -> Terms | None:
         return self._terms(step, "loss")
@@ -48,7 +44,7 @@ class Supervised(Objective):
         return self._terms(step, "validation loss")
 
     def _terms(self, step: Step, what: str) -> Terms | None:
-        own, weight = mean_absolute_error(self.head(step.fused), step.batch.labels)
+        own, weight = self.task.loss(self.head(step.fused), step.batch.labels)
         whole, weight = total(torch.stack([own, weight])).unbind()
         if not weight:
             # The same on all processes, none of which then steps.

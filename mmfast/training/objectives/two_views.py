@@ -20,6 +20,7 @@ from mmfast.training.processes import rows
 from mmfast.wording import guess, one_of
 
 if TYPE_CHECKING:
+    from mmfast.tasks import Task
     from mmfast.training.stages import Stage
 
 # loss.name -> the loss (z_a, z_b) -> 0-d. Where it has `last` or `components`, as Barlow Twins does, their fields are
@@ -58,7 +59,7 @@ class TwoViews(Objective):
         self._clean: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module) -> TwoViews:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> TwoViews:
         augment = make_views(config.augmentation, tuple(encoder.features))
         return cls(augment, make_projector(config, encoder.out_features), make_loss(config.loss))
 
