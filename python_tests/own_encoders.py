@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
 import torch
 from torch import nn
 
 from mmfast.models import Encoder, Steps
+
+
+class Level(Enum):
+    LOW = 1
 
 
 class Pooled(Encoder):
@@ -14,7 +23,7 @@ class Pooled(Encoder):
     Args:
         width: Size of each
             modality's vector.
-        kernel: Two numbers: neither is used.
+        kernel: Two numbers: neither is used, not to 50 %.
     """
 
     def __init__(
@@ -58,6 +67,22 @@ class Deep(Pooled):
 
 class Pair(Pooled):
     modalities = (2, 2)
+
+
+class Loose(Pooled):
+    """Annotations that settings cannot have, or that cannot be resolved."""
+
+    def __init__(
+        self,
+        features,
+        sizes: Sequence[int] = (),
+        path: Path | None = None,
+        table: dict[str, list[int]] | None = None,
+        mode: Literal["a", "b"] = "a",
+        later: "Unknown" = 3,  # noqa: F821, UP037
+        level: Level = Level.LOW,
+    ):
+        super().__init__(features)
 
 
 class Aligned(Pooled):
@@ -160,7 +185,7 @@ class Broken(Pooled):
 
 
 class Short(Pooled):
-    """Has places for eight steps alone, which two samples of zeros for trial are told only when they are longer."""
+    """Has places for 64 steps."""
 
     def encode(self, values, lengths, padding="back"):
         if max(x.shape[1] for x in values.values()) > 64:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from dataclasses import MISSING, asdict, fields
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import pytest
 from training_help import TINY, mmfast
@@ -54,6 +54,16 @@ def test_a_class_is_described_by_its_signature_and_that_of_its_base():
     )
 
 
+def test_annotations_that_settings_cannot_have_take_anything():
+    assert described(get_type_hints(config_type("own_encoders.Loose"))["model"]) == {
+        "sizes": (list[int], []),
+        "path": (Any, None),
+        "table": (dict[str, list[int]] | None, None),
+        "mode": (Literal["a", "b"], "a"),
+        "later": (Any, 3),
+    }
+
+
 def test_settings_reach_the_class_and_come_back_from_files(tmp_path):
     model = {"encoder": "own_encoders.Deep", "depth": 2, "width": 5, "kernel": [3, 4], "extra": {"a": [1]}}
     config = config_of({"model": model})
@@ -90,7 +100,7 @@ def test_flags_files_and_presets_know_the_arguments_of_the_class(tmp_path, capsy
     said = " ".join(capsys.readouterr().out.split())
     assert "--model.width WIDTH Size of each modality's vector. (type: int, default: 8)" in said
     assert "--model.depth DEPTH How deep it is. (required, type: int)" in said
-    assert "Two numbers: neither is used." in said
+    assert "Two numbers: neither is used, not to 50 %." in said
     assert "--model.hidden" not in said and "--model.activation" not in said
 
 
