@@ -37,6 +37,11 @@ def check_number(
     return number
 
 
+def check_dropout(op: str, value: Any) -> float:
+    """``value`` as the probability of dropout, in [0, 1)."""
+    return check_number(op, "dropout", value, 0, 1, ends="[)")
+
+
 def check_integer(op: str, name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> int:
     """``value`` as an int: any integer but a bool, in [low, high].
 

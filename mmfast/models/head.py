@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mmfast.checks import check_integer
-from mmfast.models.layers.attention import check_dropout
+from mmfast.checks import check_dropout, check_integer
 from mmfast.models.projector import check_vectors
 
 

@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmfast.checks import check_bool, check_integer
+from mmfast.checks import check_bool, check_dropout, check_integer
 from mmfast.errors import UserError
 from mmfast.models.encoders.base import Encoder, Steps
-from mmfast.models.layers.attention import Attention, SymmetricAttention, check_dropout
+from mmfast.models.layers.attention import Attention, SymmetricAttention
 from mmfast.models.layers.masking import ModalityMasking
 from mmfast.models.layers.recurrent import MaskedLSTM
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mmfast.checks import check_number
+from mmfast.checks import check_dropout
 from mmfast.models.layers.lengths import real_steps
 
 # Scores of one sample, Lq x Lk, up to which they are kept for the backward pass: more are worked out once more there,
@@ -85,8 +85,3 @@ class SymmetricAttention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, x_lengths: Tensor, y_lengths: Tensor) -> Tensor:
         return self.xy(y, x, y_lengths, x_lengths) + y + self.yx(x, y, x_lengths, y_lengths) + x
-
-
-def check_dropout(op: str, value: float) -> float:
-    """A probability in [0, 1)."""
-    return check_number(op, "dropout", value, 0, 1, ends="[)")

@@ -38,6 +38,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _both(z_a: Tensor, z_b: Tensor) -> tuple[int, ...]:
+    """Address and row stride of each view, and the rows and columns of both."""
+    return z_a.data_ptr(), z_a.stride(0), z_b.data_ptr(), z_b.stride(0), *z_a.shape
+
+
 class Plain:
     """The passes in PyTorch, for any device: what they are.
 
@@ -144,12 +149,7 @@ class Cpu:
         statistics = hat.new_empty(5, columns)
         status = backends._C.barlow_twins_standardise(
             DTYPE_CODES[z_a.dtype],
-            z_a.data_ptr(),
-            z_a.stride(0),
-            z_b.data_ptr(),
-            z_b.stride(0),
-            rows,
-            columns,
+            *_both(z_a, z_b),
             _native(definition),
             hat.data_ptr(),
             statistics.data_ptr(),
@@ -167,12 +167,7 @@ class Cpu:
         statistics, loss, components = hat.new_empty(5, columns), hat.new_empty(()), hat.new_empty(5)
         status = backends._C.barlow_twins_gram_forward(
             DTYPE_CODES[z_a.dtype],
-            z_a.data_ptr(),
-            z_a.stride(0),
-            z_b.data_ptr(),
-            z_b.stride(0),
-            rows,
-            columns,
+            *_both(z_a, z_b),
             _native(definition),
             grad_a,
             grad_b,
@@ -241,12 +236,7 @@ class NarrowCpu:
         statistics = kept.new_empty(5, columns)
         loss, components = kept.new_empty(()), kept.new_empty(5)
         status = backends._C.barlow_twins_narrow_forward(
-            z_a.data_ptr(),
-            z_a.stride(0),
-            z_b.data_ptr(),
-            z_b.stride(0),
-            rows,
-            columns,
+            *_both(z_a, z_b),
             _native(definition),
             grad_a,
             grad_b,
@@ -297,12 +287,7 @@ class Cuda:
             z_a.device,
             DTYPE_CODES[z_a.dtype],
             narrow,
-            z_a.data_ptr(),
-            z_a.stride(0),
-            z_b.data_ptr(),
-            z_b.stride(0),
-            rows,
-            columns,
+            *_both(z_a, z_b),
             _native(definition),
             hat.data_ptr(),
             statistics.data_ptr(),
