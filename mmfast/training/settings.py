@@ -123,6 +123,8 @@ def _many(kind: Any) -> str:
         return _PLAIN[kind][1]
     if get_origin(kind) is Literal:
         return f"some of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) in (Union, types.UnionType):
+        return f"{' or '.join(map(describe, get_args(kind)))} each"
     return "lists" if get_origin(kind) is list else "mappings"
 
 

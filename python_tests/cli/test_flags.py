@@ -82,6 +82,10 @@ LINES = {
     "pretrain --augmentation.view_a noise": (
         "pretrain: --augmentation.view_a must be a list of mappings such as [{name: value}], or null, got 'noise'"
     ),
+    "pretrain --pretraining.frozen x": (
+        "pretrain: --pretraining.frozen must be a mapping of names to true or false or a whole number each such as "
+        "{name: true}, got 'x'"
+    ),
     "experiment --experiment.methods [FS,XX]": (
         "config: experiment.methods must be some of FS, SLE, SSL, LE or YAML files of methods, got 'XX'"
     ),

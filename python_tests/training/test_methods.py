@@ -244,3 +244,30 @@ def test_flags_come_before_the_file_and_the_file_before_the_preset(tmp_path):
     given = arguments([str(path), "--preset", "demo", "--model.hidden", "9"])
     assert given.settings.model.hidden == 9
     assert given.stages[0].settings.lr == 0.5 and given.stages[0].settings.patience == 8
+
+
+def test_an_interrupted_method_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mmfast.training.runs.fit", interrupted)
+    path, folder = method(tmp_path), tmp_path / "run"
+    assert mmfast("train", path, *TINY, f"--run.folder={folder}") == 130
+    assert f"go on with: mmfast train {folder / 'config.yaml'} --resume" in capsys.readouterr().err
+
+
+def test_parts_beside_the_encoder_are_taken_over_where_they_are_named(tmp_path):
+    stages = [
+        {"name": "first", "objectives": {"supervised": 1}, "epochs": 1},
+        {
+            "name": "second",
+            "objectives": {"supervised": 1},
+            "epochs": 1,
+            "take": ["encoder", "head"],
+            "lr": 1e-30,
+        },
+    ]
+    folder = run(method(tmp_path, stages), tmp_path / "run")
+    assert list(json.loads((folder / "second/result.json").read_text())["handover"]) == ["encoder", "head"]
+    first, second = (checkpoint(folder / name / "best.ckpt")["state_dict"] for name in ("first", "second"))
+    assert_same(first, second)

@@ -47,7 +47,13 @@ class ManyViews(Objective):
             )
         widths = dict.fromkeys(vector_sizes(encoder).values())
         projectors = nn.ModuleDict({str(width): make_projector(config, width) for width in widths})
-        loss = MultiViewBarlowTwinsLoss(lambd=config.loss.lambd, center=config.loss.center)
+        options = config.loss.options if config.loss.name == "barlow_twins" else {}
+        try:
+            loss = MultiViewBarlowTwinsLoss(
+                **{"lambd": config.loss.lambd, "center": config.loss.center, **options}
+            )
+        except TypeError as error:
+            raise UserError(f"config: loss.options must fit the loss barlow_twins: {error}") from error
         return cls(projectors, loss, names)
 
     def __call__(self, step: Step) -> Terms:
