@@ -32,6 +32,7 @@ PARSED = {
     "ict_mmmo": "the corpus is no part of the project",
     "runs/all": "an experiment of more is run further down the page",
     "torchrun": "more than one process has tests of its own",
+    "--run.devices": "more than one process has tests of its own",
     "srun": "there is no SLURM here",
 }
 
@@ -75,7 +76,7 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_snippets_run_as_they_stand_from_the_top_of_the_page_to_its_end(name, workplace, capfd):
+def test_snippets_run_as_they_stand_from_the_top_of_the_page_to_its_end(name, workplace, capfd, monkeypatch):
     namespace = {"__name__": "snippets"}
     for block in blocks(PAGES[name]):
         assert block.language in LANGUAGES, f"{name}, line {block.line}: a block of {LANGUAGES} is wanted"
@@ -88,8 +89,21 @@ def test_snippets_run_as_they_stand_from_the_top_of_the_page_to_its_end(name, wo
             assert block.file, f"{name}, line {block.line}: a YAML block must begin with # NAME.yaml"
             assert isinstance(yaml.safe_load(block.text), dict)
         elif block.language == "sh":
-            for words in commands(block):
-                run(words, capfd)
+            with monkeypatch.context() as patch:
+                for variable, value in slurm(block).items():
+                    patch.setenv(variable, value)
+                for words in commands(block):
+                    run(words, capfd)
+
+
+def slurm(block: Block) -> dict[str, str]:
+    """What srun says to the tasks of a job with the #SBATCH lines of a block, if it has any."""
+    asked = dict(re.findall(r"^#SBATCH --(nodes|ntasks-per-node)=(\d+)$", block.text, re.MULTILINE))
+    if not asked:
+        return {}
+    nodes, tasks = asked["nodes"], asked["ntasks-per-node"]
+    total = str(int(nodes) * int(tasks))
+    return {"SLURM_NNODES": nodes, "SLURM_NTASKS_PER_NODE": tasks, "SLURM_NTASKS": total}
 
 
 def run(words: list[str], capfd) -> None:
