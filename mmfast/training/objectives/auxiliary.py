@@ -23,7 +23,7 @@ class Auxiliary(Objective):
     """Their sum; each, a mean over samples, is logged as ``train_auxiliary_<name>``."""
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> Auxiliary:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None = None) -> Auxiliary:
         if type(encoder).auxiliary is Encoder.auxiliary:
             name = type(encoder).__name__
             raise UserError(

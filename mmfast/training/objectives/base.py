@@ -96,7 +96,7 @@ class Objective:
     parts: Mapping[str, nn.Module] = {}
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> Objective:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None = None) -> Objective:
         """The objective as settings describe it; weights are drawn from torch's random state.
 
         ``task`` is that of the labels, where the stage has them.

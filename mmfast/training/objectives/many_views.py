@@ -39,7 +39,7 @@ class ManyViews(Objective):
         self.parts = {"view_projectors": projectors}
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> ManyViews:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None = None) -> ManyViews:
         names = tuple(encoder.features)
         if len(names) < 2:
             raise UserError(

@@ -33,7 +33,7 @@ class Supervised(Objective):
         self.parts = {"head": head}
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> Supervised:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task) -> Supervised:
         head = LinearHead(encoder.out_features, task.outputs, dropout=stage.settings.head_dropout)
         return cls(head, task)
 

@@ -59,7 +59,7 @@ class TwoViews(Objective):
         self._clean: list[tuple[Tensor, Tensor]] = []
 
     @classmethod
-    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None) -> TwoViews:
+    def of(cls, config: Config, stage: Stage, encoder: nn.Module, task: Task | None = None) -> TwoViews:
         augment = make_views(config.augmentation, tuple(encoder.features))
         return cls(augment, make_projector(config, encoder.out_features), make_loss(config.loss))
 
