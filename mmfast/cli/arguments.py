@@ -82,10 +82,10 @@ def experiment(argv: list[str]) -> Any:
     line.add_section("experiment", ExperimentConfig)
     given = line.parse()
     check_experiment(given.experiment)
-    if several(given.settings.run):
+    if several(run := given.settings.run):
         raise UserError(
-            "experiment: run.devices and run.nodes must be 1, for whole runs go side by side (experiment.workers), "
-            f"got {given.settings.run.devices} and {given.settings.run.nodes}"
+            "experiment: run.devices and run.nodes must be 1 and run.strategy auto, for whole runs go side by side "
+            f"(experiment.workers), got {run.devices}, {run.nodes} and {run.strategy}"
         )
     given.argv = argv
     return given

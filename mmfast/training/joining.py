@@ -119,7 +119,10 @@ def _until_met(children: list[Popen]) -> Iterator[None]:
         while not met.wait(0.5):
             if parent is not None and int(parent) != os.getppid():
                 os._exit(FAULT)
-            if any(child.poll() is not None for child in list(children)):
+            statuses = {child.poll() for child in list(children)} - {None}
+            if INTERRUPTED in statuses:
+                _exit(INTERRUPTED, "interrupted")
+            if statuses:
                 _exit(FAULT, "a process ended before all had met")
 
     threading.Thread(target=watch, daemon=True).start()

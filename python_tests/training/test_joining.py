@@ -15,6 +15,7 @@ import pytest
 from training_help import TINY, assert_same, checkpoint, mmfast
 
 from mmfast.errors import UserError
+from mmfast.training import joining
 from mmfast.training.config import RunConfig
 from mmfast.training.launched import as_launched, several
 
@@ -187,6 +188,20 @@ def test_a_refusal_by_the_first_process_is_one_sentence(words, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("status", "end"), [(130, (130, "interrupted")), (9, (1, "a process ended before all had met"))]
+)
+def test_before_they_have_met_none_waits_for_one_that_ended(status, end, monkeypatch):
+    ends = []
+    monkeypatch.setattr(joining, "_exit", lambda *how: ends.append(how))
+    child = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
+    with joining._until_met([child]):
+        until = time.monotonic() + PATIENCE
+        while not ends and time.monotonic() < until:
+            time.sleep(0.05)
+    assert ends[0] == end and joining.LAUNCHED_BY not in os.environ
+
+
 def test_a_port_in_use_is_one_sentence(tmp_path):
     with socket.create_server(("", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -245,7 +260,7 @@ def test_numbers_of_processes_are_those_that_were_started(environment, asked, fo
         (
             "experiment",
             ["--run.devices=2"],
-            "experiment: run.devices and run.nodes must be 1, .* got 2 and 1",
+            "experiment: run.devices and run.nodes must be 1 .* got 2, 1 and auto",
         ),
         ("pretrain", ["--run.devices=0"], "config: run.devices must be positive, got 0"),
         (

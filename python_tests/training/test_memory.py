@@ -11,8 +11,10 @@ import torch
 from training_help import TINY, mmfast, train
 
 from mmfast.data import MultimodalDataset
+from mmfast.errors import UserError
 from mmfast.models import M3Encoder
 from mmfast.training import encoder, memory
+from mmfast.training.config import RunConfig
 from mmfast.training.objectives import two_views
 from mmfast.training.predictions import STEPS, evaluation_batches
 
@@ -134,3 +136,18 @@ def test_batches_of_long_samples_are_small_where_nothing_is_trained():
     assert sizes([2 * STEPS, 1]) == [1, 1]
     assert sizes([5] * 300) == [256, 44]
     assert sizes([0, 0]) == [2]
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    features = {"text": 8, "audio": 6}
+    data = MultimodalDataset.from_padded(
+        {name: torch.zeros(8, 50, size) for name, size in features.items()},
+        dict.fromkeys(features, torch.full((8,), 50)),
+    )
+    network = M3Encoder(features, hidden=8)
+    loader = evaluation_batches(data)
+    need = 8 * memory.sample_bytes(network, 50, 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 1.5 * need)
+    memory.check_memory("supervised", network, loader, 1, RunConfig(accelerator="cpu"))
+    with pytest.raises(UserError, match=r"for 8 samples of up to 50 time steps, .*batch_size to 6,"):
+        memory.check_memory("supervised", network, loader, 1, RunConfig(accelerator="cpu", devices=2))
