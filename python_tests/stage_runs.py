@@ -53,7 +53,7 @@ def run(
     folder: Path,
     objectives: dict[str, float],
     settings: dict[str, Any] | None = None,
-    model: dict[str, Any] | None = None,
+    sections: dict[str, Any] | None = None,
     source: Path | None = None,
     precision: str = "64-true",
     stop: int | None = None,
@@ -62,12 +62,12 @@ def run(
 
     Args:
         settings: of the stage, beside the defaults of its section.
-        model: the model section.
+        sections: of the configuration, in the place of those here.
         stop: raise :class:`Stopped` in this step.
     """
     torch.set_num_threads(1)
     section = "supervised" if "supervised" in objectives else "pretraining"
-    config = config_of({**SETTINGS, "model": model or SETTINGS["model"]})
+    config = config_of({**SETTINGS, **(sections or {})})
     run = replace(config.run, folder=str(folder), devices=processes.world_size(), precision=precision)
     config = replace(config, run=run)
     stage = Stage(section, objectives, replace(getattr(config, section), **(settings or {})), section)

@@ -46,12 +46,19 @@ def test_processes_add_up_collect_rows_and_hear_what_the_first_one_says(ranks):
         assert got[5:] == (1 if rank == 0 else 0, {"of": 0})
 
 
-POOLED = {"encoder": "stage_runs.Pooled", "hidden": 8, "projector": [16, 16]}
-# objectives, settings of the stage, model, precision
+POOLED = {"model": {"encoder": "stage_runs.Pooled", "hidden": 8, "projector": [16, 16]}}
+EMOTIONS = {"data": {"synthetic": {**SETTINGS["data"]["synthetic"], "task": "multilabel"}}}
+# objectives, settings of the stage, sections of the configuration, precision
 STAGES = {
     "two views": ({"two_views": 1.0}, {"ema": 0.9}, None, "64-true"),
     "many views": ({"many_views": 1.0}, {}, None, "64-true"),
     "a last step of one sample": ({"supervised": 1.0}, {}, None, "64-true"),
+    "weighted labels": (
+        {"supervised": 1.0},
+        {},
+        {**EMOTIONS, "task": {"positive_weights": "balanced"}},
+        "64-true",
+    ),
     "an encoder that thaws": ({"supervised": 1.0}, {"frozen": {"encoder": 2}, "clip": 0.1}, None, "64-true"),
     # Encoded once, before the network is one of doubles.
     "a frozen encoder": ({"supervised": 1.0}, {"frozen": {"encoder": True}}, None, "32-true"),
@@ -66,8 +73,8 @@ STAGES = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_several_processes_train_as_one_with_the_whole_batch(name, ranks, tmp_path):
-    objectives, settings, model, precision = STAGES[name]
-    arguments = (objectives, settings, model, None, precision)
+    objectives, settings, sections, precision = STAGES[name]
+    arguments = (objectives, settings, sections, None, precision)
     alone = run(tmp_path / "alone", *arguments)
     several = ranks(together_run, tmp_path / "several", *arguments)
     # Batches and labels are float32; what is added up in another order differs beyond that.
@@ -101,7 +108,7 @@ def test_a_resumed_run_of_several_processes_is_the_one_that_was_not_stopped(obje
 
 
 def test_processes_draw_for_themselves_with_dropout(ranks, tmp_path):
-    model = {**SETTINGS["model"], "dropout": 0.5}
+    model = {"model": {**SETTINGS["model"], "dropout": 0.5}}
     two = ranks(together_run, tmp_path / "two", {"two_views": 1.0}, {}, model, None, "32-true")
     assert two[0].losses == two[1].losses
     seeds = ranks(seeds_of_a_step, tmp_path / "seeds", model)
