@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import subprocess
@@ -47,7 +48,8 @@ def program(tmp_path, monkeypatch):
     (module,) = re.findall(r"^```python\n(# pooled\.py\n.*?)^```$", page, re.DOTALL | re.MULTILINE)
     assert sum(bool(line.strip()) for line in module.splitlines()) <= 20
     Path("pooled.py").write_text(module)
-    save(synthetic(80, max_length=6, features={"text": 8, "audio": 6, "visual": 4}), "data.npz")
+    features = {"text": 8, "audio": 6, "visual": 4}
+    save(synthetic(120, max_length=6, features=features, task="multilabel"), "data.npz")
     script = tmp_path / "bin" / "mmfast-program"
     script.parent.mkdir()
     script.write_text(PROGRAM)
@@ -71,14 +73,22 @@ def test_it_is_trained_killed_resumed_evaluated_predicted_and_embedded(program, 
     )
     assert checkpoint(Path("pre/last.ckpt"))["mmfast"]["config"]["model"]["encoder"] == "pooled.Pooled"
 
-    given = [flag for flag in FLAGS if not flag.startswith("--model")]
-    assert mmfast("finetune", *given, "--from=pre/last.ckpt", "--run.folder=fine") == 0
+    given = [flag for flag in FLAGS if not flag.startswith("--model")] + ["--from=pre/last.ckpt"]
+    killed = program("finetune", *given, "--run.folder=fine", DIE_AT="30")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert mmfast("finetune", *given, "--run.folder=fine", "--resume") == 0
+    assert mmfast("finetune", *given, "--run.folder=fine-whole") == 0
+    assert_same(*(checkpoint(Path(f"{name}/last.ckpt"))["state_dict"] for name in ("fine", "fine-whole")))
+    assert checkpoint(Path("fine/best.ckpt"))["state_dict"]["head.linear.weight"].shape == (6, 15)
     assert mmfast("evaluate", "fine/best.ckpt", "--out=metrics.json") == 0
     assert mmfast("predict", "fine/best.ckpt", "--out=predictions.csv") == 0
     assert mmfast("embed", "fine/best.ckpt", "--out=vectors.npz") == 0, capfd.readouterr().err
     with np.load("vectors.npz") as file:
-        assert file["fused"].shape == (80, 15) and file["modality/text"].shape == (80, 5)
-    assert len(Path("predictions.csv").read_text().splitlines()) == 81
+        assert file["fused"].shape == (120, 15) and file["modality/text"].shape == (120, 5)
+        assert file["labels"].shape == (120, 6)
+    header, *rows = Path("predictions.csv").read_text().splitlines()
+    assert header.startswith("name,happy,happy truth,sad,") and len(rows) == 120
+    assert {"f1_micro", "jaccard", "auc"} < json.loads(Path("metrics.json").read_text()).keys()
 
 
 def test_workers_of_an_experiment_find_it(program):
