@@ -1,7 +1,8 @@
 """Data of several modalities: batches, data sets, readers."""
 
 from mmfast.data.batch import MODALITIES, MultimodalBatch, Sample, collate
-from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.corpus import MultimodalData
+from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.inspect import Inspection, inspect
 from mmfast.data.load import load
 from mmfast.data.readers.ict_mmmo import read_ict_mmmo

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.corpus import MultimodalData
+from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.load import load, recognise
 from mmfast.data.standardise import Standardiser, count_nonfinite
 from mmfast.data.targets import REGRESSION, UNNAMED, presence

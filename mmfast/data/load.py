@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmfast.data.dataset import MultimodalData
+from mmfast.data.corpus import MultimodalData
 from mmfast.data.readers import ict_mmmo
 from mmfast.data.readers import npz as storage
 from mmfast.data.readers.hdf5 import SIGNATURE as HDF5

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from mmfast.checks import numpy_generator
-from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.corpus import MultimodalData
+from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.targets import presence, strata
 from mmfast.errors import UserError
 from mmfast.shares import are_shares

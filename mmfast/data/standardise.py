@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mmfast.data.batch import MultimodalBatch
-from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.corpus import MultimodalData
+from mmfast.data.dataset import MultimodalDataset
 from mmfast.errors import UserError
 
 # Rows per block: its float64 copies stay in cache, which is twice as fast as 2^16 rows.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.corpus import MultimodalData
+from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.readers.hdf5 import describe_hdf5, open_hdf5
 from mmfast.errors import UserError
 

@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmfast.data.dataset import MultimodalData, MultimodalDataset
+from mmfast.data.corpus import MultimodalData
+from mmfast.data.dataset import MultimodalDataset
 from mmfast.errors import UserError
 
 FORMAT = "mmfast-data 1"
