@@ -185,7 +185,7 @@ def test_terms_of_the_encoder_are_added_with_their_weight(tmp_path, monkeypatch)
     config = settings(lr=1e-3)
     kind = type(make_module(config, FEATURES, stage_of(config, {"two_views": 1.0})).encoder)
     monkeypatch.setattr(kind, "auxiliary", terms)
-    assert auxiliary.Auxiliary.of(config, stage_of(config, {"auxiliary": 1.0}), kind(FEATURES))
+    assert auxiliary.Auxiliary.of(config, stage_of(config, {"auxiliary": 1.0}), kind(FEATURES), None)
     plain, module, batches = trained(config, {"supervised": 1.0, "auxiliary": 0.5}, tmp_path)
     optimiser = torch.optim.Adam(plain.train().parameters(), lr=1e-3)
     for step, batch in enumerate(batches):
