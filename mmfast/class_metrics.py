@@ -122,7 +122,8 @@ def multilabel_metrics(
     cells = predicted[known].long(), true[known].long()
     positive, negative = true.sum(0), (known & ~true).sum(0)
     both = (positive > 0) & (negative > 0)
-    f1, auc = torch.zeros(labels, dtype=p.dtype), torch.full((labels,), math.nan, dtype=p.dtype)
+    like = {"dtype": p.dtype, "device": "cpu"}
+    f1, auc = torch.zeros(labels, **like), torch.full((labels,), math.nan, **like)
     for k, here in enumerate(known.T):
         if here.any():
             f1[k] = binary_f1_score(predicted[here, k].long(), true[here, k].long())
@@ -151,7 +152,7 @@ def multilabel_metrics(
 
 
 def _tensors(op: str, probabilities, truths) -> tuple[Tensor, Tensor]:
-    p, y = (torch.as_tensor(np.asarray(x, dtype=np.float64)) for x in (probabilities, truths))
+    p, y = (torch.from_numpy(np.asarray(x, dtype=np.float64)) for x in (probabilities, truths))
     if p.ndim != 2 or 0 in p.shape:
         raise UserError(f"{op}: probabilities must be (N, columns), N > 0, got {tuple(p.shape)}")
     if not p.isfinite().all():

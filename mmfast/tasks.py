@@ -81,11 +81,11 @@ class Task:
             predictions: (N, len(columns)), as by :meth:`predictions`.
             truths: (N,) or (N, K), NaN for none; samples without any take no part.
         """
-        truths = torch.as_tensor(np.asarray(truths))
+        truths = torch.from_numpy(np.asarray(truths))
         known = self.labelled(truths)
         if not known.any():
             raise UserError(f"{self.name}: there is no labelled sample to measure on")
-        p = torch.as_tensor(np.asarray(predictions))
+        p = torch.from_numpy(np.asarray(predictions))
         return self._metrics(p.reshape(len(p), -1)[known], truths[known])
 
     def _metrics(self, predictions: Tensor, truths: Tensor) -> dict[str, float]:

@@ -37,7 +37,7 @@ def label_share(dataset: MultimodalDataset, share: float, seed: int, least: int 
     if (stratum := strata(dataset)) is not None:
         order = order[_spread(stratum[order], generator)]
         order = order[_one_of_each_first(presence(dataset)[order])]
-    mask = torch.zeros(len(dataset), dtype=torch.bool)
+    mask = torch.zeros(len(dataset), dtype=torch.bool, device="cpu")
     mask[order[:kept]] = True
     return dataset.keep_labels(mask)
 

@@ -125,7 +125,7 @@ def fitted(op: str, dataset, task: str, targets: tuple[str, ...]) -> Tensor:
                 f"{op}: targets must be among {', '.join(targets)}, got {', '.join(foreign or own)}"
             )
         if task == CLASSIFICATION:
-            index = torch.tensor([targets.index(name) for name in own], dtype=labels.dtype)
+            index = torch.tensor([targets.index(name) for name in own], dtype=labels.dtype, device="cpu")
             return torch.where(labels.isnan(), torch.nan, index[labels.nan_to_num().long()])
         labels = labels[:, [own.index(name) for name in targets]] if labels.ndim == 2 else labels
     if task == REGRESSION:

@@ -128,7 +128,7 @@ def zeros(
     encoder: nn.Module, lengths: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A batch of zeros, values and lengths, in the encoder's dtype and on its device."""
-    parameter = next(encoder.parameters(), torch.empty(()))
+    parameter = next(encoder.parameters(), torch.empty((), device="cpu"))
     like = {"dtype": parameter.dtype, "device": parameter.device}
     values = {m: torch.zeros(len(n), max(n), encoder.features[m], **like) for m, n in lengths.items()}
     return values, {m: torch.tensor(n, device=parameter.device) for m, n in lengths.items()}

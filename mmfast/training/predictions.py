@@ -52,7 +52,7 @@ def in_order(
     module: nn.Module, function: Callable[[MultimodalBatch], Tensor], dataset: MultimodalDataset
 ) -> Tensor:
     """Rows float32 on the CPU that a function of the ``module`` makes of batches, in the order of the data set."""
-    device = next(module.parameters(), torch.empty(0)).device
+    device = next(module.parameters(), torch.empty(0, device="cpu")).device
     loader = evaluation_batches(dataset)
     order = [index for batch in loader.batch_sampler.batches(0) for index in batch]
     training = module.training
