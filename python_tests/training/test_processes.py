@@ -8,7 +8,9 @@ from stage_runs import together as together_run
 from training_help import assert_same, checkpoint
 
 from mmfast.errors import UserError
-from mmfast.training import processes
+from mmfast.training import processes, runs
+from mmfast.training.config import Config
+from mmfast.training.stages import supervised_stage
 
 
 @pytest.fixture(scope="module")
@@ -125,16 +127,20 @@ def seeds_of_a_step(group, folder, model):
     return seeds[-1]
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"batch_size": 1}, "supervised.batch_size must be at least the 2 processes that share it, got 1"),
-    ],
-)
-def test_what_cannot_be_shared_is_refused(settings, message, ranks, tmp_path):
-    for said in ranks(refused, tmp_path / "run", {"supervised": 1.0}, settings):
+def test_what_cannot_be_shared_is_refused(ranks, tmp_path):
+    message = "supervised.batch_size must be at least the 2 processes that share it, got 1"
+    for said in ranks(refused, tmp_path / "run", {"supervised": 1.0}, {"batch_size": 1}):
         assert message in said
     assert not (tmp_path / "run").exists()
+
+
+def test_fewer_samples_than_processes_are_refused(monkeypatch):
+    monkeypatch.setattr(runs, "world_size", lambda: 3)
+    stage = supervised_stage(Config())
+    runs.check_shared(stage, 3)
+    message = "supervised: there must be at least one training sample for each of 3 processes, got 2"
+    with pytest.raises(UserError, match=message):
+        runs.check_shared(stage, 2)
 
 
 def refused(group, *arguments):
