@@ -185,11 +185,15 @@ class Broken(Pooled):
 
 
 class Short(Pooled):
-    """Has places for 64 steps."""
+    """Has places for so many steps."""
+
+    def __init__(self, features: dict[str, int], places: int = 64):
+        super().__init__(features)
+        self.places = places
 
     def encode(self, values, lengths, padding="back"):
-        if max(x.shape[1] for x in values.values()) > 64:
-            raise IndexError("place 64 of 64")
+        if max(x.shape[1] for x in values.values()) > self.places:
+            raise IndexError(f"place {self.places} of {self.places}")
         return super().encode(values, lengths, padding)
 
 

@@ -15,8 +15,9 @@ from mmfast.training.memory import check_weights, untouched, zeros
 from mmfast.training.model_section import blamed, encoder_class, own_settings, refusal
 from mmfast.training.splits import check_aligned
 
-# Lengths of the two samples that an encoder is tried on, longer than the kernels of convolutions over time.
-TRIED = (64, 40)
+# Lengths of the two samples that an encoder is tried on: longer than the kernels of convolutions over time, or else
+# shorter than tables of positions. What the data's own lengths do is tried with the memory that they take.
+TRIED = ((64, 40), (8, 5))
 
 
 def make_encoder(config: Any, features: dict[str, int]) -> Encoder:
@@ -52,7 +53,7 @@ def vector_sizes(encoder: Encoder) -> dict[str, int]:
     kind = type(encoder)
     rule = "with vectors for each modality"
     with untouched(encoder), torch.no_grad(), blamed(kind.__qualname__, kind.__module__, rule):
-        vectors = encoder.vectors(encoder.encode(*_two_samples(encoder)))
+        vectors = encoder.vectors(_encoded(encoder))
     for name in encoder.features:
         x = vectors.get(name) if isinstance(vectors, Mapping) else vectors
         if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != 2:
@@ -64,11 +65,23 @@ def vector_sizes(encoder: Encoder) -> dict[str, int]:
     return {name: vectors[name].shape[1] for name in encoder.features}
 
 
-def _two_samples(encoder: Encoder) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Zeros, of modalities that differ in length where they may: an encoder may say more of itself than is true."""
-    apart = count(step=0 if encoder.aligned else 1)
-    lengths = {m: [n - shorter for n in TRIED] for m, shorter in zip(encoder.features, apart, strict=False)}
-    return zeros(encoder, lengths)
+def _encoded(encoder: Encoder) -> Any:
+    """Two samples of zeros, of modalities that differ in length where they may: a class may say more than is true.
+
+    What the first of ``TRIED`` raises is raised if all of them do.
+    """
+    first = None
+    for tried in TRIED:
+        apart = count(step=0 if encoder.aligned else 1)
+        lengths = {
+            m: [max(n - shorter, 1) for n in tried]
+            for m, shorter in zip(encoder.features, apart, strict=False)
+        }
+        try:
+            return encoder.encode(*zeros(encoder, lengths))
+        except Exception as error:  # a user's class may raise anything
+            first = first or error
+    raise first
 
 
 def _try(encoder: Encoder, name: str) -> None:
@@ -78,7 +91,7 @@ def _try(encoder: Encoder, name: str) -> None:
     apart = "" if encoder.aligned else " whose modalities differ in length"
     rule = f"that encodes two samples in training{apart}"
     with untouched(encoder), torch.no_grad(), blamed(name, type(encoder).__module__, rule):
-        representations = encoder.train().encode(*_two_samples(encoder))
+        representations = _encoded(encoder.train())
         fused = encoder.fuse(representations)
     if not isinstance(representations, Mapping) or set(representations) != set(encoder.features):
         raise refusal(

@@ -212,6 +212,13 @@ def test_a_batch_that_the_encoder_cannot_take_is_refused_before_anything_runs(he
         assert sentence in line and not (here / "run").exists()
 
 
+def test_an_encoder_for_short_sequences_takes_short_ones(here, capsys):
+    few = [*SMALL, "--model.encoder=own_encoders.Short", "--pretraining.epochs=1"]
+    line = refusal(capsys, "pretrain", *few, "--model.places=3")
+    assert "got own_encoders.Short: it raises IndexError: place 3 of 3" in line
+    assert mmfast("pretrain", *few, "--model.places=9", "--run.folder=run") == 0
+
+
 @pytest.mark.parametrize("name", ["Normed", "Plain"])
 def test_building_an_encoder_leaves_no_trace_on_it(name):
     import torch
