@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from mmfast.data import arguments, fingerprint, targets
 from mmfast.data.dataset import MultimodalDataset
@@ -35,6 +36,7 @@ class MultimodalData:
         targets: names of the classes in the order of their indices, or of the K columns. Where they are not given,
             classes that came as names are sorted; others are called 0, 1, ..., columns label0, label1, ..., and a
             single one label.
+        warnings: what whoever reads a file should know: what was counted, mended or left out.
 
     Raises:
         UserError: no split, splits that do not fit together, a sample in two of them, a range that is none, labels
@@ -50,6 +52,7 @@ class MultimodalData:
     label_range: tuple[float, float] | None = None
     task: str | None = None
     targets: Sequence[str] | None = None
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         own = [d for d in (self.train, self.valid, self.test, self.unlabelled) if d is not None]
@@ -102,12 +105,16 @@ class MultimodalData:
         self.targets = tuple(map(str, [names] if isinstance(names, str) else names))
         if not self.targets or len(set(self.targets)) < len(self.targets) or "" in self.targets:
             raise UserError(f"MultimodalData: targets must be names, each once, got {list(self.targets)}")
-        done: dict[int, MultimodalDataset] = {}
-        for split in (*SPLITS, "cross_validation"):
-            # One result per data set, so that splits that are the same stay the same.
-            if (old := getattr(self, split)) is not None:
-                done.setdefault(id(old), old.as_task(self.task, self.targets))
-                setattr(self, split, done[id(old)])
+        self.__dict__.update(self._each(lambda dataset: dataset.as_task(self.task, self.targets)))
+
+    def each(self, function: Callable[[MultimodalDataset], MultimodalDataset]) -> MultimodalData:
+        """The same corpus with ``function(split)`` in place of every split; splits that are the same stay so."""
+        return replace(self, **self._each(function))
+
+    def _each(self, function) -> dict[str, MultimodalDataset | None]:
+        fields = {name: getattr(self, name) for name in (*SPLITS, "cross_validation")}
+        done = {id(d): function(d) for d in {id(d): d for d in fields.values() if d is not None}.values()}
+        return {name: None if d is None else done[id(d)] for name, d in fields.items()}
 
     def as_task(self, task: str, names: Sequence[str] | None = None) -> MultimodalData:
         """The same data with labels taken for those of a task: classes as numbers, whole numbers as classes, ...
@@ -149,6 +156,11 @@ class MultimodalData:
         if (self.task, self.targets) == (targets.REGRESSION, targets.UNNAMED):
             return fingerprint.of_parts(self.label_range, parts)
         return fingerprint.of_parts(self.label_range, self.task, self.targets, parts)
+
+    def count(self, which: Callable[[MultimodalDataset], Tensor]) -> int:
+        """Of how many samples ``which(split)`` (N,) is true; one that stands in several splits counts once."""
+        splits = {id(d): d for d in self.splits().values()}.values()
+        return len(torch.unique(torch.cat([d.ids[which(d)] for d in splits]))) if splits else 0
 
     def splits(self) -> dict[str, MultimodalDataset]:
         """Name -> data set of the splits that hold samples."""

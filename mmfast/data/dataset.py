@@ -306,10 +306,19 @@ class MultimodalDataset(Dataset):
 
         Its samples keep the fingerprints of those they were made from.
         """
-        values = {m: function(m, self.flat(m)) for m in self.modalities}
-        out = self.from_flat(values, self._lengths, None, self._ids, self._names, self._groups)
-        out._labels, out._task, out._targets = self._labels, self._task, self._targets
+        out = self.with_values({m: function(m, self.flat(m)) for m in self.modalities}, self._lengths)
         out._fingerprints = self.fingerprints()
+        return out
+
+    def with_values(self, values: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> MultimodalDataset:
+        """The same samples with other steps, modality -> (steps, F), and lengths, modality -> (N,).
+
+        Other contents have other fingerprints.
+        """
+        flat = self.from_flat(values, lengths, None, self._ids)
+        out = self._share()
+        out._values, out._starts, out._lengths = flat._values, flat._starts, flat._lengths
+        out._fingerprints = None
         return out
 
     def fingerprints(self) -> Tensor:

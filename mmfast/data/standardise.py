@@ -94,13 +94,7 @@ class Standardiser:
         if isinstance(data, MultimodalDataset):
             return data.map(self._apply)
         if isinstance(data, MultimodalData):
-            done: dict[int, MultimodalDataset] = {}
-            fields = ("train", "valid", "test", "unlabelled", "cross_validation")
-            for split in (getattr(data, f) for f in fields):
-                # One result per data set, so that splits that are the same stay the same.
-                if split is not None and id(split) not in done:
-                    done[id(split)] = self.transform(split)
-            return replace(data, **{f: done.get(id(getattr(data, f))) for f in fields})
+            return data.each(self.transform)
         raise TypeError(
             "Standardiser.transform: data must be a MultimodalBatch, MultimodalDataset or MultimodalData, "
             f"got {type(data).__name__}"
