@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -57,6 +57,47 @@ def strings(value: Sequence, name: str, size: int) -> np.ndarray:
     if len(value) != size:
         raise UserError(f"MultimodalDataset: {name} must be {size} strings, one per sample, got {len(value)}")
     return value
+
+
+def groups(value, size: int) -> dict[str, np.ndarray]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        return {"group": strings(value, "groups", size)}
+    for kind in value:
+        if not isinstance(kind, str) or not kind:
+            raise UserError(f"MultimodalDataset: groups must have kinds with names, got {kind!r}")
+    return {kind: strings(names, f"groups[{kind!r}]", size) for kind, names in value.items()}
+
+
+def _words(item) -> list[str]:
+    return [str(word) for word in item]
+
+
+def _tokens(item=()) -> np.ndarray:
+    return np.asarray(item, dtype=np.int32).reshape(-1)
+
+
+# What may be said of samples beside their values -> how an item is kept; called with nothing, an empty one.
+BESIDE = {"words": lambda item=(): _words(item), "transcripts": str, "tokens": _tokens}
+
+
+def beside(value: Mapping, size: int) -> dict[str, np.ndarray]:
+    """(N,) objects of each kind that is given."""
+    found = {}
+    for kind, items in value.items():
+        if kind not in BESIDE:
+            raise TypeError(f"MultimodalDataset: unknown argument {kind!r}, known are {list(BESIDE)}")
+        if items is None:
+            continue
+        if len(items) != size:
+            raise UserError(
+                f"MultimodalDataset: {kind} must be {size} items, one per sample, got {len(items)}"
+            )
+        found[kind] = kept = np.empty(size, dtype=object)
+        for i, item in enumerate(items):
+            kept[i] = BESIDE[kind](item)
+    return found
 
 
 def ids(ids, size: int | None) -> Tensor:

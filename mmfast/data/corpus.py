@@ -36,7 +36,10 @@ class MultimodalData:
         targets: names of the classes in the order of their indices, or of the K columns. Where they are not given,
             classes that came as names are sorted; others are called 0, 1, ..., columns label0, label1, ..., and a
             single one label.
-        warnings: what whoever reads a file should know: what was counted, mended or left out.
+        warnings: sentences about what a reader met in the files and kept, left out or took for something.
+        padding: what the files had as padding, in words.
+        layout: of the files, in words; "" where the data come from no file.
+        sample_rate: of sound, in Hz, or None.
 
     Raises:
         UserError: no split, splits that do not fit together, a sample in two of them, a range that is none, labels
@@ -52,11 +55,15 @@ class MultimodalData:
     label_range: tuple[float, float] | None = None
     task: str | None = None
     targets: Sequence[str] | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: Sequence[str] = ()
+    padding: str = "none"
+    layout: str = ""
+    sample_rate: int | None = None
 
     def __post_init__(self) -> None:
         own = [d for d in (self.train, self.valid, self.test, self.unlabelled) if d is not None]
         given = own if self.cross_validation is None else [*own, self.cross_validation]
+        self.warnings = tuple(self.warnings)
         if not given:
             raise UserError("MultimodalData: at least one split must be given, got none")
         for other in given[1:]:

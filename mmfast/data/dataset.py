@@ -27,8 +27,12 @@ class MultimodalDataset(Dataset):
             numbers are, `MultimodalData` is told.
         ids: one unique int64 per sample; default 0, 1, 2, ...
         names: one string per sample; default the ids.
-        groups: one string per sample, such as its speaker or its video; default none. `random_split` and `folds`
-            keep the samples of a group together, lest a network be tested on somebody that it was trained on.
+        groups: kind of group, such as "speaker", "session" or "video", -> one string per sample; default none. One
+            plain sequence of strings is the kind "group". `random_split` and `folds` keep the samples of a group
+            together, lest a network be tested on somebody that it was trained on.
+        words: one list of strings per sample, a word a step; default none.
+        transcripts: one string per sample; default none.
+        tokens: one array of token ids per sample, with a length of its own; default none.
 
     Raises:
         UserError: sizes that do not fit together, infinite labels, names of classes among numbers, repeated ids.
@@ -40,7 +44,10 @@ class MultimodalDataset(Dataset):
         labels=None,
         ids=None,
         names: Sequence[str] | None = None,
-        groups: Sequence[str] | None = None,
+        groups: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
+        words: Sequence[Sequence[str]] | None = None,
+        transcripts: Sequence[str] | None = None,
+        tokens: Sequence | None = None,
     ) -> None:
         flat, lengths = {}, {}
         for modality, samples in values.items():
@@ -59,14 +66,27 @@ class MultimodalDataset(Dataset):
                     )
             flat[modality] = torch.cat(arrays)
             lengths[modality] = [len(a) for a in arrays]
-        self._set(flat, lengths, labels, ids, names, groups)
+        beside = {"words": words, "transcripts": transcripts, "tokens": tokens}
+        self._set(flat, lengths, labels, ids, names, groups, beside)
 
     @classmethod
-    def from_flat(cls, values: Mapping[str, Tensor], lengths, labels=None, ids=None, names=None, groups=None):
-        """From modality -> (sum of lengths, F) of all samples' steps, and modality -> (N,) lengths."""
+    def from_flat(
+        cls,
+        values: Mapping[str, Tensor],
+        lengths,
+        labels=None,
+        ids=None,
+        names=None,
+        groups=None,
+        **beside,
+    ):
+        """From modality -> (sum of lengths, F) of all samples' steps, and modality -> (N,) lengths.
+
+        What is said of the samples ``beside`` is words, transcripts and tokens.
+        """
         self = cls.__new__(cls)
         values = {m: arguments.float32(v, f"values[{m!r}]", 2) for m, v in values.items()}
-        self._set(values, lengths, labels, ids, names, groups)
+        self._set(values, lengths, labels, ids, names, groups, beside)
         return self
 
     @classmethod
@@ -122,10 +142,8 @@ class MultimodalDataset(Dataset):
             None,
             torch.cat([d.ids for d in datasets]),
             [name for d in datasets for name in d.names],
-            # Where only some have groups, each sample of the others is its own.
-            None
-            if all(d.groups is None for d in datasets)
-            else [g for d in datasets for g in d.groups or [f"sample {i}" for i in d.ids.tolist()]],
+            _joined_groups(datasets),
+            **_joined_beside(datasets),
         )
         if any(d._fingerprints is not None for d in datasets):
             out._fingerprints = torch.cat([d.fingerprints() for d in datasets])
@@ -140,7 +158,7 @@ class MultimodalDataset(Dataset):
             out._labels = torch.cat([targets.fitted(op, d, task, names) for d in datasets])
         return out
 
-    def _set(self, values, lengths, labels, ids, names, groups) -> None:
+    def _set(self, values, lengths, labels, ids, names, groups, beside) -> None:
         if not values:
             raise UserError("MultimodalDataset: values must hold at least one modality, got none")
         self._values, self._starts, self._lengths = {}, {}, {}
@@ -164,7 +182,8 @@ class MultimodalDataset(Dataset):
         self._labels, self._task, self._targets = targets.read(labels, size, names)
         self._ids = arguments.ids(ids, size)
         self._names = arguments.strings(self._ids.tolist() if names is None else names, "names", size)
-        self._groups = None if groups is None else arguments.strings(groups, "groups", size)
+        self._groups = arguments.groups(groups, size)
+        self._beside = arguments.beside(beside, size)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -220,9 +239,27 @@ class MultimodalDataset(Dataset):
         return self._names.tolist()
 
     @property
-    def groups(self) -> list[str] | None:
-        """What each sample's group is called, or None where there are no groups."""
-        return None if self._groups is None else self._groups.tolist()
+    def groups(self) -> dict[str, list[str]]:
+        """Kind of group -> what each sample's group of this kind is called; empty where there are no groups."""
+        return {kind: names.tolist() for kind, names in self._groups.items()}
+
+    @property
+    def words(self) -> list[list[str]] | None:
+        """The words of each sample, one a step of its aligned modalities, or None."""
+        return self._listed("words")
+
+    @property
+    def transcripts(self) -> list[str] | None:
+        """What is said in each sample, or None."""
+        return self._listed("transcripts")
+
+    @property
+    def tokens(self) -> list[np.ndarray] | None:
+        """int32 token ids of each sample, of a length of their own, or None."""
+        return self._listed("tokens")
+
+    def _listed(self, kind: str) -> list | None:
+        return self._beside[kind].tolist() if kind in self._beside else None
 
     def lengths(self, modality: str) -> Tensor:
         """(N,) int64 real steps of one modality, 0 where it is missing."""
@@ -268,8 +305,8 @@ class MultimodalDataset(Dataset):
         out._labels = self._labels[indices]
         out._ids = arguments.ids(self._ids[indices], None)
         out._names = self._names[indices.numpy()]
-        if self._groups is not None:
-            out._groups = self._groups[indices.numpy()]
+        out._groups = {kind: names[indices.numpy()] for kind, names in self._groups.items()}
+        out._beside = {kind: items[indices.numpy()] for kind, items in self._beside.items()}
         if self._fingerprints is not None:
             out._fingerprints = self._fingerprints[indices]
         return out
@@ -346,3 +383,32 @@ class MultimodalDataset(Dataset):
         out = self.__class__.__new__(self.__class__)
         out.__dict__.update(self.__dict__)
         return out
+
+
+def _joined_groups(datasets: Sequence[MultimodalDataset]) -> dict[str, list[str]]:
+    """Groups of all; where only some have a kind of them, each sample of the others is its own."""
+    given = [d.groups for d in datasets]
+    kinds = dict.fromkeys(kind for groups in given for kind in groups)
+    return {
+        kind: [
+            name
+            for d, groups in zip(datasets, given, strict=True)
+            for name in groups.get(kind) or [f"sample {i}" for i in d.ids.tolist()]
+        ]
+        for kind in kinds
+    }
+
+
+def _joined_beside(datasets: Sequence[MultimodalDataset]) -> dict[str, list]:
+    """Words, transcripts and tokens of all; those that only some have are empty in others."""
+    kinds = dict.fromkeys(kind for d in datasets for kind in d._beside)
+    return {
+        kind: [
+            item
+            for d in datasets
+            for item in (
+                d._beside[kind].tolist() if kind in d._beside else [arguments.BESIDE[kind]()] * len(d)
+            )
+        ]
+        for kind in kinds
+    }

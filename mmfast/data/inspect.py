@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.load import load, recognise
+from mmfast.data.options import Options
+from mmfast.data.source import Source
 from mmfast.data.standardise import Standardiser, count_nonfinite
 from mmfast.data.targets import REGRESSION, UNNAMED, presence
 
@@ -125,12 +126,12 @@ def inspect(source) -> Inspection:
         UserError: as `load`.
     """
     if source == "synthetic":
-        data, contents, padding = load(source), [], "none, generated without"
+        data, contents = load(source), []
     else:
-        path = Path(source)
-        kind = recognise(path)
-        data, contents, padding = kind.read(path), kind.contents(path), kind.padding(path)
-    kind = data.task, data.targets, data.label_range
+        place = Source(source)
+        kind = recognise(place)
+        data, contents = kind.read(place, Options()), kind.contents(place)
+    padding, kind = data.padding, (data.task, data.targets, data.label_range)
     return Inspection(str(source), data.name, *kind, padding, contents, _splits(data), *_shared(data))
 
 
@@ -149,7 +150,9 @@ def _shared(data: MultimodalData) -> tuple[dict[tuple[str, str], tuple[str, ...]
     for first, second in combinations(("train", "valid", "test"), 2):
         a, b = getattr(data, first), getattr(data, second)
         samples[first, second] = _names(b, b.among(a.fingerprints()))
-        groups[first, second] = tuple(sorted(set(a.groups or ()) & set(b.groups or ())))
+        of_a, of_b = a.groups, b.groups
+        common = {name for kind in of_a.keys() & of_b.keys() for name in {*of_a[kind]} & {*of_b[kind]}}
+        groups[first, second] = tuple(sorted(common))
     return tuple({pair: names for pair, names in found.items() if names} for found in (samples, groups))
 
 

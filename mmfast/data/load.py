@@ -3,51 +3,28 @@
 from __future__ import annotations
 
 import inspect as signatures
-import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import fields
 
 from mmfast.data.corpus import MultimodalData
-from mmfast.data.readers import ict_mmmo
-from mmfast.data.readers import npz as storage
-from mmfast.data.readers.hdf5 import SIGNATURE as HDF5
+from mmfast.data.options import Options
+from mmfast.data.readers import ict_mmmo, npz
+from mmfast.data.readers.format import Format
 from mmfast.data.readers.hdf5 import describe_hdf5
+from mmfast.data.source import Source
 from mmfast.data.synthetic import synthetic
 from mmfast.errors import UserError
 
-
-@dataclass(frozen=True)
-class Format:
-    """How files of one kind are told apart, read, and listed."""
-
-    title: str
-    recognises: Callable[[Path], bool]
-    read: Callable[[Path], MultimodalData]
-    contents: Callable[[Path], list[tuple[str, tuple[int, ...], str]]]
-    padding: Callable[[Path], str]
-
-
-FORMATS = (
-    Format(
-        "an ICT-MMMO folder (audio_train.h5, ...)",
-        ict_mmmo.is_ict_mmmo,
-        ict_mmmo.read_ict_mmmo,
-        ict_mmmo.contents,
-        ict_mmmo.padding,
-    ),
-    Format(
-        "an mmfast .npz file",
-        storage.is_saved,
-        storage.read_saved,
-        storage.contents,
-        lambda path: "none, stored without",
-    ),
-)
+# More specific layouts stand before more general ones.
+FORMATS: tuple[Format, ...] = (ict_mmmo.FORMAT, npz.FORMAT)
+# Options that are acted on here for all layouts, where their reader does not.
+COMMON = frozenset()
 
 
 def load(source, **options) -> MultimodalData:
     """The corpus called `source`: "synthetic" (options as in `synthetic`), or a path, recognised by content.
+
+    Args:
+        options: of a path, those of :class:`~mmfast.data.options.Options`.
 
     Raises:
         UserError: nothing there, unknown options, or content of no known kind (which is then listed).
@@ -57,45 +34,70 @@ def load(source, **options) -> MultimodalData:
         for name in options.keys() - known:
             raise UserError(f"load: synthetic takes the options {list(known)}, got {name!r}")
         return synthetic(**options)
-    if options:
-        raise UserError(f"load: a path takes no options, got {list(options)} for {source}")
-    path = Path(source)
-    return recognise(path).read(path)
+    known = [f.name for f in fields(Options)]
+    for name in options.keys() - set(known):
+        raise UserError(f"load: a path takes the options {', '.join(known)}, got {name!r}")
+    place, options = Source(source), Options(**options)
+    kind = recognise(place)
+    return finished(kind.read(place, options), kind, options)
 
 
-def recognise(path: Path) -> Format:
+def finished(data: MultimodalData, kind: Format, options: Options) -> MultimodalData:
+    """The data that a reader made, with what the options say beside what it has done itself.
+
+    Raises:
+        UserError: an option that neither the reader nor anything here acts on.
+    """
+    for name, value in options.given().items():
+        if name not in kind.takes | COMMON:
+            raise UserError(
+                f"load: {name} must not be given for {kind.title}, which has no such choice, got {value!r}"
+            )
+    return data
+
+
+def recognise(source: Source) -> Format:
     """The format of a file or folder, or a UserError that lists what was found there."""
-    if not path.exists():
-        raise UserError(f'load: {path} does not exist (a path or "synthetic" is wanted)')
+    if source.kind in ("pickle", "torch"):
+        source.object()  # what is damaged or hostile is no unknown layout
     for kind in FORMATS:
-        if kind.recognises(path):
+        if kind.recognises(source):
             return kind
     known = " and ".join(kind.title for kind in FORMATS)
-    raise UserError(f"load: {path} is of no known kind: found {_describe(path)}; recognised are {known}")
+    raise UserError(
+        f"load: {source.path} is of no known kind: found {_describe(source)}; recognised are {known}"
+    )
 
 
-def _describe(path: Path) -> str:
-    try:
-        if path.is_dir():
-            return f"a folder with {_few(sorted(p.name for p in path.iterdir()))}"
-        with path.open("rb") as file:
-            start = file.read(8)
-    except OSError as error:
-        return f"something unreadable ({error.strerror})"
-    if not start:
+def _describe(source: Source) -> str:
+    path = source.path
+    if source.kind == "folder":
+        return f"a folder with {_few(_names(source))}"
+    if not source.start:
         return "an empty file"
-    if start == HDF5:
+    if source.kind == "hdf5":
         try:
             return f"an HDF5 file with {_few([key for key, *_ in describe_hdf5(path)])}"
         except UserError as error:
             return f"an HDF5 file that cannot be read ({error})"
-    if start.startswith(b"PK"):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return f"an archive with {_few(archive.namelist())}"
-        except (zipfile.BadZipFile, OSError):
-            return "an archive that is truncated or damaged"
-    return f"a {path.suffix or 'nameless'} file that starts with the bytes {start.hex(' ')}"
+    if source.kind in ("pickle", "torch"):
+        return f"a pickle of {_outline(source.object())}"
+    if source.start.startswith(b"PK"):
+        if source.members:
+            return f"an archive with {_few(list(source.members))}"
+        return "an archive that is truncated or damaged"
+    return f"a {path.suffix or 'nameless'} file that starts with the bytes {source.start[:8].hex(' ')}"
+
+
+def _outline(value) -> str:
+    kind = type(value).__name__
+    if isinstance(value, dict):
+        return f"a {kind} with {_few([str(key)[:40] for key in list(value)[:7]])}"
+    return f"a {kind} of {len(value)}" if isinstance(value, (list, tuple)) else f"a {kind}"
+
+
+def _names(source: Source) -> list[str]:
+    return sorted({name.partition("/")[0] for name in source.files})
 
 
 def _few(names: list[str], limit: int = 6) -> str:

@@ -122,13 +122,13 @@ def random_split(data: MultimodalData, shares: Sequence[float], seed: int = 0) -
         if share and len(new[name]) == 0:
             raise UserError(
                 f"random_split: the {n} labelled samples are of only {np.count_nonzero(sizes)} "
-                f"{'contents' if whole.groups is None else 'groups'}, nothing is left for {name}"
+                f"{'groups' if whole.groups else 'contents'}, nothing is left for {name}"
             )
     if data.unlabelled is not None:
         # As far as the pool was train, it is what is left of train.
         pool = data.unlabelled
         held_out = torch.isin(pool.ids, whole.ids[part[unit] < 2]).numpy()
-        if (pool.groups is None) == (whole.groups is None):
+        if bool(pool.groups) == bool(whole.groups):
             held_out |= np.isin(_keys(pool), units[part < 2])
         new["unlabelled"] = new["train"] if pool is data.train else pool.subset(~held_out)
     return replace(data, **new)
@@ -143,7 +143,12 @@ def _most_frequent(stratum: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 def _keys(dataset: MultimodalDataset) -> np.ndarray:
     """(N,) what samples that must stay together have in common."""
-    return dataset.fingerprints().numpy() if dataset.groups is None else np.array(dataset.groups)
+    return np.array(_names_of_groups(dataset)) if dataset.groups else dataset.fingerprints().numpy()
+
+
+def _names_of_groups(dataset: MultimodalDataset) -> list[str]:
+    """(N,) names of the groups of the first kind."""
+    return next(iter(dataset.groups.values()))
 
 
 def _order(dataset: MultimodalDataset, unit: np.ndarray) -> np.ndarray:
@@ -182,7 +187,7 @@ def folds(
     missing = int((~dataset.labelled()).sum())
     if missing:
         raise UserError(f"folds: every sample must have a label, {missing} of {len(dataset)} have none")
-    kind, keys = ("samples", dataset.ids) if dataset.groups is None else ("groups", dataset.groups)
+    kind, keys = ("groups", _names_of_groups(dataset)) if dataset.groups else ("samples", dataset.ids)
     units, unit = np.unique(np.asarray(keys), return_inverse=True)
     n = len(units)
     if not 2 <= n_folds <= n or n - -(-n // n_folds) < 2:

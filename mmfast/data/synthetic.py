@@ -158,7 +158,14 @@ def synthetic(
         train = label_share(train, labelled, seed)
     limits = LABEL_RANGE if task == REGRESSION else None
     return MultimodalData(
-        train, valid, test, name="synthetic", label_range=limits, task=task, targets=targets
+        train,
+        valid,
+        test,
+        name="synthetic",
+        label_range=limits,
+        task=task,
+        targets=targets,
+        padding="none, generated without",
     )
 
 

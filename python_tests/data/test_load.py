@@ -53,11 +53,11 @@ def test_an_incomplete_corpus_folder_is_still_recognised(tmp_path):
         load(tmp_path)
 
 
-def test_options_belong_to_synthetic(tmp_path):
+def test_options_belong_to_their_source(tmp_path):
     assert len(load("synthetic", samples=20, features={"text": 2}).train) == 14
     with pytest.raises(UserError, match=r"synthetic takes the options .*, got 'size'"):
         load("synthetic", size=3)
-    with pytest.raises(UserError, match=r"a path takes no options, got \['seed'\]"):
+    with pytest.raises(UserError, match=r"a path takes the options labels, .*, got 'seed'"):
         load(tmp_path, seed=3)
 
 

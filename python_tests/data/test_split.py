@@ -227,12 +227,12 @@ def grouped(sizes, unlabelled=0):
 def test_random_split_keeps_groups_together(seed):
     whole = grouped([3, 1, 4, 1, 5, 9, 2, 6], unlabelled=16)
     parts = random_split(MultimodalData(whole), (0.6, 0.2, 0.2), seed)
-    speakers = [set(part.groups) for part in (parts.train, parts.valid, parts.test)]
+    speakers = [set(part.groups["group"]) for part in (parts.train, parts.valid, parts.test)]
     assert sum(map(len, speakers)) == len(set.union(*speakers)) == 8, "also those without a label"
     assert sum(map(len, (parts.train, parts.valid, parts.test))) == len(whole)
     order = np.random.default_rng(seed).permutation(len(whole))
     again = random_split(MultimodalData(whole.subset(order)), (0.6, 0.2, 0.2), seed)
-    assert set(again.test.groups) == speakers[2]
+    assert set(again.test.groups["group"]) == speakers[2]
     two = MultimodalData(grouped([5, 5]))
     with pytest.raises(UserError, match="the 10 labelled samples are of only 2 groups, nothing is left for"):
         random_split(two, (0.6, 0.2, 0.2), seed)
@@ -246,7 +246,7 @@ def test_random_split_takes_held_out_groups_and_contents_out_of_the_pool():
         groups=[f"speaker {i}" for i in range(10)],
     )
     parts = random_split(MultimodalData(whole, unlabelled=pool), (0.6, 0.2, 0.2))
-    assert set(parts.unlabelled.groups) == set(parts.train.groups)
+    assert set(parts.unlabelled.groups["group"]) == set(parts.train.groups["group"])
     _, whole = lone(20)
     twins = MultimodalDataset({"text": [s.values["text"] for s in whole]}, ids=range(100, 120))
     parts = random_split(MultimodalData(whole, unlabelled=twins), (0.5, 0.25, 0.25))
@@ -258,7 +258,7 @@ def test_folds_keep_groups_together_and_follow_their_labels():
     data = grouped([1, 2, 3, 4, 5] * 6)
     tested = []
     for fold in folds(data, 5, seed=1):
-        speakers = [set(part.groups) for part in fold]
+        speakers = [set(part.groups["group"]) for part in fold]
         assert all(speakers) and sum(map(len, speakers)) == len(set.union(*speakers)) == 30
         assert len(speakers[2]) == 6 and abs(fold.test.labels.mean() - data.labels.mean()) < 0.4
         tested += sorted(ids(fold.test))

@@ -222,14 +222,14 @@ def test_groups_come_back_and_stay_with_their_samples(data, tmp_path):
     other = MultimodalDataset(values, ids=[7, 8, 9])
     save(MultimodalData(train, test=other), tmp_path / "a.npz")
     again = read_saved(tmp_path / "a.npz")
-    assert again.train.groups == ["a", "b", "a"] and again.test.groups is None
+    assert again.train.groups == {"group": ["a", "b", "a"]} and again.test.groups == {}
     assert (
         again.train.subset([2, 1]).groups
         == again.train.map(lambda m, x: x).subset([2, 1]).groups
-        == ["a", "b"]
+        == {"group": ["a", "b"]}
     )
     joined = MultimodalDataset.concatenate([again.train, again.test])
-    assert joined.groups == ["a", "b", "a", "sample 7", "sample 8", "sample 9"]
+    assert joined.groups["group"] == ["a", "b", "a", "sample 7", "sample 8", "sample 9"]
     with pytest.raises(UserError, match="groups must be 3 strings, one per sample, got 1"):
         MultimodalDataset(values, groups=["a"])
 

@@ -269,10 +269,10 @@ def test_groups_stay_together_where_classes_are_stratified():
         {"text": whole.flat("text")}, {"text": whole.lengths("text")}, whole.labels, groups=groups
     ).as_task("classification", whole.targets)
     split = random_split(MultimodalData(whole), (0.5, 0.2, 0.3))
-    parts = [set(p.groups) for p in (split.train, split.valid, split.test)]
+    parts = [set(p.groups["group"]) for p in (split.train, split.valid, split.test)]
     assert all(parts) and sum(map(len, parts)) == 20
     for fold in folds(whole, 3):
-        assert not set(fold.train.groups) & set(fold.test.groups)
+        assert not set(fold.train.groups["group"]) & set(fold.test.groups["group"])
 
 
 @pytest.mark.parametrize("task", ["multilabel", "classification"])

@@ -8,7 +8,9 @@ import numpy as np
 
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
+from mmfast.data.readers.format import Format
 from mmfast.data.readers.hdf5 import describe_hdf5, open_hdf5
+from mmfast.data.readers.padding import Cut, unpad
 from mmfast.errors import UserError
 
 SPLITS = ("train", "valid", "test")
@@ -48,10 +50,13 @@ def read_ict_mmmo(folder) -> MultimodalData:
     """
     folder = Path(folder)
     arrays = _read(folder)
-    datasets, first_id = {}, 0
+    datasets, first_id, cuts = {}, 0, Cut()
     for split in SPLITS:
         labels = arrays["y", split] - NEUTRAL
-        values, lengths = _unpad({m: arrays[m, split] for m in FILES if (m, split) in arrays})
+        values, lengths, cut = unpad(
+            {m: arrays[m, split] for m in FILES if (m, split) in arrays}, aligned=True
+        )
+        cuts += cut
         for modality in FILES.keys() - values.keys():
             values[modality] = np.empty((0, FEATURES[modality]), np.float32)
             lengths[modality] = np.zeros(len(labels), np.int64)
@@ -67,7 +72,9 @@ def read_ict_mmmo(folder) -> MultimodalData:
         rest = MultimodalDataset.concatenate([datasets["valid"], datasets["test"]])
         complete = np.all([rest.lengths(m).numpy() > 0 for m in rest.modalities], axis=0)
         datasets |= {"unlabelled": datasets["train"], "cross_validation": rest.subset(complete)}
-    return MultimodalData(**datasets, name="ICT-MMMO", label_range=LABEL_RANGE)
+    return MultimodalData(
+        **datasets, name="ICT-MMMO", label_range=LABEL_RANGE, padding=str(cuts), layout="ICT-MMMO folder"
+    )
 
 
 def contents(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
@@ -78,18 +85,6 @@ def contents(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
         if (folder / name).is_file()
         for key, shape, dtype in describe_hdf5(folder / name)
     ]
-
-
-def padding(folder: Path) -> str:
-    """What the files have as padding: samples with empty steps in front and at the back."""
-    arrays = _read(folder)
-    front = back = total = 0
-    for split in SPLITS:
-        real = _any_nonzero({m: arrays[m, split] for m in FILES if (m, split) in arrays})
-        front += int((~real[:, 0]).sum())
-        back += int((~real[:, -1]).sum())
-        total += len(real)
-    return f"in front of {front} and at the back of {back} of {total} samples, zeros; cut when read"
 
 
 def _names() -> list[str]:
@@ -146,19 +141,9 @@ def _array(path: Path, ndim: int, shape: str) -> np.ndarray:
         return node[()]
 
 
-def _any_nonzero(values: dict[str, np.ndarray]) -> np.ndarray:
-    return np.any([(value != 0).any(-1) for value in values.values()], axis=0)
-
-
-def _unpad(values: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(N, L, F) arrays -> the real steps of all samples (steps, F), and (N,) lengths."""
-    filled = _any_nonzero(values)
-    after_first = np.logical_or.accumulate(filled, axis=1)
-    before_last = np.logical_or.accumulate(filled[:, ::-1], axis=1)[:, ::-1]
-    flat, lengths = {}, {}
-    for modality, value in values.items():
-        present = (value != 0).any((1, 2))
-        real = after_first & before_last & present[:, None]
-        flat[modality] = value[real]
-        lengths[modality] = real.sum(1)
-    return flat, lengths
+FORMAT = Format(
+    "an ICT-MMMO folder (audio_train.h5, ...)",
+    lambda source: source.is_folder and is_ict_mmmo(source.path),
+    lambda source, options: read_ict_mmmo(source.path),
+    lambda source: contents(source.path),
+)

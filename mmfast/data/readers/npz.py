@@ -14,7 +14,8 @@ The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
                                  NaN for none, -1 for classes and labels, "" for names (optional, none at all)
     SPLIT/ids                    (N,) integer, unique over train, valid, test and unlabelled (optional)
     SPLIT/names                  (N,) string (optional, the ids)
-    SPLIT/groups                 (N,) string, speakers or videos that are not to be divided (optional, none)
+    SPLIT/groups                 (N,) string, speakers or videos that are not to be divided (optional, none);
+                                 SPLIT/groups/KIND where there are several kinds of groups
 
 SPLIT is train, valid, test, unlabelled or cross_validation; a file needs one of them at least, so data to
 predict for may be a single `test`. MODALITY is any printable name without "/"; text, audio and visual are the
@@ -34,9 +35,10 @@ import torch
 
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
+from mmfast.data.readers.format import Format
 from mmfast.errors import UserError
 
-FORMAT = "mmfast-data 1"
+VERSION = "mmfast-data 1"
 POOLS = ("train", "valid", "test", "unlabelled", "cross_validation")
 
 
@@ -60,7 +62,7 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
     if not any(len(d) for d in (getattr(data, split) for split in POOLS) if d is not None):
         raise UserError("save: data must hold at least one sample, got none")
     arrays = {
-        "format": np.array(FORMAT),
+        "format": np.array(VERSION),
         "name": np.array(data.name),
         "task": np.array(data.task),
         "targets": np.array(data.targets),
@@ -74,8 +76,8 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
         arrays[f"{split}/labels"] = dataset.labels.numpy()
         arrays[f"{split}/ids"] = dataset.ids.numpy()
         arrays[f"{split}/names"] = np.array(dataset.names)
-        if dataset.groups is not None:
-            arrays[f"{split}/groups"] = np.array(dataset.groups)
+        for kind, names in dataset.groups.items():
+            arrays[f"{split}/groups/{kind}"] = np.array(names)
         for modality in dataset.modalities:
             arrays[f"{split}/{modality}/values"] = dataset.flat(modality).numpy()
             arrays[f"{split}/{modality}/lengths"] = dataset.lengths(modality).numpy()
@@ -96,17 +98,6 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def is_saved(path: Path) -> bool:
-    """Whether the file is an archive with this format's key."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "format.npy" in archive.namelist()
-    except zipfile.BadZipFile:
-        return False
-
-
 def read_saved(path) -> MultimodalData:
     """Read what `save` wrote, or another program in the same format (see the module's description).
 
@@ -116,8 +107,8 @@ def read_saved(path) -> MultimodalData:
     path = Path(path)
     arrays = _load(path)
     found = str(arrays.pop("format", "none"))
-    if found != FORMAT:
-        raise UserError(f"{path}: format must be {FORMAT!r}, got {found!r}")
+    if found != VERSION:
+        raise UserError(f"{path}: format must be {VERSION!r}, got {found!r}")
     splits = _group(path, arrays)
     try:
         datasets, first_id = {}, 0
@@ -135,6 +126,8 @@ def read_saved(path) -> MultimodalData:
             label_range=arrays["label_range"].flatten().tolist() if "label_range" in arrays else None,
             task=str(arrays["task"]) if "task" in arrays else None,
             targets=arrays["targets"].flatten().tolist() if "targets" in arrays else None,
+            padding="none, stored without",
+            layout="mmfast .npz file",
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
@@ -173,14 +166,21 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
         match key.split("/"):
             case ["name" | "label_range" | "task" | "targets"]:
                 pass
-            case [split, ("labels" | "ids" | "names" | "groups") as kind] if split in POOLS:
+            case [split, ("labels" | "ids" | "names") as kind] if split in POOLS:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind] = array
+            case [split, "groups"] if split in POOLS:
+                content = splits.setdefault(split, {"values": {}, "lengths": {}})
+                content["groups"] = {**content.get("groups", {}), "group": array}
+            case [split, "groups", kind] if split in POOLS and kind:
+                groups = splits.setdefault(split, {"values": {}, "lengths": {}}).setdefault("groups", {})
+                groups[kind] = array
             case [split, modality, ("values" | "lengths") as kind] if split in POOLS and modality:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind][modality] = array
             case _:
                 raise UserError(
                     f"{path}: keys must be name, task, targets, label_range, SPLIT/labels, SPLIT/ids, SPLIT/names, "
-                    f"SPLIT/groups, SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, SPLIT in {POOLS}, got {key!r}"
+                    "SPLIT/groups, SPLIT/groups/KIND, SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, SPLIT in "
+                    f"{POOLS}, got {key!r}"
                 )
     for split, content in splits.items():
         if content["values"].keys() != content["lengths"].keys():
@@ -189,3 +189,11 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
                 f"got {sorted(content['values'])} and {sorted(content['lengths'])}"
             )
     return splits
+
+
+FORMAT = Format(
+    "an mmfast .npz file",
+    lambda source: source.kind == "zip" and "format.npy" in source.members,
+    lambda source, options: read_saved(source.path),
+    lambda source: contents(source.path),
+)

@@ -1,0 +1,81 @@
+"""Labels as other repositories keep them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmfast.data.targets import CLASSIFICATION, REGRESSION
+from mmfast.errors import UserError
+
+
+class Labels(NamedTuple):
+    """(N,) numbers or indices of classes, or (N, K) numbers; and what they are."""
+
+    values: np.ndarray
+    task: str
+
+
+def read_labels(where: str, value: Any, samples: int) -> Labels:
+    """Numbers of N samples: (N,), (N, 1), (N, 1, 1), a list of numbers or of (1, 1) arrays, or (N, K).
+
+    Rows of 0 and 1 that add up to 1 are one-hot classes. NaN is none.
+
+    Args:
+        where: file and key, for errors.
+
+    Raises:
+        UserError: no numbers, another number of samples, more axes.
+    """
+    if isinstance(value, (list, tuple)):
+        try:
+            value = np.array([np.asarray(item, np.float64).reshape(-1) for item in value[: samples + 1]])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where} must be numbers, got {_short(error)}") from None
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{where} must be numbers, got {array.dtype}")
+    if array.ndim == 0 or len(array) != samples:
+        got = len(value) if hasattr(value, "__len__") and array.ndim else "one number"
+        raise UserError(f"{where} must have {samples} rows, one per sample, got {got}")
+    array = array.astype(np.float64)
+    while array.ndim > 1 and array.shape[-1] == 1:
+        array = array[..., 0]
+    while array.ndim > 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim > 2 or 0 in array.shape[1:]:
+        raise UserError(f"{where} must be (N,), (N, 1), (N, 1, 1) or (N, K), got {np.shape(value)}")
+    if array.ndim == 2 and samples and is_one_hot(array):
+        return Labels(array.argmax(1).astype(np.float64), CLASSIFICATION)
+    return Labels(array, REGRESSION)
+
+
+def is_one_hot(rows: np.ndarray) -> bool:
+    """Whether each row of (N, K), K of 2 or more, is 0 but for one 1."""
+    return rows.shape[1] >= 2 and bool(np.isin(rows, (0, 1)).all() and (rows.sum(1) == 1).all())
+
+
+def range_of(labels: np.ndarray) -> tuple[float, float]:
+    """(-3, 3) if it holds all labels, else the smallest whole numbers that do."""
+    known = labels[np.isfinite(labels)]
+    if not known.size or np.abs(known).max() <= 3:
+        return -3.0, 3.0
+    low, high = math.floor(known.min()), math.ceil(known.max())
+    return float(low), float(high if high > low else low + 1)
+
+
+def outside(labels: np.ndarray, label_range: tuple[float, float]) -> list[str]:
+    """A warning if labels lie outside of the layout's range; they are kept."""
+    low, high = label_range
+    wrong = labels[(labels < low) | (labels > high)]
+    if not wrong.size:
+        return []
+    return [
+        f"{wrong.size} labels lie outside [{low:g}, {high:g}], such as {wrong.flat[0]:g}; kept as they are"
+    ]
+
+
+def _short(error: Exception) -> str:
+    return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
