@@ -35,7 +35,7 @@ CELLAR = (
     "files",
     "metrics",
     "registration",
-    "shares",
+    "split_spec",
     "version",
     "wording",
 )

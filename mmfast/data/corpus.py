@@ -12,6 +12,7 @@ from torch import Tensor
 from mmfast.data import arguments, fingerprint, targets
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.errors import UserError
+from mmfast.split_spec import Protocol
 
 SPLITS = ("train", "valid", "test", "unlabelled")
 
@@ -36,6 +37,8 @@ class MultimodalData:
         targets: names of the classes in the order of their indices, or of the K columns. Where they are not given,
             classes that came as names are sorted; others are called 0, 1, ..., columns label0, label1, ..., and a
             single one label.
+        protocol: how those of cross_validation are divided into folds, by `divide`; None where the number of folds is
+            left to whoever evaluates.
         warnings: sentences about what a reader met in the files and kept, left out or took for something.
         padding: what the files had as padding, in words.
         layout: of the files, in words; "" where the data come from no file.
@@ -59,6 +62,7 @@ class MultimodalData:
     padding: str = "none"
     layout: str = ""
     sample_rate: int | None = None
+    protocol: Protocol | None = None
 
     def __post_init__(self) -> None:
         own = [d for d in (self.train, self.valid, self.test, self.unlabelled) if d is not None]
@@ -66,6 +70,8 @@ class MultimodalData:
         self.warnings = tuple(self.warnings)
         if not given:
             raise UserError("MultimodalData: at least one split must be given, got none")
+        if self.protocol is not None and self.cross_validation is None:
+            raise UserError("MultimodalData: a protocol needs samples to cross-validate, got none")
         for other in given[1:]:
             if other.features != given[0].features:
                 raise UserError(
@@ -160,6 +166,8 @@ class MultimodalData:
         """
         named = {name: getattr(self, name) for name in (*SPLITS, "cross_validation")}
         parts = [(name, d.fingerprint()) for name, d in named.items() if d is not None and len(d)]
+        if self.protocol is not None:
+            parts.append(("protocol", self.protocol.words()))
         if (self.task, self.targets) == (targets.REGRESSION, targets.UNNAMED):
             return fingerprint.of_parts(self.label_range, parts)
         return fingerprint.of_parts(self.label_range, self.task, self.targets, parts)

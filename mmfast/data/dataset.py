@@ -28,7 +28,7 @@ class MultimodalDataset(Dataset):
         ids: one unique int64 per sample; default 0, 1, 2, ...
         names: one string per sample; default the ids.
         groups: kind of group, such as "speaker", "session" or "video", -> one string per sample; default none. One
-            plain sequence of strings is the kind "group". `random_split` and `folds` keep the samples of a group
+            plain sequence of strings is the kind "group". `divide` and `folds` keep the samples of a group
             together, lest a network be tested on somebody that it was trained on.
         words: one list of strings per sample, a word a step; default none.
         transcripts: one string per sample; default none.
@@ -336,6 +336,14 @@ class MultimodalDataset(Dataset):
         out = self._share()
         out._labels = targets.fitted("MultimodalData", self, task, names)
         out._task, out._targets = task, names
+        return out
+
+    def identified(self, ids, names: Sequence[str], groups) -> MultimodalDataset:
+        """The same samples with other ids, names and groups."""
+        out = self._share()
+        out._ids = arguments.ids(ids, len(self))
+        out._names = arguments.strings(names, "names", len(self))
+        out._groups = arguments.groups(groups, len(self))
         return out
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> MultimodalDataset:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect as signatures
+import os
 from dataclasses import fields
 
+from mmfast.data.combine import combine, short_names
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
 from mmfast.data.readers import ict_mmmo, npz
 from mmfast.data.readers.format import Format
 from mmfast.data.readers.hdf5 import describe_hdf5
 from mmfast.data.source import Source
+from mmfast.data.split import divide
 from mmfast.data.synthetic import synthetic
 from mmfast.errors import UserError
 
@@ -20,15 +23,54 @@ FORMATS: tuple[Format, ...] = (ict_mmmo.FORMAT, npz.FORMAT)
 COMMON = frozenset()
 
 
-def load(source, **options) -> MultimodalData:
+# What says something about labels, which a pool has none of.
+ABOUT_LABELS = ("labels", "labels_from", "classes")
+
+
+def load(
+    source, *, pool=(), split=None, seed: int = 0, group: str | None = None, **options
+) -> MultimodalData:
     """The corpus called `source`: "synthetic" (options as in `synthetic`), or a path, recognised by content.
 
     Args:
+        source: one, or several that are made one, see `combine`.
+        pool: a path or several of which all samples come as unlabelled ones.
+        split: how to divide the samples, in place of the splits in the files; see `divide`.
+        seed: of the division; also of synthetic data.
+        group: which is not divided; see `divide`.
         options: of a path, those of :class:`~mmfast.data.options.Options`.
 
     Raises:
-        UserError: nothing there, unknown options, or content of no known kind (which is then listed).
+        UserError: nothing there, unknown options, content of no known kind (which is then listed), sources that do
+            not go together, or samples that cannot be divided so.
     """
+    if group is not None and split is None:
+        raise UserError(f"load: group must be given with split alone, which it concerns, got {group!r}")
+    sources, pools = _several(source), _several(pool)
+    if not sources:
+        raise UserError("load: at least one source must be given, got none")
+    if "synthetic" in sources:
+        options["seed"] = seed
+    data = [_read(one, options) for one in sources]
+    if len(sources) > 1 or pools:
+        others = {} if "synthetic" in sources else {k: v for k, v in options.items() if k not in ABOUT_LABELS}
+        names = short_names([*sources, *pools])
+        unlabelled = [_read(one, others) for one in pools]
+        data = [
+            combine(
+                dict(zip(names, data, strict=False)),
+                dict(zip(names[len(data) :], unlabelled, strict=True)),
+                divided=split is not None,
+            )
+        ]
+    return data[0] if split is None else divide(data[0], split, seed=seed, group=group)
+
+
+def _several(given) -> list:
+    return [given] if isinstance(given, (str, os.PathLike)) else list(given)
+
+
+def _read(source, options: dict) -> MultimodalData:
     if source == "synthetic":
         known = signatures.signature(synthetic).parameters
         for name in options.keys() - known:

@@ -1,218 +1,134 @@
-"""Fewer labels, random splits, and folds for cross-validation."""
+"""Data divided anew, by shares, lists, folds, or one group that is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from mmfast.checks import numpy_generator
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
-from mmfast.data.targets import presence, strata
+from mmfast.data.folds import held_together, of_protocol, part_of_fold
+from mmfast.data.listed import NOWHERE, by_lists
+from mmfast.data.shares import TEST, TRAIN, VALID, by_shares
+from mmfast.data.units import TOGETHER, related
 from mmfast.errors import UserError
-from mmfast.shares import are_shares
+from mmfast.split_spec import LeaveOut, Lists, Protocol, Shares, Spec, is_protocol, parse
+
+PARTS = {"train": TRAIN, "valid": VALID, "test": TEST}
 
 
-def label_share(dataset: MultimodalDataset, share: float, seed: int, least: int = 0) -> MultimodalDataset:
-    """Keep the labels of round(share * n) of the n labelled samples, of `least` if there are; others become NaN.
+def divide(
+    data: MultimodalData,
+    spec: Spec | str | os.PathLike | Sequence[float] | Mapping[str, Sequence[str]],
+    *,
+    seed: int = 0,
+    group: str | None = None,
+) -> MultimodalData:
+    """The same samples in other splits, which replace those that there are, and any cross-validation.
 
-    Nested: with one seed, the samples of a smaller share are among those of a larger one. Which ones follows the ids,
-    not the order of the samples. Classes keep their shares, and so do sets of labels, give or take a sample; the
-    first to be kept are one of each class or with each label, the most frequent ones before others.
-
-    Raises:
-        UserError: share outside [0, 1].
-    """
-    if not 0 <= share <= 1:
-        raise UserError(f"label_share: share must lie in [0, 1], got {share}")
-    by_id = np.argsort(dataset.ids.numpy())
-    labelled = by_id[dataset.labelled().numpy()[by_id]]
-    kept = max(round(share * len(labelled)), least)
-    generator = numpy_generator("label_share", seed)
-    order = generator.permutation(labelled)
-    if (stratum := strata(dataset)) is not None:
-        order = order[_spread(stratum[order], generator)]
-        order = order[_one_of_each_first(presence(dataset)[order])]
-    mask = torch.zeros(len(dataset), dtype=torch.bool, device="cpu")
-    mask[order[:kept]] = True
-    return dataset.keep_labels(mask)
-
-
-def _one_of_each_first(there: np.ndarray) -> np.ndarray:
-    """(N,) positions: the first True of each column of (N, C), the fullest columns before others; then the rest."""
-    columns = np.argsort(-there.sum(0), kind="stable")
-    first = list(dict.fromkeys(int(there[:, c].argmax()) for c in columns if there[:, c].any()))
-    return np.concatenate([first, np.delete(np.arange(len(there)), first)]).astype(np.int64)
-
-
-def _spread(stratum: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """(N,) positions such that each stretch has the strata in their shares, give or take one."""
-    _, number, counts = np.unique(stratum, return_inverse=True, return_counts=True)
-    rank = np.empty(len(stratum), dtype=np.int64)
-    order = np.argsort(number, kind="stable")
-    rank[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
-    offset = generator.random(len(counts))
-    return np.argsort((rank + offset[number]) / counts[number], kind="stable")
-
-
-def random_split(data: MultimodalData, shares: Sequence[float], seed: int = 0) -> MultimodalData:
-    """Divide the samples of one split into train, valid and test at random.
-
-    Divided are the labelled samples of train (of test where train is empty, as `save` writes a lone data set);
-    samples without a label belong to train. A share of 0 leaves its split as it is: (0.9, 0.1, 0)
-    takes validation samples from train and keeps the test split. Every other part gets round(share * n) of n
-    labelled samples and at least one.
-
-    Samples of one group stay together, and so do samples of equal contents in data without groups: parts are then
-    as large as the last group makes them, and unlabelled samples go where their group goes. Which samples go where
-    is a function of `seed` and of the names of the groups or the contents, not of order, ids or file.
-
-    Stratified where the labels are classes or sets of labels: every part gets them (of a group the most frequent) in
-    their shares, as far as they are frequent enough.
+    Every sample of the splits, and of those to be cross-validated, comes to be in one new split. What goes where is a
+    function of the seed and of names (of contents where samples have no names but their ids), not of order or ids.
+    Samples that share a `video`, a `speaker` or a `group`, or have equal contents, are never in two splits; `group`
+    names another group that is not divided, in place of all these. Samples without a label are trained on, unless
+    they belong to some that are not. The pool loses what belongs to validation and test samples.
 
     Args:
-        shares: of train, valid and test, adding up to 1.
+        spec: one of
+
+            - shares of train, valid and test, `(0.7, 0.1, 0.2)` or "0.7,0.1,0.2". Of n labelled samples valid and
+              test have floor(share * n), at least one, as near as what must stay together allows; stratified by class
+              or set of labels. A share of 0 keeps the split that there is.
+            - lists of names of samples or of videos (of values of `group`): a mapping of splits to them, or a .json
+              file of it, or a .csv file with the columns name or video and split. Others are left out; `warnings`
+              count them.
+            - "kfold:5:2", the fold 2 (of 0 to 4) of five; a fifth of what is not tested validates.
+            - "speaker:NAME", "GROUP:VALUE": that value is tested. The next value in sorted order validates, or, of
+              speakers within sessions, the other speaker of the session.
+            - "kfold:5", "speaker", "GROUP": all the folds, for cross-validation. The splits are empty then,
+              `cross_validation` holds the samples and `protocol` says how they are divided.
 
     Raises:
-        UserError: bad shares, a split that holds samples already, too few labelled samples, or data that are
-            to be cross-validated.
+        UserError: none of these, or data that cannot be divided so.
     """
-    if not are_shares(shares):
-        raise UserError(
-            "random_split: shares must be three numbers for train, valid and test that add up to 1, the first "
-            f"above 0 and below 1, got {shares}"
-        )
-    if data.cross_validation is not None:
-        raise UserError(f"random_split: data {data.name} ask for cross-validation, which splits them already")
-    source = "train" if len(data.train) else "test"
-    for name, share in zip(("train", "valid", "test"), shares, strict=True):
-        if share and name not in ("train", source) and len(getattr(data, name)):
+    spec = parse(spec)
+    kept = {}
+    if isinstance(spec, Shares):
+        kept = {name: getattr(data, name) for name in PARTS if getattr(spec, name) == 0}
+        if all(len(part) == 0 for part in _sources(data, kept)):
+            kept = {}
+    whole = _whole(data, kept)
+    pool = None if data.unlabelled is data.train else data.unlabelled
+    if is_protocol(spec):
+        protocol = Protocol(spec, seed, group)
+        folds = of_protocol(whole, protocol)
+        if len(folds) < 2:
             raise UserError(
-                f"random_split: data {data.name} have a {name} split of {len(getattr(data, name))} samples "
-                f"already; its share must be 0, got {share:g}"
+                f"split: {spec.group} must have two values at least to be left out in turn, got {len(folds)}"
             )
-    whole: MultimodalDataset = getattr(data, source)
-    labelled = whole.labelled().numpy()
-    n = int(labelled.sum())
-    valid, test = (max(round(share * n), 1) if share else 0 for share in shares[1:])
-    if valid + test >= n:
-        raise UserError(
-            f"random_split: {n} labelled samples are too few for a train, valid and test split by shares {shares}"
-        )
-    units, unit = np.unique(_keys(whole), return_inverse=True)
-    sizes = np.bincount(unit[labelled], minlength=len(units))
-    # Parts are filled one after another by units in random order: test, valid, and what is left is train.
-    generator = numpy_generator("random_split", seed)
-    order = generator.permutation(len(units))
-    if (stratum := strata(whole)) is not None:
-        order = order[_spread(_most_frequent(stratum, unit)[order], generator)]
-    part = np.empty(len(units), dtype=np.int64)
-    part[order] = np.searchsorted([test, test + valid], np.cumsum(sizes[order]) - sizes[order], side="right")
-    part[sizes == 0] = 2
-    new = {
-        name: whole.subset(part[unit] == i)
-        for i, (name, share) in enumerate(zip(("test", "valid", "train"), shares[::-1], strict=True))
-        if share or name == source
-    }
-    for name, share in zip(("train", "valid", "test"), shares, strict=True):
-        if share and len(new[name]) == 0:
-            raise UserError(
-                f"random_split: the {n} labelled samples are of only {np.count_nonzero(sizes)} "
-                f"{'groups' if whole.groups else 'contents'}, nothing is left for {name}"
+        for fold in folds:
+            part_of_fold(whole, fold, seed, group)
+        empty = dict.fromkeys(PARTS)
+        return replace(data, **empty, cross_validation=whole, protocol=protocol, unlabelled=pool)
+    warnings = data.warnings
+    if isinstance(spec, Shares):
+        part = by_shares(whole, spec.valid, spec.test, seed, group)
+    elif isinstance(spec, Lists):
+        part = by_lists(whole, spec.source, group or "video")
+        if left := int((part == NOWHERE).sum()):
+            warnings = (
+                *warnings,
+                f"{left:,} of {len(part):,} samples are in none of the lists of splits: left out",
             )
-    if data.unlabelled is not None:
-        # As far as the pool was train, it is what is left of train.
-        pool = data.unlabelled
-        held_out = torch.isin(pool.ids, whole.ids[part[unit] < 2]).numpy()
-        if bool(pool.groups) == bool(whole.groups):
-            held_out |= np.isin(_keys(pool), units[part < 2])
-        new["unlabelled"] = new["train"] if pool is data.train else pool.subset(~held_out)
-    return replace(data, **new)
+    else:
+        part = part_of_fold(whole, spec, seed, group)
+    parts = {name: whole.subset(part == number) for name, number in PARTS.items()} | kept
+    pool = parts["train"] if data.unlabelled is data.train else _training_side(pool, parts, spec, group)
+    return replace(data, **parts, unlabelled=pool, cross_validation=None, protocol=None, warnings=warnings)
 
 
-def _most_frequent(stratum: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """(units,) the stratum that most labelled samples of each unit have, -1 without such."""
-    table = np.zeros((unit.max() + 1, max(stratum.max(), 0) + 1), dtype=np.int64)
-    np.add.at(table, (unit[stratum >= 0], stratum[stratum >= 0]), 1)
-    return np.where(table.any(1), table.argmax(1), -1)
-
-
-def _keys(dataset: MultimodalDataset) -> np.ndarray:
-    """(N,) what samples that must stay together have in common."""
-    return np.array(_names_of_groups(dataset)) if dataset.groups else dataset.fingerprints().numpy()
-
-
-def _names_of_groups(dataset: MultimodalDataset) -> list[str]:
-    """(N,) names of the groups of the first kind."""
-    return next(iter(dataset.groups.values()))
-
-
-def _order(dataset: MultimodalDataset, unit: np.ndarray) -> np.ndarray:
-    """(units,) numbers by which neighbours are alike in their labels."""
-    if (stratum := strata(dataset)) is not None:
-        return _most_frequent(stratum, unit)
-    labels = dataset.labels.numpy()
-    if labels.ndim == 2:
-        known = labels[~np.isnan(labels).any(1)]
-        spread = known.std(0) if len(known) else np.ones(labels.shape[1])
-        labels = np.nansum((labels - np.nanmean(labels, 0)) / np.where(spread > 0, spread, 1), 1)
-    return np.bincount(unit, labels) / np.bincount(unit)
-
-
-class Fold(NamedTuple):
-    train: MultimodalDataset
-    valid: MultimodalDataset
-    test: MultimodalDataset
-
-
-def folds(
-    dataset: MultimodalDataset, n_folds: int = 5, seed: int = 0, valid_share: float = 0.2
-) -> Iterator[Fold]:
-    """k-fold cross-validation, stratified by the quantile of the label, by the class, or by the set of labels.
-
-    Where the data have groups, read "group" for "sample" and its mean label (its most frequent class or set) for the
-    label: no group is divided. Several numbers are stratified by the sum of their standardised values.
-    Every sample is tested in exactly one fold. `valid` is `valid_share` of what remains (at least one), for
-    early stopping and the choice of settings. Test and valid sets follow the label distribution: of every
-    `n_folds` neighbours in the order of labels each fold tests one, and valid samples are spread evenly over
-    that order. Equal labels are ordered at random by ids, so that the folds do not follow the order of the samples.
+def fold_parts(data: MultimodalData, fold: int) -> dict[str, MultimodalDataset | None]:
+    """train, valid, test and unlabelled of one fold of data with a `protocol`.
 
     Raises:
-        UserError: samples without a label, or too few samples for n_folds folds with three parts.
+        UserError: no such fold.
     """
-    missing = int((~dataset.labelled()).sum())
-    if missing:
-        raise UserError(f"folds: every sample must have a label, {missing} of {len(dataset)} have none")
-    kind, keys = ("groups", _names_of_groups(dataset)) if dataset.groups else ("samples", dataset.ids)
-    units, unit = np.unique(np.asarray(keys), return_inverse=True)
-    n = len(units)
-    if not 2 <= n_folds <= n or n - -(-n // n_folds) < 2:
-        raise UserError(
-            f"folds: n_folds must lie in [2, {kind} = {n}] and leave two for train and valid, got {n_folds}"
-        )
-    if not 0 < valid_share < 1:
-        raise UserError(f"folds: valid_share must lie in (0, 1), got {valid_share}")
-    return _folds(dataset, unit, n_folds, numpy_generator("folds", seed), valid_share)
+    whole, protocol = data.cross_validation, data.protocol
+    specs = of_protocol(whole, protocol)
+    if not 0 <= fold < len(specs):
+        raise UserError(f"split: fold must lie in [0, {len(specs)}), got {fold}")
+    part = part_of_fold(whole, specs[fold], protocol.seed, protocol.group)
+    parts = {name: whole.subset(part == number) for name, number in PARTS.items()}
+    return {**parts, "unlabelled": _training_side(data.unlabelled, parts, specs[fold], protocol.group)}
 
 
-def _folds(dataset, unit, n_folds, rng, valid_share) -> Iterator[Fold]:
-    """`unit` (N,) numbers what is not to be divided, groups or samples, by names or ids."""
-    sizes = np.bincount(unit)
-    n, labels = len(sizes), _order(dataset, unit)
-    by_label = np.lexsort((rng.random(n), labels))
-    fold = np.empty(n, dtype=np.int64)
-    for start in range(0, n, n_folds):
-        neighbours = by_label[start : start + n_folds]
-        fold[neighbours] = rng.permutation(n_folds)[: len(neighbours)]
-    for k in range(n_folds):
-        rest = by_label[fold[by_label] != k]
-        count = min(max(round(valid_share * len(rest)), 1), len(rest) - 1)
-        chosen = ((np.arange(count) + rng.random()) * len(rest) / count).astype(np.int64)
-        valid = np.zeros(n, dtype=bool)
-        valid[rest[chosen]] = True
-        test = fold == k
-        yield Fold(*(dataset.subset(part[unit]) for part in (~valid & ~test, valid, test)))
+def _sources(data: MultimodalData, kept: Mapping[str, MultimodalDataset]) -> list[MultimodalDataset]:
+    own = [getattr(data, name) for name in PARTS if name not in kept]
+    return own if data.cross_validation is None else [*own, data.cross_validation]
+
+
+def _whole(data: MultimodalData, kept: Mapping[str, MultimodalDataset]) -> MultimodalDataset:
+    """All samples that are to be divided, each once."""
+    found, known = [], torch.cat([data.train.ids[:0], *(part.ids for part in kept.values())])
+    for part in _sources(data, kept):
+        new = ~torch.isin(part.ids, known)
+        if new.any():
+            found.append(part if new.all() else part.subset(new))
+            known = torch.cat([known, part.ids])
+    if not found:
+        raise UserError(f"split: data {data.name} have no samples to divide")
+    return found[0] if len(found) == 1 else MultimodalDataset.concatenate(found)
+
+
+def _training_side(
+    pool: MultimodalDataset | None, parts: Mapping[str, MultimodalDataset], spec: Spec, group: str | None
+) -> MultimodalDataset | None:
+    """The pool without what belongs to validation and test samples."""
+    if pool is None:
+        return None
+    groups = TOGETHER if group is None else (group,)
+    if isinstance(spec, LeaveOut):
+        groups = held_together(spec.group)
+    return pool.subset(~related(pool, (parts["valid"], parts["test"]), groups))

@@ -12,7 +12,7 @@ import numpy as np
 from mmfast.checks import numpy_generator
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
-from mmfast.data.split import label_share
+from mmfast.data.shares import label_share
 from mmfast.data.targets import MULTILABEL, REGRESSION, TASKS
 from mmfast.errors import UserError
 

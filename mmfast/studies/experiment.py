@@ -29,7 +29,7 @@ from mmfast.training.folder import PREDICTIONS, claim, examine, finished, load_r
 from mmfast.training.methods import Method, config_for, methods_of, stages_of
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import read_predictions, write_predictions
-from mmfast.training.splits import Splits, identity, load_data, make_splits, require_labels
+from mmfast.training.splits import Splits, fold_count, identity, load_data, make_splits, require_labels
 from mmfast.training.stages import Stage
 from mmfast.training.task import task_of_data
 
@@ -168,7 +168,8 @@ def run_experiment(config: Config, experiment: ExperimentConfig) -> dict[str, li
 
 def units_of(config: Config, experiment: ExperimentConfig, data: MultimodalData) -> list[Unit]:
     """All units of an experiment, seed by seed."""
-    folds = [None] if data.cross_validation is None else range(config.data.folds)
+    count = fold_count(data, config.data)
+    folds = [None] if count is None else range(count)
     return [Unit(seed, fold) for seed in experiment.seeds for fold in folds]
 
 

@@ -13,7 +13,7 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from mmfast.errors import UserError
-from mmfast.shares import are_shares
+from mmfast.split_spec import RULE, parsable
 
 # Which samples of a data set: a part of it, all of them, or those of them that a network has not seen.
 SPLITS = ("train", "valid", "test", "unlabelled", "all", "unseen")
@@ -53,11 +53,17 @@ class DataConfig:
         path: ``synthetic``, or a file or folder of features that ``mmfast inspect`` recognises.
         label_share: Share of the labelled training and validation samples whose labels are used, in (0, 1]. The
             choice is seeded by ``run.seed``; pre-training sees all inputs, and the test split is never reduced.
-        split: Shares of train, valid and test, such as ``[0.7, 0.1, 0.2]``, by which data that come in one split are
-            divided at random; 0 keeps the split that they have. Equal samples stay together.
+        pool: More files or folders, of which all samples are taken for pre-training alone.
+        split: How to divide the data in place of the splits that they have. Shares of train, valid and test, such as
+            ``0.7,0.1,0.2``, where 0 keeps the split that there is; a .json or .csv file of names of samples or
+            videos; ``kfold:5``; or a group such as ``speaker`` or ``session``, each of which is left out in turn.
+            ``kfold:5:2`` and ``speaker:NAME`` are one of these folds. Samples of one video or speaker, and equal
+            ones, stay together.
         split_seed: Seed of that division, apart from the seed of the run: all runs see the same splits.
-        folds: Number of folds for data that ask for cross-validation instead of having a fair test split.
-        fold: Which of them is tested, from 0; validation samples are a fifth of the others.
+        group: A group that is not divided, in place of video and speaker.
+        folds: Number of folds for data that ask for cross-validation of themselves, without ``split``.
+        fold: Which fold is tested, from 0, where there are several; validation samples of k-fold are a fifth of the
+            others.
         task: What the labels are taken for, where that is not what the data say: classes as numbers, whole numbers as
             classes, columns of 0 and 1 as numbers.
         synthetic: Options of the generator.
@@ -65,8 +71,10 @@ class DataConfig:
 
     path: str = "synthetic"
     label_share: float = 1.0
-    split: list[float] | None = None
+    pool: list[str] | None = None
+    split: list[float] | str | None = None
     split_seed: int = 0
+    group: str | None = None
     folds: int = 5
     fold: int = 0
     task: Literal["regression", "classification", "multilabel"] | None = None
@@ -331,11 +339,7 @@ RULES = (
     ("data.path", "a path or synthetic", bool),
     ("run.folder", "a path", bool),
     ("data.label_share", "in (0, 1]", lambda v: 0 < v <= 1),
-    (
-        "data.split",
-        "shares of train, valid and test that add up to 1, the first above 0 and below 1",
-        lambda v: v is None or are_shares(v),
-    ),
+    ("data.split", RULE, lambda v: v is None or parsable(v)),
     ("data.split_seed", *SEED),
     ("data.folds", "at least 2", lambda v: v >= 2),
     ("data.fold", "at least 0", lambda v: v >= 0),

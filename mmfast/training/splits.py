@@ -12,17 +12,22 @@ from mmfast.data import (
     MultimodalData,
     MultimodalDataset,
     Standardiser,
+    combine,
+    divide,
     folds,
     label_share,
     load,
-    random_split,
     synthetic,
 )
+from mmfast.data.combine import short_names
+from mmfast.data.folds import of_protocol
+from mmfast.data.split import fold_parts
+from mmfast.data.units import TOGETHER, related, shared
 from mmfast.errors import UserError
 from mmfast.training.config import DataConfig
 from mmfast.training.seeds import derive
 
-DIVIDE = "samples that come in one split are divided by data.split, such as [0.7, 0.1, 0.2]"
+DIVIDE = "samples that come in one split are divided by data.split, such as 0.7,0.1,0.2"
 
 
 @dataclass(frozen=True)
@@ -59,9 +64,21 @@ class Splits:
 
 def load_data(config: DataConfig) -> MultimodalData:
     """The data set that ``config.path`` names, with labels of ``config.task``, divided as ``config.split`` says."""
-    data = synthetic(**asdict(config.synthetic)) if config.path == "synthetic" else load(config.path)
+    if config.group is not None and config.split is None:
+        raise UserError(
+            f"config: data.group must be null without data.split, which it concerns, got {config.group}"
+        )
+    if config.path == "synthetic":
+        data = synthetic(**asdict(config.synthetic))
+        if config.pool:
+            names = short_names(config.pool)
+            data = combine({"synthetic": data}, dict(zip(names, map(load, config.pool), strict=True)))
+    else:
+        data = load(config.path, pool=config.pool or ())
     data = data if config.task is None else data.as_task(config.task)
-    return data if config.split is None else random_split(data, config.split, config.split_seed)
+    if config.split is None:
+        return data
+    return divide(data, config.split, seed=config.split_seed, group=config.group)
 
 
 def make_splits(
@@ -69,8 +86,9 @@ def make_splits(
 ) -> Splits:
     """Splits of one run.
 
-    Data with ``cross_validation`` samples are split by fold ``config.fold`` of ``config.folds``; the folds are the
-    same for every ``seed``, which only chooses the labels kept under ``config.label_share``.
+    Data with ``cross_validation`` samples are split by fold ``config.fold`` of their protocol, or of ``config.folds``
+    without one; the folds are the same for every ``seed``, which only chooses the labels kept under
+    ``config.label_share``.
 
     Args:
         standardiser: of the checkpoint that the run starts from; by default one is fitted on ``inputs``.
@@ -115,25 +133,49 @@ def identity(data: MultimodalData) -> str:
 
 
 def named_parts(data: MultimodalData, config: DataConfig | None = None) -> dict[str, MultimodalDataset]:
-    """``train``, ``valid``, ``test`` and ``unlabelled`` (disjoint from the others), as they were read.
+    """``train``, ``valid``, ``test`` and ``unlabelled``, as they were read.
+
+    What is unlabelled is disjoint from the others. Where it is to be trained on, it has no contents in common with
+    validation and test samples, and no video, speaker or group that is kept out of training.
 
     Args:
-        config: chooses the fold of data that ask for cross-validation; without it their own splits are taken.
+        config: of the run that trains; chooses the fold of data that ask for cross-validation. Without it their own
+            splits are taken, and all samples that a protocol cross-validates are ``test``.
     """
     named = {name: getattr(data, name) for name in ("train", "valid", "test")}
-    if data.cross_validation is None and config is not None and config.fold:
+    pool = data.unlabelled
+    if config is not None and (count := fold_count(data, config)) is not None:
+        if not 0 <= config.fold < count:
+            which = f"data.folds = {count}" if data.protocol is None else f"{count} folds of data {data.name}"
+            raise UserError(f"config: data.fold must lie in [0, {which}), got {config.fold}")
+        if data.protocol is None:
+            named = list(folds(data.cross_validation, config.folds))[config.fold]._asdict()
+        else:
+            named = fold_parts(data, config.fold)
+            pool = named.pop("unlabelled")
+    elif config is not None and config.fold:
         raise UserError(
             f"config: data.fold must be 0 for data {data.name}, which ask for no cross-validation, got {config.fold}"
         )
-    if data.cross_validation is not None and config is not None:
-        if not 0 <= config.fold < config.folds:
-            raise UserError(
-                f"config: data.fold must lie in [0, data.folds = {config.folds}), got {config.fold}"
-            )
-        named = list(folds(data.cross_validation, config.folds))[config.fold]._asdict()
-    pool = data.unlabelled if data.unlabelled is not None else MultimodalDataset.empty(data.features)
+    elif data.protocol is not None:
+        named["test"] = data.cross_validation
+    if pool is None:
+        return {**named, "unlabelled": MultimodalDataset.empty(data.features)}
     known = torch.cat([dataset.ids for dataset in named.values()])
-    return {**named, "unlabelled": pool.subset(~torch.isin(pool.ids, known))}
+    pool = pool.subset(~torch.isin(pool.ids, known))
+    if config is None:
+        return {**named, "unlabelled": pool}
+    held_out = named["valid"], named["test"]
+    # A group that training samples share with the others is not what the data are divided by.
+    apart = [group for group in TOGETHER if not any(shared(named["train"], part, group) for part in held_out)]
+    return {**named, "unlabelled": pool.subset(~related(pool, held_out, apart))}
+
+
+def fold_count(data: MultimodalData, config: DataConfig) -> int | None:
+    """How many folds there are; None for data that ask for no cross-validation."""
+    if data.cross_validation is None:
+        return None
+    return config.folds if data.protocol is None else len(of_protocol(data.cross_validation, data.protocol))
 
 
 def check_aligned(dataset: MultimodalDataset) -> None:

@@ -57,8 +57,8 @@ def test_options_belong_to_their_source(tmp_path):
     assert len(load("synthetic", samples=20, features={"text": 2}).train) == 14
     with pytest.raises(UserError, match=r"synthetic takes the options .*, got 'size'"):
         load("synthetic", size=3)
-    with pytest.raises(UserError, match=r"a path takes the options labels, .*, got 'seed'"):
-        load(tmp_path, seed=3)
+    with pytest.raises(UserError, match=r"a path takes the options labels, .*, got 'samples'"):
+        load(tmp_path, samples=3)
 
 
 def test_no_such_path():

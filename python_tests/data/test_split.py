@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmfast.data import MultimodalData, MultimodalDataset, folds, label_share, random_split
+from mmfast.data import MultimodalData, MultimodalDataset, divide, folds, label_share
 from mmfast.errors import UserError
 
 
@@ -120,93 +120,197 @@ def ids(dataset):
     return set(dataset.ids.tolist())
 
 
-def test_random_split_is_a_partition_by_shares_and_leaves_unlabelled_samples_to_train():
+def test_shares_is_a_partition_by_shares_and_leaves_unlabelled_samples_to_train():
     data, whole = lone(50, unlabelled=7)
-    parts = random_split(data, (0.7, 0.1, 0.2))
+    parts = divide(data, (0.7, 0.1, 0.2))
     assert [len(parts.train), len(parts.valid), len(parts.test)] == [42, 5, 10]
     assert ids(parts.train) | ids(parts.valid) | ids(parts.test) == ids(whole)
     assert set(range(50, 57)) < ids(parts.train)
     assert parts.name == data.name and parts.label_range == data.label_range
 
 
-def test_random_split_depends_on_seed_and_contents_and_not_on_order_or_ids():
+def test_shares_depends_on_seed_and_contents_and_not_on_order_or_ids():
     data, whole = lone(30)
     order = np.random.default_rng(3).permutation(30)
     values = {"text": [whole[i].values["text"] for i in order]}
     shuffled = MultimodalData(train=MultimodalDataset(values, whole.labels[order]))
 
     def tests(data, seed=0):
-        return set(random_split(data, (0.6, 0.2, 0.2), seed).test.fingerprints().tolist())
+        return set(divide(data, (0.6, 0.2, 0.2), seed=seed).test.fingerprints().tolist())
 
     assert tests(data) == tests(shuffled) != tests(data, seed=1)
 
 
-def test_random_split_keeps_equal_samples_together():
+def test_shares_keeps_equal_samples_together():
     values = {"text": [np.full((1, 2), i // 3) for i in range(60)]}
-    parts = random_split(MultimodalData(train=MultimodalDataset(values, np.zeros(60))), (0.5, 0.25, 0.25))
+    parts = divide(MultimodalData(train=MultimodalDataset(values, np.zeros(60))), (0.5, 0.25, 0.25))
     groups = [{i // 3 for i in ids(part)} for part in (parts.train, parts.valid, parts.test)]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 20
     assert [len(parts.train), len(parts.valid), len(parts.test)] == [30, 15, 15]
 
 
-def test_random_split_of_a_lone_test_split_and_of_a_missing_validation_split():
+def test_shares_of_a_lone_test_split_and_of_a_missing_validation_split():
     _, whole = lone(20)
-    parts = random_split(MultimodalData(test=whole), (0.5, 0.2, 0.3))
+    parts = divide(MultimodalData(test=whole), (0.5, 0.2, 0.3))
     assert [len(parts.train), len(parts.valid), len(parts.test)] == [10, 4, 6]
     train, test = whole.subset(range(15)), whole.subset(range(15, 20))
-    parts = random_split(MultimodalData(train=train, test=test), (0.8, 0.2, 0))
+    parts = divide(MultimodalData(train=train, test=test), (0.8, 0.2, 0))
     assert [len(parts.train), len(parts.valid), len(parts.test)] == [12, 3, 5] and ids(parts.test) == ids(
         test
     )
-    assert [len(random_split(MultimodalData(test=whole), (0.5, 0.5, 0)).test)] == [0]
+    assert [len(divide(MultimodalData(test=whole), (0.5, 0.5, 0)).test)] == [0]
 
 
 @pytest.mark.parametrize("pool_is_train", [True, False])
-def test_random_split_takes_held_out_samples_out_of_the_pool(pool_is_train):
+def test_shares_takes_held_out_samples_out_of_the_pool(pool_is_train):
     data, whole = lone(20, unlabelled=5)
     more = MultimodalDataset({"text": [np.ones((2, 2))]}, ids=[100])
     data = MultimodalData(whole, unlabelled=whole if pool_is_train else more)
-    parts = random_split(data, (0.5, 0.25, 0.25))
+    parts = divide(data, (0.5, 0.25, 0.25))
     assert not ids(parts.pretraining()) & (ids(parts.valid) | ids(parts.test))
     assert (parts.unlabelled is parts.train) == pool_is_train
     assert ids(parts.pretraining()) == ids(parts.train) | (set() if pool_is_train else {100})
 
 
-def test_random_split_gives_every_part_a_sample():
-    parts = random_split(lone(3)[0], (0.9, 0.05, 0.05))
+def test_shares_gives_every_part_a_sample():
+    parts = divide(lone(3)[0], (0.9, 0.05, 0.05))
     assert [len(parts.train), len(parts.valid), len(parts.test)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("data", "shares", "message"),
     [
-        (lone(9)[0], (0.7, 0.1), "shares must be three numbers"),
-        (lone(9)[0], (0.7, 0.1, 0.1), "shares must be three numbers .* got"),
-        (lone(9)[0], (1.0, 0.0, 0.0), "shares must be three numbers"),
-        (lone(9)[0], (0.5, math.nan, 0.5), "shares must be three numbers"),
-        (lone(9)[0], (1.2, -0.4, 0.2), "shares must be three numbers"),
-        (lone(9)[0], ("0.7", "0.1", "0.2"), "shares must be three numbers"),
+        (lone(9)[0], (0.7, 0.1), "must be shares of train"),
+        (lone(9)[0], (0.7, 0.1, 0.1), "must be shares of train"),
+        (lone(9)[0], (1.0, 0.0, 0.0), "must be shares of train"),
+        (lone(9)[0], (0.5, math.nan, 0.5), "must be shares of train"),
+        (lone(9)[0], (1.2, -0.4, 0.2), "must be shares of train"),
+        (lone(9)[0], ("0.7", "0.1", "0.2"), "must be shares of train"),
         (lone(2, unlabelled=9)[0], (0.7, 0.1, 0.2), "2 labelled samples are too few"),
         (
             MultimodalData(train=dataset(9)),
             (0.7, 0.1, 0.2),
-            "the 9 labelled samples are of only 1 contents, nothing is left",
-        ),
-        (
-            MultimodalData(lone(9)[1].subset([1, 2, 3]), valid=lone(9)[1].subset([4, 5])),
-            (0.7, 0.1, 0.2),
-            "have a valid split of 2 samples already; its share must be 0, got 0.1",
-        ),
-        (
-            MultimodalData(lone(9)[1], cross_validation=lone(9)[1]),
-            (0.7, 0.1, 0.2),
-            "ask for cross-validation",
+            "the 9 labelled samples are of only 1 groups that must stay together, too few for 3 parts",
         ),
     ],
 )
-def test_random_split_names_what_cannot_be_divided(data, shares, message):
-    with pytest.raises(UserError, match=f"random_split: .*{message}"):
-        random_split(data, shares)
+def test_shares_names_what_cannot_be_divided(data, shares, message):
+    with pytest.raises(UserError, match=f"split: .*{message}"):
+        divide(data, shares)
+
+
+def test_shares_replace_the_splits_and_the_cross_validation_that_there_are():
+    _, whole = lone(40)
+    own = dict(
+        train=whole.subset(range(10)), valid=whole.subset(range(10, 20)), test=whole.subset(range(20, 30))
+    )
+    more = whole.subset(range(25, 40))
+    parts = divide(MultimodalData(**own, cross_validation=more, unlabelled=own["train"]), "0.5,0.25,0.25")
+    assert [len(parts.train), len(parts.valid), len(parts.test)] == [20, 10, 10]
+    assert ids(parts.train) | ids(parts.valid) | ids(parts.test) == set(range(40))
+    assert parts.cross_validation is None and parts.protocol is None and parts.unlabelled is parts.train
+    kept = divide(MultimodalData(**own), "0.5,0.5,0")
+    assert ids(kept.test) == ids(own["test"]) and len(kept.train) == len(kept.valid) == 10
+
+
+@pytest.mark.parametrize("n", [100, 103])
+def test_sizes_are_floors_of_shares_as_they_are_written(n):
+    parts = divide(lone(n)[0], (0.42, 0.29, 0.29))
+    assert len(parts.valid) == len(parts.test) == 29
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 4), min_size=12, max_size=120),
+    st.floats(0.05, 0.4),
+    st.floats(0.05, 0.4),
+    st.integers(0, 99),
+)
+def test_parts_have_exact_sizes_and_the_shares_of_classes_give_or_take_one(classes, valid, test, seed):
+    n = len(classes)
+    values = {"text": [np.full((1, 2), i) for i in range(n)]}
+    data = MultimodalData(MultimodalDataset(values, classes), task="classification")
+    parts = divide(data, (1 - valid - test, valid, test), seed=seed)
+    sizes = [max(int(share * n + 1e-6), 1) for share in (valid, test)]
+    assert [len(parts.train), len(parts.valid), len(parts.test)] == [n - sum(sizes), *sizes]
+    assert sorted([*ids(parts.train), *ids(parts.valid), *ids(parts.test)]) == list(range(n))
+    counts = np.bincount(classes, minlength=5)
+    for part, allowed in ((parts.test, 1), (parts.valid, 1 + sizes[0] / (n - sizes[1]))):
+        found = np.bincount(part.labels.long().numpy(), minlength=5)
+        assert (abs(found - len(part) * counts / n) < allowed + 1e-9).all()
+
+
+TRIPLES = st.lists(st.tuples(*[st.integers(0, 12)] * 3), min_size=10, max_size=60)
+
+
+def tied(rows, order=None):
+    """Samples with a video, a speaker and a content each."""
+    rows = [rows[i] for i in (range(len(rows)) if order is None else order)]
+    return MultimodalDataset(
+        {"text": [np.full((1, 2), row[2]) for row in rows]},
+        [float(row[0] % 3) for row in rows],
+        names=[f"name {i}" for i in (range(len(rows)) if order is None else order)],
+        groups={"video": [f"v{row[0]}" for row in rows], "speaker": [f"s{row[1]}" for row in rows]},
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(TRIPLES, st.integers(0, 50), st.sampled_from(["0.5,0.25,0.25", "kfold:3:1", "0.8,0.2,0"]))
+def test_no_video_speaker_or_content_is_on_two_sides_and_order_does_not_matter(rows, seed, spec):
+    whole = tied(rows)
+    try:
+        parts = divide(MultimodalData(whole), spec, seed=seed)
+    except UserError as error:
+        assert "samples" in str(error)
+        return
+    sides = [parts.train, parts.valid, parts.test]
+    assert sorted(name for part in sides for name in part.names) == sorted(whole.names)
+    for of in (
+        lambda d: d.groups.get("video", []),
+        lambda d: d.groups.get("speaker", []),
+        lambda d: d.fingerprints().tolist(),
+    ):
+        found = [set(of(part)) for part in sides]
+        assert sum(map(len, found)) == len(set.union(*found))
+    order = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    again = divide(MultimodalData(tied(rows, order)), spec, seed=seed)
+    assert [set(p.names) for p in sides] == [set(p.names) for p in (again.train, again.valid, again.test)]
+
+
+def test_one_group_is_chosen_in_place_of_all():
+    whole = tied([(i % 2, i // 3, i) for i in range(30)])
+    with pytest.raises(UserError, match="of only 1 groups that must stay together"):
+        divide(MultimodalData(whole), "0.6,0.2,0.2")
+    parts = divide(MultimodalData(whole), "0.6,0.2,0.2", group="speaker")
+    assert [len(set(p.groups["speaker"])) for p in (parts.train, parts.valid, parts.test)] == [6, 2, 2]
+    with pytest.raises(UserError, match="split: 'session' must be one of the groups video, speaker"):
+        divide(MultimodalData(whole), "0.6,0.2,0.2", group="session")
+
+
+def test_groups_that_are_unknown_tie_nothing_together():
+    whole = lone(20)[1].identified(range(20), list(map(str, range(20))), {"speaker": [""] * 20})
+    assert len(divide(MultimodalData(whole), "0.5,0.25,0.25").test) == 5
+
+
+WORDS = [
+    "0.7,0.2",
+    "0.7,0.1,0.3",
+    "kfold",
+    "kfold:1",
+    "kfold:5:5",
+    "kfold:a",
+    "kfold:5:1:1",
+    "",
+    "speaker:",
+    "[a]",
+    3,
+]
+
+
+@pytest.mark.parametrize("spec", WORDS)
+def test_words_that_say_no_split_are_refused(spec):
+    with pytest.raises(UserError, match=r"split: must be shares of train.*, got "):
+        divide(lone(9)[0], spec)
 
 
 def test_label_share_keeps_at_least_as_many_as_asked_for_if_there_are():
@@ -224,32 +328,34 @@ def grouped(sizes, unlabelled=0):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_split_keeps_groups_together(seed):
+def test_shares_keeps_groups_together(seed):
     whole = grouped([3, 1, 4, 1, 5, 9, 2, 6], unlabelled=16)
-    parts = random_split(MultimodalData(whole), (0.6, 0.2, 0.2), seed)
+    parts = divide(MultimodalData(whole), (0.6, 0.2, 0.2), seed=seed)
     speakers = [set(part.groups["group"]) for part in (parts.train, parts.valid, parts.test)]
     assert sum(map(len, speakers)) == len(set.union(*speakers)) == 8, "also those without a label"
     assert sum(map(len, (parts.train, parts.valid, parts.test))) == len(whole)
     order = np.random.default_rng(seed).permutation(len(whole))
-    again = random_split(MultimodalData(whole.subset(order)), (0.6, 0.2, 0.2), seed)
+    again = divide(MultimodalData(whole.subset(order)), (0.6, 0.2, 0.2), seed=seed)
     assert set(again.test.groups["group"]) == speakers[2]
     two = MultimodalData(grouped([5, 5]))
-    with pytest.raises(UserError, match="the 10 labelled samples are of only 2 groups, nothing is left for"):
-        random_split(two, (0.6, 0.2, 0.2), seed)
+    with pytest.raises(
+        UserError, match="the 10 labelled samples are of only 2 groups that must stay together"
+    ):
+        divide(two, (0.6, 0.2, 0.2), seed=seed)
 
 
-def test_random_split_takes_held_out_groups_and_contents_out_of_the_pool():
+def test_shares_takes_held_out_groups_and_contents_out_of_the_pool():
     whole = grouped([2] * 10)
     pool = MultimodalDataset(
         {"text": [np.ones((3, 2)) * i for i in range(10)]},
         ids=range(100, 110),
         groups=[f"speaker {i}" for i in range(10)],
     )
-    parts = random_split(MultimodalData(whole, unlabelled=pool), (0.6, 0.2, 0.2))
+    parts = divide(MultimodalData(whole, unlabelled=pool), (0.6, 0.2, 0.2))
     assert set(parts.unlabelled.groups["group"]) == set(parts.train.groups["group"])
     _, whole = lone(20)
     twins = MultimodalDataset({"text": [s.values["text"] for s in whole]}, ids=range(100, 120))
-    parts = random_split(MultimodalData(whole, unlabelled=twins), (0.5, 0.25, 0.25))
+    parts = divide(MultimodalData(whole, unlabelled=twins), (0.5, 0.25, 0.25))
     held_out = torch.cat([parts.valid.fingerprints(), parts.test.fingerprints()])
     assert len(parts.unlabelled) == 10 and not parts.unlabelled.among(held_out).any()
 

@@ -14,11 +14,11 @@ from mmfast.data import (
     MultimodalDataset,
     Standardiser,
     collate,
+    divide,
     folds,
     inspect,
     label_share,
     load,
-    random_split,
     save,
     synthetic,
 )
@@ -248,16 +248,16 @@ def test_random_splits_and_folds_keep_the_shares_of_classes_and_label_sets(task)
     made = synthetic(400, task=task, max_length=4, features={"text": 3})
     whole = MultimodalDataset.concatenate([made.train, made.valid, made.test])
     wanted, allowed = shares(whole), 0.02 if task == "classification" else 0.05
-    split = random_split(MultimodalData(whole), (0.6, 0.2, 0.2), seed=3)
+    split = divide(MultimodalData(whole), (0.6, 0.2, 0.2), seed=3)
     assert (split.task, split.targets) == (task, made.targets)
     for part in (split.train, split.valid, split.test):
         np.testing.assert_allclose(shares(part), wanted, atol=allowed)
     for fold in folds(whole, 4, seed=1):
         np.testing.assert_allclose(shares(fold.test), wanted, atol=allowed)
         np.testing.assert_allclose(shares(fold.train), wanted, atol=allowed)
-    again = random_split(MultimodalData(whole.subset(np.arange(400)[::-1])), (0.6, 0.2, 0.2), seed=3)
+    again = divide(MultimodalData(whole.subset(np.arange(400)[::-1])), (0.6, 0.2, 0.2), seed=3)
     assert set(again.test.ids.tolist()) == set(split.test.ids.tolist())
-    assert set(random_split(MultimodalData(whole), (0.6, 0.2, 0.2), seed=4).test.ids.tolist()) != set(
+    assert set(divide(MultimodalData(whole), (0.6, 0.2, 0.2), seed=4).test.ids.tolist()) != set(
         split.test.ids.tolist()
     )
 
@@ -268,7 +268,7 @@ def test_groups_stay_together_where_classes_are_stratified():
     whole = MultimodalDataset.from_flat(
         {"text": whole.flat("text")}, {"text": whole.lengths("text")}, whole.labels, groups=groups
     ).as_task("classification", whole.targets)
-    split = random_split(MultimodalData(whole), (0.5, 0.2, 0.3))
+    split = divide(MultimodalData(whole), (0.5, 0.2, 0.3))
     parts = [set(p.groups["group"]) for p in (split.train, split.valid, split.test)]
     assert all(parts) and sum(map(len, parts)) == 20
     for fold in folds(whole, 3):

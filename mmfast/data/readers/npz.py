@@ -8,6 +8,7 @@ The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
     targets                      (T,) string, names of the classes or of the K columns of the labels (optional)
     label_range                  (2,) float, smallest and largest possible label of a regression (optional, see
                                  MultimodalData)
+    protocol                     string, JSON of what and how cross_validation is divided (optional, see divide)
     SPLIT/MODALITY/values        (sum of lengths, F) float: the real steps of all samples, one after another
     SPLIT/MODALITY/lengths       (N,) integer: steps of each sample, 0 where the modality is missing
     SPLIT/labels                 (N,) numbers, or indices or names of classes; (N, K) numbers, or labels of 0 and 1;
@@ -25,6 +26,7 @@ train.
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 import zlib
@@ -37,6 +39,7 @@ from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.readers.format import Format
 from mmfast.errors import UserError
+from mmfast.split_spec import Protocol
 
 VERSION = "mmfast-data 1"
 POOLS = ("train", "valid", "test", "unlabelled", "cross_validation")
@@ -69,6 +72,8 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
     }
     if data.label_range is not None:
         arrays["label_range"] = np.array(data.label_range, dtype=np.float64)
+    if data.protocol is not None:
+        arrays["protocol"] = np.array(json.dumps(data.protocol.words()))
     for split in POOLS:
         dataset = getattr(data, split)
         if dataset is None or len(dataset) == 0:
@@ -126,6 +131,7 @@ def read_saved(path) -> MultimodalData:
             label_range=arrays["label_range"].flatten().tolist() if "label_range" in arrays else None,
             task=str(arrays["task"]) if "task" in arrays else None,
             targets=arrays["targets"].flatten().tolist() if "targets" in arrays else None,
+            protocol=Protocol.of_words(json.loads(str(arrays["protocol"]))) if "protocol" in arrays else None,
             padding="none, stored without",
             layout="mmfast .npz file",
         )
@@ -164,7 +170,7 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
     splits: dict[str, dict] = {}
     for key, array in arrays.items():
         match key.split("/"):
-            case ["name" | "label_range" | "task" | "targets"]:
+            case ["name" | "label_range" | "task" | "targets" | "protocol"]:
                 pass
             case [split, ("labels" | "ids" | "names") as kind] if split in POOLS:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind] = array
@@ -178,9 +184,9 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind][modality] = array
             case _:
                 raise UserError(
-                    f"{path}: keys must be name, task, targets, label_range, SPLIT/labels, SPLIT/ids, SPLIT/names, "
-                    "SPLIT/groups, SPLIT/groups/KIND, SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, SPLIT in "
-                    f"{POOLS}, got {key!r}"
+                    f"{path}: keys must be name, task, targets, label_range, protocol, SPLIT/labels, SPLIT/ids, "
+                    "SPLIT/names, SPLIT/groups, SPLIT/groups/KIND, SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, "
+                    f"SPLIT in {POOLS}, got {key!r}"
                 )
     for split, content in splits.items():
         if content["values"].keys() != content["lengths"].keys():

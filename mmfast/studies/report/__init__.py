@@ -93,6 +93,7 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
     task = task_of_data(config.task, data)
     main = main_table(outcomes, task)
     resampled = _resampled(outcomes, task)
+    left_out = _left_out(data)
     means = _means(outcomes, resampled)
     says = verdict([name for name, runs in outcomes.items() if runs[0].trained], means, resampled)
     title = f"Experiment on {data.name}"
@@ -105,8 +106,9 @@ def write_report(config: Config, experiment: ExperimentConfig, outcomes: Outcome
         main,
         Text("; ".join(f"{name}: {titles[name]}" for name in outcomes) + "."),
         *_best_table(outcomes, task),
-        _interval_table(outcomes, resampled),
-        *_differences(outcomes, means, resampled),
+        *_fold_table(data, outcomes, task),
+        _interval_table(outcomes, resampled, left_out),
+        *_differences(outcomes, means, resampled, left_out),
         *_figures(config, data, task, outcomes, resampled, units, root),
         Heading("All metrics"),
         *_appendix(outcomes, task),
@@ -197,7 +199,43 @@ def _resampled(outcomes: Outcomes, task: Task) -> Resampled:
     }
 
 
-def _interval_table(outcomes: Outcomes, resampled: Resampled) -> Table:
+def _left_out(data: MultimodalData) -> str | None:
+    """What is left out in each fold, such as a speaker; None where that is no group."""
+    return getattr(data.protocol and data.protocol.spec, "group", None)
+
+
+def _fold_table(data: MultimodalData, outcomes: Outcomes, task: Task) -> list[Block]:
+    """Mean and standard deviation over the folds of which each leaves a group out."""
+    if (group := _left_out(data)) is None:
+        return []
+    rows = []
+    for name, runs in outcomes.items():
+        cells = []
+        for key in task.main:
+            _, factor, decimals = COLUMNS[key]
+            folds = np.mean([[result["metrics"][key] for result in run.results] for run in runs], axis=0)
+            mean, std = (shown(x, decimals, factor) for x in (folds.mean(), folds.std(ddof=1)))
+            cells.append(f"{mean} ± {std}")
+        rows.append([name, str(len(folds)), *cells])
+    caption = (
+        f"Fold by fold: mean ± standard deviation over the folds, each with one {group} as test samples, of the mean "
+        f"over seeds. It says how much one {group} differs from another. Folds share training samples, so they are "
+        "not independent, and no interval is made of them."
+    )
+    return [Table(["", "folds", *(COLUMNS[key][0] for key in task.main)], rows, caption)]
+
+
+def _rests_on(left_out: str | None) -> str:
+    """What intervals over test samples take for granted where each fold leaves a group out."""
+    if left_out is None:
+        return ""
+    return (
+        f" Samples of one {left_out} are alike and networks of several folds have seen the same samples, so "
+        f"intervals over samples hold for these {left_out}s and networks, and are too narrow for others."
+    )
+
+
+def _interval_table(outcomes: Outcomes, resampled: Resampled, left_out: str | None) -> Table:
     header, rows = [""], [[name] for name in outcomes]
     for key in resampled:
         header += [f"{COLUMNS[key][0]}, over samples", f"{COLUMNS[key][0]}, over seeds"]
@@ -210,11 +248,11 @@ def _interval_table(outcomes: Outcomes, resampled: Resampled) -> Table:
         "95 % intervals of the mean. Over samples: bootstrap of the test samples, what another test set of this size "
         "might give. Over seeds: what other seeds might give on these samples, by Student's t, on Fisher's z for "
         "correlations, the logarithm for errors and the logit for shares, lest an interval leave the metric's range; "
-        "- below 3 seeds.",
+        f"- below 3 seeds.{_rests_on(left_out)}",
     )
 
 
-def _differences(outcomes: Outcomes, means: Means, resampled: Resampled) -> list[Block]:
+def _differences(outcomes: Outcomes, means: Means, resampled: Resampled, left_out: str | None) -> list[Block]:
     rows = []
     for a, b in PAIRS:
         if a in outcomes and b in outcomes:
@@ -227,6 +265,7 @@ def _differences(outcomes: Outcomes, means: Means, resampled: Resampled) -> list
     caption = (
         "Differences of means, with intervals by paired bootstrap of the test samples. An interval that holds 0 "
         f"does not show a difference{'; MAE is better when lower' if 'mae' in resampled else ''}."
+        f"{_rests_on(left_out)}"
     )
     return [Table(header, rows, caption)] if rows else []
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from mmfast.data import MultimodalData, MultimodalDataset
+from mmfast.data.folds import described
 from mmfast.studies.experiment import Outcome, Unit
 from mmfast.training.components import make_module
 from mmfast.training.config import Config
@@ -34,7 +35,7 @@ def facts(
     rows = [
         ("Data", f"{data.name} ({config.data.path}); {_parts(data)}; {_targets(data)}"),
         ("Task", task_of_data(config.task, data).describe()),
-        ("Test", _test(config, units, len(next(iter(outcomes.values()))[0].truths))),
+        ("Test", _test(config, data, units, len(next(iter(outcomes.values()))[0].truths))),
     ]
     if supervised:
         train, valid = (_span(r["samples"][name] for r in supervised) for name in ("train", "valid"))
@@ -98,13 +99,16 @@ def _labelled(part: MultimodalDataset) -> str:
     return "" if labelled == len(part) else f" ({labelled or 'none'} labelled)"
 
 
-def _test(config: Config, units: Sequence[Unit], samples: int) -> str:
+def _test(config: Config, data: MultimodalData, units: Sequence[Unit], samples: int) -> str:
     seeds = len({unit.seed for unit in units})
     many = f"{seeds} seed{'s' * (seeds > 1)}"
     if units[0].fold is None:
         return f"{samples} test samples, {many}"
+    folds = f"{config.data.folds}-fold cross-validation"
+    if data.protocol is not None:
+        folds = described(data.cross_validation, data.protocol)
     return (
-        f"{samples} samples in {config.data.folds}-fold cross-validation, {many}; metrics are of one seed at a time, "
+        f"{samples} samples in {folds}, {many}; metrics are of one seed at a time, "
         "on the pooled predictions for the folds that a run did not train on; all seeds and rows have the same folds"
     )
 
