@@ -68,8 +68,7 @@ def divide(
             raise UserError(
                 f"split: {spec.group} must have two values at least to be left out in turn, got {len(folds)}"
             )
-        for fold in folds:
-            part_of_fold(whole, fold, seed, group)
+        part_of_fold(whole, folds[0], seed, group)  # refuses for all
         empty = dict.fromkeys(PARTS)
         return replace(data, **empty, cross_validation=whole, protocol=protocol, unlabelled=pool)
     warnings = data.warnings
