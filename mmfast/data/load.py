@@ -28,7 +28,7 @@ ABOUT_LABELS = ("labels", "labels_from", "classes")
 
 
 def load(
-    source, *, pool=(), split=None, seed: int = 0, group: str | None = None, **options
+    source, *, pool=None, split=None, seed: int = 0, group: str | None = None, **options
 ) -> MultimodalData:
     """The corpus called `source`: "synthetic" (options as in `synthetic`), or a path, recognised by content.
 
@@ -67,7 +67,7 @@ def load(
 
 
 def _several(given) -> list:
-    return [given] if isinstance(given, (str, os.PathLike)) else list(given)
+    return [given] if isinstance(given, (str, os.PathLike)) else list(given or ())
 
 
 def _read(source, options: dict) -> MultimodalData:

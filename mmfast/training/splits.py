@@ -74,7 +74,7 @@ def load_data(config: DataConfig) -> MultimodalData:
             names = short_names(config.pool)
             data = combine({"synthetic": data}, dict(zip(names, map(load, config.pool), strict=True)))
     else:
-        data = load(config.path, pool=config.pool or ())
+        data = load(config.path, pool=config.pool)
     data = data if config.task is None else data.as_task(config.task)
     if config.split is None:
         return data
