@@ -54,6 +54,8 @@ def divide(
         UserError: none of these, or data that cannot be divided so.
     """
     spec = parse(spec)
+    if isinstance(spec, LeaveOut) and group is not None:
+        raise UserError(f"split: group must not be given where one {spec.group} is left out, got {group!r}")
     kept = {}
     if isinstance(spec, Shares):
         kept = {name: getattr(data, name) for name in PARTS if getattr(spec, name) == 0}

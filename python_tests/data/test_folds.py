@@ -134,6 +134,13 @@ def test_what_cannot_be_left_out_is_refused(spec, message):
         divide(corpus(sessions=2), spec)
 
 
+def test_a_group_beside_the_one_that_is_left_out_is_refused():
+    with pytest.raises(
+        UserError, match="split: group must not be given where one speaker is left out, got 'session'"
+    ):
+        divide(corpus(), "speaker", group="session")
+
+
 def test_a_protocol_is_kept_in_the_file_and_counts_in_the_fingerprint(tmp_path):
     data = divide(corpus(), "kfold:4", seed=3, group="session")
     save(data, tmp_path / "data.npz")
