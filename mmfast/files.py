@@ -41,7 +41,12 @@ def write_atomically(path: str | os.PathLike, data: bytes | memoryview | str) ->
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """:func:`write_atomically` of a value as JSON; NaN and infinity, which JSON does not know, become null."""
+    """:func:`write_atomically` of :func:`to_json`."""
+    write_atomically(path, to_json(value) + "\n")
+
+
+def to_json(value: Any) -> str:
+    """A value as JSON; NaN and infinity, which JSON does not know, become null."""
 
     def known(item: Any) -> Any:
         if isinstance(item, Mapping):
@@ -50,7 +55,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
             return [known(inner) for inner in item]
         return None if isinstance(item, float) and not math.isfinite(item) else item
 
-    write_atomically(path, json.dumps(known(value), indent=2, allow_nan=False) + "\n")
+    return json.dumps(known(value), indent=2, allow_nan=False)
 
 
 def _sync_folder(folder: Path) -> None:

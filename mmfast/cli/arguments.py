@@ -6,6 +6,8 @@ Nothing here needs torch, so that help and refusals come at once.
 from __future__ import annotations
 
 import argparse
+import json
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,24 @@ def _take(flag: str, argv: list[str]) -> tuple[list[str | None], list[str]]:
     return getattr(found, flag), rest
 
 
+# Settings that take several words: --data.path a b is --data.path '["a", "b"]'.
+SEVERAL = ("--data.path", "--data.pool")
+
+
+def _gathered(argv: list[str]) -> list[str]:
+    """The words, those behind a flag that takes several as one list."""
+    out: list[str] = []
+    words = deque(argv)
+    while words:
+        out.append(words.popleft())
+        if out[-1] in SEVERAL:
+            values = []
+            while words and not words[0].startswith("-"):
+                values.append(words.popleft())
+            out += values if len(values) < 2 else [json.dumps(values)]
+    return out
+
+
 def _told(name: str, argv: list[str]) -> Any:
     """The value of a setting on a command line or in its files, before its parser is there; None if it has none."""
     section, _, key = name.rpartition(".")
@@ -189,6 +209,7 @@ class _Line:
     def __init__(
         self, command: str, description: str, argv: list[str], defaults: Mapping[str, Any] | None = None
     ) -> None:
+        argv = _gathered(argv)
         self.command, self.argv, self.defaults = command, argv, dict(defaults or {})
         told = _told("model.encoder", argv)
         self.encoder = encoder_name(self.defaults) if told is None else str(told)

@@ -16,7 +16,7 @@ from mmfast.version import __version__
 # name -> (where its arguments are parsed, where its work is done, one line of help), both by functions of the
 # command's name. The first needs no torch and takes the command line; the second takes what the first returns.
 _TRAINING = ("mmfast.cli.arguments", "mmfast.cli.train")
-_LOOKING = ("mmfast.cli.main", "mmfast.cli.data")
+_DATA = ("mmfast.cli.sources", "mmfast.cli.data")
 COMMANDS = {
     "pretrain": (*_TRAINING, "train encoder and projector without labels (Barlow Twins)"),
     "finetune": (*_TRAINING, "train encoder and head with labels, from random or pre-trained weights"),
@@ -25,8 +25,9 @@ COMMANDS = {
     "predict": (*_TRAINING, "predictions of a fine-tuned checkpoint as CSV"),
     "embed": (*_TRAINING, "vectors that an encoder makes of each sample, as .npz"),
     "experiment": (*_TRAINING, "compare methodologies over seeds and folds, with a report"),
-    "inspect": (*_LOOKING, "look at a data set: sizes, lengths, gaps, broken cells, labels"),
-    "info": (*_LOOKING, "versions, and which kernels run here"),
+    "inspect": (*_DATA, "look at a data set: sizes, lengths, gaps, broken cells, labels, traps"),
+    "convert": (*_DATA, "write data of any layout to one file of mmfast's own"),
+    "info": ("mmfast.cli.main", "mmfast.cli.data", "versions, and which kernels run here"),
 }
 # Modules of the extra requirements, by which a missing one is told from a fault.
 EXTRAS = (
@@ -96,13 +97,6 @@ def _run(argv: list[str], ready: Callable[[], Any]) -> int:
         ready()
         run(known)
     return 0
-
-
-def inspect(argv: list[str]) -> argparse.Namespace:
-    """The arguments of ``mmfast inspect``."""
-    parser = Parser(prog="mmfast inspect", description=COMMANDS["inspect"][-1])
-    parser.add_argument("path", help='file or folder of features, or "synthetic"')
-    return parser.parse_args(argv)
 
 
 def info(argv: list[str]) -> argparse.Namespace:

@@ -5,7 +5,7 @@ from mmfast.data.combine import combine
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.folds import Fold, folds
-from mmfast.data.inspect import Inspection, inspect
+from mmfast.data.inspection import Inspection, inspect
 from mmfast.data.load import load
 from mmfast.data.readers.ict_mmmo import read_ict_mmmo
 from mmfast.data.readers.npz import save

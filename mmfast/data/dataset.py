@@ -374,9 +374,13 @@ class MultimodalDataset(Dataset):
         samples of 100,000 agree with probability 3e-10.
         """
         if self._fingerprints is None:
-            own = fingerprint.of_samples(self._values, self._starts, self._lengths)
-            self._fingerprints = own.masked_fill(self.without_steps(), 0)
+            self._fingerprints = self.computed_fingerprints()
         return self._fingerprints
+
+    def computed_fingerprints(self) -> Tensor:
+        """(N,) int64: `fingerprints` of the values that the samples have now."""
+        own = fingerprint.of_samples(self._values, self._starts, self._lengths)
+        return own.masked_fill(self.without_steps(), 0)
 
     def among(self, fingerprints: Tensor) -> Tensor:
         """(N,) bool: which samples have one of these `fingerprints`; those without any step never do."""

@@ -79,7 +79,8 @@ def _read(source, options: dict) -> MultimodalData:
     known = [f.name for f in fields(Options)]
     for name in options.keys() - set(known):
         raise UserError(f"load: a path takes the options {', '.join(known)}, got {name!r}")
-    place, options = Source(source), Options(**options)
+    place = source if isinstance(source, Source) else Source(source)
+    options = Options(**options)
     kind = recognise(place)
     return finished(kind.read(place, options), kind, options)
 
@@ -96,6 +97,11 @@ def finished(data: MultimodalData, kind: Format, options: Options) -> Multimodal
                 f"load: {name} must not be given for {kind.title}, which has no such choice, got {value!r}"
             )
     return data
+
+
+def takes(path) -> frozenset[str]:
+    """Names of the options that can be given for what stands at a path."""
+    return recognise(Source(path)).takes | COMMON
 
 
 def recognise(source: Source) -> Format:

@@ -74,6 +74,9 @@ class Source:
             except OSError as error:
                 raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
+    def __fspath__(self) -> str:
+        return os.fspath(self.path)
+
     @cached_property
     def kind(self) -> str:
         """folder, hdf5, torch, zip, safetensors, pickle or other: by content, whatever the name."""

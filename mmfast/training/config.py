@@ -13,72 +13,10 @@ from operator import attrgetter
 from typing import Any, Literal
 
 from mmfast.errors import UserError
-from mmfast.split_spec import RULE, parsable
+from mmfast.training.data_config import DATA_RULES, SEED, DataConfig
 
 # Which samples of a data set: a part of it, all of them, or those of them that a network has not seen.
 SPLITS = ("train", "valid", "test", "unlabelled", "all", "unseen")
-
-
-@dataclass
-class SyntheticConfig:
-    """The built-in generator of MOSEI-like utterances, used when ``data.path`` is ``synthetic``.
-
-    Args:
-        samples: Number of samples in all; about 71 % train, 8 % valid, 20 % test.
-        seed: Seed of the data, apart from the seed of the run: all runs see the same data.
-        labelled: Share of the training samples that have a label, in [0, 1].
-        missing: Probability that a modality of a sample is missing.
-        corrupt: Share of audio cells that are NaN or -inf.
-        max_length: Longest utterance in words.
-        features: Modality to feature size; text 300, audio 74, visual 35 when left out.
-        task: ``regression`` of the sentiment, ``multilabel``: six emotions as in MOSEI, a third of the samples
-            without any, or ``classification``: one of four.
-    """
-
-    samples: int = 2000
-    seed: int = 0
-    labelled: float = 1.0
-    missing: float = 0.05
-    corrupt: float = 1e-3
-    max_length: int = 50
-    features: dict[str, int] | None = None
-    task: Literal["regression", "classification", "multilabel"] = "regression"
-
-
-@dataclass
-class DataConfig:
-    """What to train on.
-
-    Args:
-        path: ``synthetic``, or a file or folder of features that ``mmfast inspect`` recognises.
-        label_share: Share of the labelled training and validation samples whose labels are used, in (0, 1]. The
-            choice is seeded by ``run.seed``; pre-training sees all inputs, and the test split is never reduced.
-        pool: More files or folders, of which all samples are taken for pre-training alone.
-        split: How to divide the data in place of the splits that they have. Shares of train, valid and test, such as
-            ``0.7,0.1,0.2``, where 0 keeps the split that there is; a .json or .csv file of names of samples or
-            videos; ``kfold:5``; or a group such as ``speaker`` or ``session``, each of which is left out in turn.
-            ``kfold:5:2`` and ``speaker:NAME`` are one of these folds. Samples of one video or speaker, and equal
-            ones, stay together.
-        split_seed: Seed of that division, apart from the seed of the run: all runs see the same splits.
-        group: A group that is not divided, in place of video and speaker.
-        folds: Number of folds for data that ask for cross-validation of themselves, without ``split``.
-        fold: Which fold is tested, from 0, where there are several; validation samples of k-fold are a fifth of the
-            others.
-        task: What the labels are taken for, where that is not what the data say: classes as numbers, whole numbers as
-            classes, columns of 0 and 1 as numbers.
-        synthetic: Options of the generator.
-    """
-
-    path: str = "synthetic"
-    label_share: float = 1.0
-    pool: list[str] | None = None
-    split: list[float] | str | None = None
-    split_seed: int = 0
-    group: str | None = None
-    folds: int = 5
-    fold: int = 0
-    task: Literal["regression", "classification", "multilabel"] | None = None
-    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
 @dataclass
@@ -331,18 +269,10 @@ def _distinct(values: list) -> bool:
     return len(values) > 0 and len(set(values)) == len(values)
 
 
-# Wrapped as torch.manual_seed wraps it, see mmfast.checks.check_seed.
-SEED = "of 64 bits", lambda v: -(2**63) <= v < 2**64
-
 # (path of the field, what it must be, whether a value is so); types are the parser's business.
 RULES = (
-    ("data.path", "a path or synthetic", bool),
+    *((f"data.{name}", rule, holds) for name, rule, holds in DATA_RULES),
     ("run.folder", "a path", bool),
-    ("data.label_share", "in (0, 1]", lambda v: 0 < v <= 1),
-    ("data.split", RULE, lambda v: v is None or parsable(v)),
-    ("data.split_seed", *SEED),
-    ("data.folds", "at least 2", lambda v: v >= 2),
-    ("data.fold", "at least 0", lambda v: v >= 0),
     ("loss.lambd", "finite and at least 0", lambda v: 0 <= v < inf),
     ("task.class_weights", "positive numbers, balanced or none", _weights),
     ("task.positive_weights", "positive numbers, balanced or none", _weights),

@@ -25,7 +25,7 @@ IDLE = (
     "run.tensorboard",
     "run.checkpoint_seconds",
     "experiment.workers",
-    "data.path",
+    *(f"data.{name}" for name in ("path", "pool", "embedding", "labels_from")),
     "from",
 )
 

@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, load
+from mmfast.data import MultimodalData, MultimodalDataset, Standardiser
 from mmfast.errors import UserError
 from mmfast.tasks import Task
 from mmfast.training import runs
-from mmfast.training.config import SPLITS, DataConfig
+from mmfast.training.config import SPLITS
+from mmfast.training.data_config import DataConfig, place
 from mmfast.training.encoder import check_takes
 from mmfast.training.model_section import encoder_class
 from mmfast.training.module import StageModule
 from mmfast.training.parsing import config_of
 from mmfast.training.seen import Seen
-from mmfast.training.splits import load_data, select
+from mmfast.training.splits import load_data, load_other, select
 
 
 class Samples(NamedTuple):
@@ -70,7 +71,7 @@ def samples(checkpoint: str, record: Mapping[str, Any], path: str | None, split:
     data, own = _data(path, config.data, record["data"])
     if path is None and not own:
         raise UserError(
-            f"{checkpoint}: the data at {config.data.path} must be those it was trained on, with the fingerprint "
+            f"{checkpoint}: the data at {place(config.data)} must be those it was trained on, with the fingerprint "
             f"{record['data']}, got {data.fingerprint()}; --data takes others"
         )
     seen = Seen(**record["seen"])
@@ -108,8 +109,7 @@ def _data(path: str | None, config: DataConfig, fingerprint: str) -> tuple[Multi
         data = load_data(replace(config, path=path))
         if data.fingerprint() == fingerprint:
             return data, True
-    data = load(path)
-    return data if config.task is None else data.as_task(config.task), False
+    return load_other(path, config), False
 
 
 def _sizes(features: Mapping[str, int]) -> str:

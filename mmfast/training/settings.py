@@ -111,7 +111,7 @@ def describe(kind: Any) -> str:
         if type(None) in options:
             rest = [option for option in options if option is not type(None)]
             return f"{' or '.join(map(describe, rest))}, or null"
-        return ", ".join(map(describe, options)).replace("true or false, one of", "true, false or")
+        return " or ".join(map(describe, options)).replace("true or false or one of", "true, false or")
     if origin is list:
         (inner,) = options
         return f"a list of {_many(inner)} such as [{', '.join(_examples(inner))}]"

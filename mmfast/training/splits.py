@@ -21,10 +21,11 @@ from mmfast.data import (
 )
 from mmfast.data.combine import short_names
 from mmfast.data.folds import of_protocol
+from mmfast.data.load import takes
 from mmfast.data.split import fold_parts
 from mmfast.data.units import TOGETHER, related, shared
 from mmfast.errors import UserError
-from mmfast.training.config import DataConfig
+from mmfast.training.data_config import DataConfig, reading
 from mmfast.training.seeds import derive
 
 DIVIDE = "samples that come in one split are divided by data.split, such as 0.7,0.1,0.2"
@@ -63,22 +64,36 @@ class Splits:
 
 
 def load_data(config: DataConfig) -> MultimodalData:
-    """The data set that ``config.path`` names, with labels of ``config.task``, divided as ``config.split`` says."""
+    """The data that ``config.path`` names, with labels of ``config.task``, divided as ``config.split`` says.
+
+    Raises:
+        UserError: as :func:`mmfast.data.load` and :func:`mmfast.data.divide`.
+    """
     if config.group is not None and config.split is None:
         raise UserError(
             f"config: data.group must be null without data.split, which it concerns, got {config.group}"
         )
+    given = reading(config)
     if config.path == "synthetic":
+        for name in given:
+            raise UserError(f"config: data.{name} must be left out for synthetic data, got {given[name]!r}")
         data = synthetic(**asdict(config.synthetic))
         if config.pool:
-            names = short_names(config.pool)
-            data = combine({"synthetic": data}, dict(zip(names, map(load, config.pool), strict=True)))
+            pool = [config.pool] if isinstance(config.pool, str) else config.pool
+            data = combine({"synthetic": data}, dict(zip(short_names(pool), map(load, pool), strict=True)))
     else:
-        data = load(config.path, pool=config.pool)
+        data = load(config.path, pool=config.pool, **given)
     data = data if config.task is None else data.as_task(config.task)
     if config.split is None:
         return data
     return divide(data, config.split, seed=config.split_seed, group=config.group)
+
+
+def load_other(path: str, config: DataConfig) -> MultimodalData:
+    """Other data, read in the way of ``config`` as far as their layout has such a choice, with their own splits."""
+    given = {} if path == "synthetic" else {n: v for n, v in reading(config).items() if n in takes(path)}
+    data = load(path, **given)
+    return data if config.task is None else data.as_task(config.task)
 
 
 def make_splits(

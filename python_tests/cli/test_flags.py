@@ -95,7 +95,9 @@ LINES = {
     "pretrain --run {seed:1}": "pretrain: --run: there is no setting run.seed:1; did you mean run.seed?",
     "pretrain --data none.yaml": "pretrain: configuration none.yaml: No such file or directory",
     # out of range
-    "pretrain --data.path=": "config: data.path must be a path or synthetic, got nothing",
+    "pretrain --data.path=": (
+        "config: data.path must be a path or synthetic, or several paths, each once, got nothing"
+    ),
     "experiment --experiment.seeds [0,0]": (
         "config: experiment.seeds must be at least one, each once and of 64 bits, got [0, 0]"
     ),

@@ -11,7 +11,7 @@ import pytest
 from training_help import mmfast
 
 from mmfast.data import MultimodalData, MultimodalDataset, load, save
-from mmfast.training.config import DataConfig
+from mmfast.training.data_config import DataConfig
 from mmfast.training.splits import load_data
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"

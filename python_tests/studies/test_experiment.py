@@ -23,7 +23,7 @@ from mmfast.studies.report.document import Code, Figure, Heading, Table, Text, t
 from mmfast.studies.report.verdict import verdict
 from mmfast.studies.statistics import bootstrap, corr, interval, mae, summarise
 from mmfast.training import runs
-from mmfast.training.config import DataConfig
+from mmfast.training.data_config import DataConfig
 from mmfast.training.module import StageModule
 from mmfast.training.predictions import read_predictions
 from mmfast.training.splits import make_splits

@@ -15,7 +15,7 @@ from mmfast.studies.baselines import base_rate, constant, logistic, ridge
 from mmfast.studies.report import plots
 from mmfast.studies.statistics import bootstrap, compared, interval
 from mmfast.tasks import Classification, MultiLabel, Regression
-from mmfast.training.config import DataConfig
+from mmfast.training.data_config import DataConfig
 from mmfast.training.splits import make_splits
 
 NAMES = ("x", "y", "z")

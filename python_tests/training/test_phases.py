@@ -13,7 +13,8 @@ from training_help import TINY, assert_same, checkpoint, mmfast, train
 from mmfast.data import MultimodalData, MultimodalDataset, Standardiser, collate, save, synthetic
 from mmfast.errors import UserError
 from mmfast.training.components import make_module
-from mmfast.training.config import Config, DataConfig, StageSettings
+from mmfast.training.config import Config, StageSettings
+from mmfast.training.data_config import DataConfig
 from mmfast.training.divergence import Progress, check_finite
 from mmfast.training.objectives.two_views import effective_rank
 from mmfast.training.optimisers import Schedule

@@ -13,7 +13,7 @@ import torch
 from training_help import TINY, checkpoint, mmfast, train
 
 from mmfast.data import MultimodalData, MultimodalDataset, load, save, synthetic
-from mmfast.training.config import DataConfig
+from mmfast.training.data_config import DataConfig
 from mmfast.training.splits import make_splits
 
 FEATURES = {"text": 8, "audio": 6, "visual": 4}

@@ -9,7 +9,7 @@ from training_help import mmfast
 
 from mmfast.data import MultimodalData, MultimodalDataset, save
 from mmfast.errors import UserError
-from mmfast.training.config import DataConfig
+from mmfast.training.data_config import DataConfig
 from mmfast.training.splits import fold_count, identity, load_data, make_splits, named_parts, select
 
 

@@ -14,6 +14,7 @@ from mmfast.data.folds import described
 from mmfast.studies.experiment import Outcome, Unit
 from mmfast.training.components import make_module
 from mmfast.training.config import Config
+from mmfast.training.data_config import place
 from mmfast.training.folder import load_result
 from mmfast.training.stages import PRETRAINING, pretraining_stage, supervised_stage
 from mmfast.training.task import task_of_data
@@ -33,7 +34,7 @@ def facts(
     supervised = [r for name, runs in outcomes.items() if runs[0].trained for r in results[name]]
     everything = [*pretraining, *(r for rs in results.values() for r in rs)]
     rows = [
-        ("Data", f"{data.name} ({config.data.path}); {_parts(data)}; {_targets(data)}"),
+        ("Data", f"{data.name} ({place(config.data)}); {_parts(data)}; {_targets(data)}"),
         ("Task", task_of_data(config.task, data).describe()),
         ("Test", _test(config, data, units, len(next(iter(outcomes.values()))[0].truths))),
     ]
