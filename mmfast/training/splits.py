@@ -28,6 +28,8 @@ from mmfast.errors import UserError
 from mmfast.training.data_config import DataConfig, reading
 from mmfast.training.seeds import derive
 
+# Share of samples with labels outside of their range that is none of another range.
+SLIPS = 0.01
 DIVIDE = "samples that come in one split are divided by data.split, such as 0.7,0.1,0.2"
 
 
@@ -210,16 +212,19 @@ def _and_more(dataset: MultimodalDataset, indices: list[int]) -> str:
 
 
 def check_range(dataset: MultimodalDataset, label_range: tuple[float, float] | None, whose: str) -> None:
-    """Refuse numbers outside the range that decides the metrics; ``whose`` range it is completes the sentence."""
+    """Refuse numbers outside the range that decides the metrics; ``whose`` range it is completes the sentence.
+
+    Published labels have a few slips (CMU-MOSEI: 10/3, 11/3 and 5 among those of [-3, 3]), and metrics clip them.
+    """
     if label_range is None:
         return
     low, high = label_range
     wrong = (dataset.labels < low) | (dataset.labels > high)
     outside = torch.nonzero(wrong)[:, 0].unique().tolist()
-    if outside:
+    if len(outside) > SLIPS * int(dataset.labelled().sum()):
         raise UserError(
-            f"data: labels must lie in [{low:g}, {high:g}], {whose}, got {float(dataset.labels[wrong][0]):g} in "
-            f"sample {_and_more(dataset, outside)}"
+            f"data: labels must lie in [{low:g}, {high:g}], {whose}, but for one in a hundred, got "
+            f"{float(dataset.labels[wrong][0]):g} in sample {_and_more(dataset, outside)}"
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 from training_help import TINY, mmfast, train
 
 from mmfast.data import MultimodalData, MultimodalDataset, load, save, synthetic
+from mmfast.errors import UserError
 from mmfast.metrics import metrics_for
 from mmfast.training.predictions import read_predictions
 
@@ -108,7 +109,8 @@ def test_labels_outside_the_range_are_refused(trained, tmp_path, capsys):
     labels[1] = 3.5
     save(replace(other, valid=other.valid.with_labels(labels.numpy())), tmp_path / "out.npz")
     name = other.valid.names[1]
-    sentence = f"labels must lie in [-3, 3], label_range of data synthetic, got 3.5 in sample {name!r}"
+    rule = "labels must lie in [-3, 3], label_range of data synthetic, but for one in a hundred"
+    sentence = f"{rule}, got 3.5 in sample {name!r}"
     for command in ("finetune", "experiment"):
         arguments = [f"--data.path={tmp_path / 'out.npz'}", f"--run.folder={tmp_path / command}"]
         assert mmfast(command, *TINY, *arguments) == 2
