@@ -264,6 +264,7 @@ _TABLE = {
     ("collections", "defaultdict"): "_dict",
     ("__builtin__", "unicode"): "_str",
     ("__builtin__", "long"): "_int",
+    ("__builtin__", "xrange"): "_range",
 }
 for _numpy in ("numpy.core", "numpy._core"):
     _TABLE[f"{_numpy}.multiarray", "_reconstruct"] = "_reconstruct"

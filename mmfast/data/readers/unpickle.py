@@ -8,6 +8,7 @@ import os
 import pickletools
 import stat
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from mmfast.data.readers import torch_file
@@ -77,18 +78,15 @@ def is_pickle(path) -> bool:
     try:
         with open_regular(Path(path)) as file:
             start = file.read(1024)
-            if start[:1] == b"\x80":
-                return start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not start.startswith(
-                    torch_file.MAGIC
-                )
             file.seek(-min(2, os.fstat(file.fileno()).st_size), os.SEEK_END)
-            if start[:1] not in b"(]}c" or file.read().rstrip(b"\n")[-1:] != b".":
-                return False
-        for i, _ in enumerate(pickletools.genops(start)):
-            if i == 8:
-                break
-        return True
-    except ValueError:
-        return len(start) == 1024  # the start ended within an opcode
-    except OSError:
+            end = file.read().rstrip(b"\n")[-1:]
+    except (OSError, Refused):
         return False
+    if start[:1] == b"\x80":
+        return start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and not start.startswith(torch_file.MAGIC)
+    if start[:1] not in (b"(", b"]", b"}", b"c") or end != b".":
+        return False
+    try:
+        return len(list(islice(pickletools.genops(start), 8))) > 0
+    except ValueError:
+        return len(start) == 1024  # it ends within an opcode

@@ -41,7 +41,7 @@ CONTENT = {
 def assert_same(got, wanted) -> None:
     if isinstance(wanted, np.ndarray):
         assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
-    if isinstance(wanted, (list, tuple)) or getattr(wanted, "dtype", None) == object:
+    if isinstance(wanted, (list, tuple)) or (isinstance(wanted, np.ndarray) and wanted.dtype.kind == "O"):
         assert len(got) == len(wanted)
         for a, b in zip(got, wanted, strict=True):
             assert_same(a, b)
@@ -195,8 +195,8 @@ STATES = {
     "a structured dtype": b"\x80\x02cnumpy\ndtype\n" + text("i4,f4") + REDUCE,
     "an ndarray that is called": b"\x80\x02cnumpy\nndarray\nJ\xff\xff\xff\x7fK\x40\x86" + REDUCE,
     "an ndarray that is made": b"\x80\x02cnumpy\nndarray\n(J\xff\xff\xff\x7fK\x40\x86t\x81.",
-    "bytes of any size": b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\x10\xa5\xd4\xe8" + REDUCE,
-    "a range of any size": b"\x80\x02cbuiltins\nrange\n\x8a\x05\x00\x10\xa5\xd4\xe8" + REDUCE,
+    "bytes of any size": b"\x80\x02cbuiltins\nbytearray\n\x8a\x06\x00\x10\xa5\xd4\xe8\x00" + REDUCE,
+    "a range of any size": b"\x80\x02cbuiltins\nrange\n\x8a\x06\x00\x10\xa5\xd4\xe8\x00" + REDUCE,
     "a shape of any size": b"\x80\x03"
     + array_of(
         b"(K\x01\x8a\x06\x00\x00\x00\x00\x00\x01K\x02\x86cnumpy\ndtype\n" + text("f4") + b"\x85R\x89C\x00t"
@@ -355,7 +355,7 @@ def test_damaged_pickles_raise_nothing_else(tmp_path_factory, content, data):
             case "cut":
                 del raw[max(at, 1) :]
             case "drop":
-                del raw[at : at + data.draw(st.integers(1, min(8, len(raw) - 1)))]
+                del raw[at : at + data.draw(st.integers(1, 8))]
                 raw = raw or bytearray(b".")
             case "copy":
                 raw[at:at] = raw[at : at + 16]
