@@ -76,7 +76,7 @@ PYTHON_2 = b"".join(
         b"J\xff\xff\xff\xffK\x00tb\x89T",
         struct.pack("<I", 24),
         np.array([[1.5, -2, np.nan], [0, np.inf, 3e-39]], "<f4").tobytes(),
-        b"tbU\x02idq\x08]q\x09(U\x02\xc3\xa9X\x02\x00\x00\x00\xc3\xa9eU\x06speakc__builtin__\nset\n]U\x01aa\x85R",
+        b"tbU\x02idq\x08]q\x09(U\x02\xc3\xa9X\x02\x00\x00\x00\xc3\xa9eU\x05speakc__builtin__\nset\n]U\x01aa\x85R",
         b"U\x05orderccollections\nOrderedDict\n](](U\x01kK\x01ee\x85RU\x04longq\x0aL12L\nu.",
     ]
 )
