@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmfast.data.readers.hdf5 import SIGNATURE as HDF5
 from mmfast.errors import UserError
 
+HDF5 = b"\x89HDF\r\n\x1a\n"
 KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",

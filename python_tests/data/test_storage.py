@@ -94,7 +94,7 @@ BAD = [
     ({"test/labels": np.array([1, np.inf])}, "labels must be finite"),
     ({"test/ids": np.array([1, 1])}, "ids must be unique, got 1 twice"),
     ({"test/names": np.array(["a"])}, "names must be 2 strings"),
-    ({"test/labels": np.array([None, {}])}, "not a readable .npz archive of plain arrays"),
+    ({"test/labels": np.array([None, {}])}, "test/labels must hold numbers or text, got objects"),
     ({"dev/text/values": np.ones((3, 4))}, "got 'dev/text/values'"),
     ({"stray": np.ones(3)}, "keys must be name, task, targets, label_range, protocol, SPLIT/labels"),
     ({"label_range": np.array([3, -3])}, "label_range must be two increasing numbers"),

@@ -28,8 +28,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +35,7 @@ import torch
 
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
+from mmfast.data.readers.archive import describe_archive, read_archive
 from mmfast.data.readers.format import Format
 from mmfast.errors import UserError
 from mmfast.split_spec import Protocol
@@ -110,7 +109,7 @@ def read_saved(path) -> MultimodalData:
         UserError: a missing, damaged or foreign file, unknown keys, arrays that do not fit together.
     """
     path = Path(path)
-    arrays = _load(path)
+    arrays = read_archive(path)
     found = str(arrays.pop("format", "none"))
     if found != VERSION:
         raise UserError(f"{path}: format must be {VERSION!r}, got {found!r}")
@@ -137,33 +136,6 @@ def read_saved(path) -> MultimodalData:
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def contents(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(key, shape, dtype) of every array in the file."""
-    return [(key, array.shape, str(array.dtype)) for key, array in _load(path).items()]
-
-
-def _load(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        EOFError,
-        KeyError,
-        MemoryError,
-        NotImplementedError,
-        RuntimeError,
-        TypeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(f"{path}: not a readable .npz archive of plain arrays ({error})") from None
 
 
 def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
@@ -201,5 +173,5 @@ FORMAT = Format(
     "an mmfast .npz file",
     lambda source: source.kind == "zip" and "format.npy" in source.members,
     lambda source, options: read_saved(source.path),
-    lambda source: contents(source.path),
+    lambda source: describe_archive(source.path),
 )
