@@ -9,7 +9,7 @@ from dataclasses import fields
 from mmfast.data.combine import combine, short_names
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
-from mmfast.data.readers import ict_mmmo, npz
+from mmfast.data.readers import csd, foreign, mfn, npz
 from mmfast.data.readers.format import Format
 from mmfast.data.readers.hdf5 import describe_hdf5
 from mmfast.data.source import Source
@@ -18,7 +18,7 @@ from mmfast.data.synthetic import synthetic
 from mmfast.errors import UserError
 
 # More specific layouts stand before more general ones.
-FORMATS: tuple[Format, ...] = (ict_mmmo.FORMAT, npz.FORMAT)
+FORMATS: tuple[Format, ...] = (csd.FORMAT, mfn.FORMAT, npz.FORMAT, foreign.FORMAT)
 # Options that are acted on here for all layouts, where their reader does not.
 COMMON = frozenset()
 

@@ -135,7 +135,7 @@ BAD = [
     ("audio_valid.h5", truncate, "not a readable HDF5 file, truncated or of another kind"),
     ("audio_valid.h5", lambda p: p.write_bytes(b""), "not a readable HDF5 file"),
     ("video_test.h5", lambda p: p.write_text("hello"), "not a readable HDF5 file"),
-    ("video_test.h5", lambda p: (p.unlink(), p.mkdir()), "not a readable HDF5 file"),
+    ("video_test.h5", lambda p: (p.unlink(), p.mkdir()), "must be a regular file, got a folder"),
     (
         "y_train.h5",
         lambda p: write(p, np.ones(4), "labels"),

@@ -11,7 +11,7 @@ from mmfast.errors import UserError
 
 def hdf5(path):
     with h5py.File(path, "w") as file:
-        file["glove/data/clip/features"] = np.ones((2, 3))
+        file["glove/clip/features"] = np.ones((2, 3))
 
 
 CASES = [
@@ -23,7 +23,7 @@ CASES = [
     ),
     ("bare", lambda p: p.write_text("hello world"), "a nameless file"),
     ("empty.npz", lambda p: p.write_bytes(b""), "an empty file"),
-    ("other.csd", hdf5, "an HDF5 file with glove/data/clip/features"),
+    ("other.csd", hdf5, "an HDF5 file with glove/clip/features"),
     ("cut.csd", lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n"), "an HDF5 file that cannot be read"),
     ("foreign.npz", lambda p: np.savez(p, x=np.ones(2), y=np.ones(2)), r"an archive with x\.npy, y\.npy"),
     ("cut.npz", lambda p: p.write_bytes(b"PK\x03\x04half"), "an archive that is truncated or damaged"),
@@ -37,7 +37,7 @@ def test_unknown_content_is_listed(tmp_path, name, make, message):
     make(path)
     with pytest.raises(UserError, match=f"load: .*{name} is of no known kind: found {message}") as caught:
         load(path)
-    assert "an ICT-MMMO folder" in str(caught.value) and "an mmfast .npz file" in str(caught.value)
+    assert "an HDF5 folder of MFN" in str(caught.value) and "an mmfast .npz file" in str(caught.value)
 
 
 def test_long_folders_are_cut(tmp_path):
@@ -49,7 +49,7 @@ def test_long_folders_are_cut(tmp_path):
 
 def test_an_incomplete_corpus_folder_is_still_recognised(tmp_path):
     (tmp_path / "y_train.h5").touch()
-    with pytest.raises(UserError, match=r"audio_train\.h5: no such file"):
+    with pytest.raises(UserError, match=r"y_train\.h5: not a readable HDF5 file"):
         load(tmp_path)
 
 

@@ -8,22 +8,13 @@ import numpy as np
 
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
-from mmfast.data.readers.format import Format
-from mmfast.data.readers.hdf5 import describe_hdf5, open_hdf5
+from mmfast.data.readers.one_array import FILES, LABELS, SPLITS, one_array
 from mmfast.data.readers.padding import Cut, unpad
 from mmfast.errors import UserError
 
-SPLITS = ("train", "valid", "test")
-FILES = {"text": "text_{}_emb.h5", "audio": "audio_{}.h5", "visual": "video_{}.h5"}
-LABELS = "y_{}.h5"
 FEATURES = {"text": 300, "audio": 74, "visual": 36}
 NEUTRAL = 3.0
 LABEL_RANGE = (-2.0, 2.0)
-
-
-def is_ict_mmmo(folder: Path) -> bool:
-    """Whether the folder holds files under this corpus's names; reading them tells whether they are its own."""
-    return folder.is_dir() and any((folder / name).is_file() for name in _names())
 
 
 def read_ict_mmmo(folder) -> MultimodalData:
@@ -77,20 +68,6 @@ def read_ict_mmmo(folder) -> MultimodalData:
     )
 
 
-def contents(folder: Path) -> list[tuple[str, tuple[int, ...], str]]:
-    """(file and key, shape, dtype) of every array in the folder."""
-    return [
-        (f"{name}:{key}", shape, dtype)
-        for name in _names()
-        if (folder / name).is_file()
-        for key, shape, dtype in describe_hdf5(folder / name)
-    ]
-
-
-def _names() -> list[str]:
-    return [pattern.format(split) for split in SPLITS for pattern in (*FILES.values(), LABELS)]
-
-
 def _read(folder: Path) -> dict[tuple[str, str], np.ndarray]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -99,7 +76,7 @@ def _read(folder: Path) -> dict[tuple[str, str], np.ndarray]:
         for modality, pattern in FILES.items():
             path = folder / pattern.format(split)
             if (modality, split) != ("text", "train") or path.exists():
-                arrays[modality, split] = _array(path, 3, "(N, L, F)")
+                arrays[modality, split] = one_array(path, 3, "(N, L, F)")
         path = folder / LABELS.format(split)
         arrays["y", split] = _labels(path)
         for modality, pattern in FILES.items():
@@ -116,34 +93,17 @@ def _check(path: Path, axis: str, got: int, wanted: int, reference: str) -> None
         raise UserError(f"{path}: d1 must have {axis} = {wanted} as {reference}, got {got}")
 
 
+def has_its_labels(labels: np.ndarray) -> np.ndarray:
+    """(N,) bool: halves from 1 to 5."""
+    return (labels >= 1) & (labels <= 5) & (2 * labels % 1 == 0)
+
+
 def _labels(path: Path) -> np.ndarray:
-    labels = _array(path, 1, "(N,)")
-    foreign = np.flatnonzero(~((labels >= 1) & (labels <= 5) & (2 * labels % 1 == 0)))
+    labels = one_array(path, 1, "(N,)")
+    foreign = np.flatnonzero(~has_its_labels(labels))
     if len(foreign):
         i = foreign[0]
         raise UserError(
             f"{path}: labels must be halves in 1..5 as those of ICT-MMMO, got {labels[i]} in d1[{i}]"
         )
     return labels
-
-
-def _array(path: Path, ndim: int, shape: str) -> np.ndarray:
-    with open_hdf5(path) as file:
-        if "d1" not in file or not hasattr(file["d1"], "shape"):
-            raise UserError(f"{path}: must hold a data set named d1, found {sorted(file) or 'nothing'}")
-        node = file["d1"]
-        if node.dtype.kind not in "fiu":
-            raise UserError(f"{path}: d1 must hold numbers, got dtype {node.dtype}")
-        if node.ndim != ndim:
-            raise UserError(f"{path}: d1 must have shape {shape}, got {tuple(node.shape)}")
-        if 0 in node.shape:
-            raise UserError(f"{path}: d1 must not be empty, got shape {tuple(node.shape)}")
-        return node[()]
-
-
-FORMAT = Format(
-    "an ICT-MMMO folder (audio_train.h5, ...)",
-    lambda source: source.is_folder and is_ict_mmmo(source.path),
-    lambda source, options: read_ict_mmmo(source.path),
-    lambda source: contents(source.path),
-)

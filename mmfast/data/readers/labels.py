@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mmfast.data.targets import CLASSIFICATION, REGRESSION
+from mmfast.data.targets import CLASSIFICATION, MULTILABEL, REGRESSION
 from mmfast.errors import UserError
+
+# CMU-MOSEI's columns.
+SENTIMENT, EMOTIONS = "sentiment", ("happy", "sad", "anger", "surprise", "disgust", "fear")
 
 
 class Labels(NamedTuple):
@@ -79,3 +83,39 @@ def outside(labels: np.ndarray, label_range: tuple[float, float]) -> list[str]:
 
 def _short(error: Exception) -> str:
     return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+
+
+def columns(
+    where: str, labels: np.ndarray, names: Sequence[str] | None, chosen: str | None
+) -> dict[str, Any]:
+    """Which of K numbers a sample are its labels: `labels`, `task`, `targets` and, of a regression, `label_range`.
+
+    Args:
+        where: file and key, for errors.
+        labels: (N, K).
+        names: of the K columns; seven without are CMU-MOSEI's.
+        chosen: "all"; "emotions", which are there if their number is above 0, and "sentiment", of seven columns; or
+            the name or position of one column. Of seven the sentiment is the default, else all.
+
+    Raises:
+        UserError: no such choice.
+    """
+    count = labels.shape[1]
+    mosei = count == 1 + len(EMOTIONS)
+    if not names or len(names) != count or len(set(names)) < count or not all(names):
+        names = (SENTIMENT, *EMOTIONS) if mosei else [f"label{k}" for k in range(count)]
+    if mosei and chosen == "emotions":
+        there = np.where(np.isnan(labels[:, 1:]), np.nan, labels[:, 1:] > 0)
+        return {"labels": there, "task": MULTILABEL, "targets": EMOTIONS}
+    kept = list(range(count))
+    known = {name: k for k, name in enumerate(names)} | {str(k): k for k in kept}
+    if mosei and chosen in (None, SENTIMENT):
+        kept = [0]
+    elif chosen in known:
+        kept = [known[chosen]]
+    elif chosen not in (None, "all"):
+        choices = ["all", *(["emotions", SENTIMENT] if mosei else []), *names]
+        raise UserError(f"{where} must be one of {', '.join(dict.fromkeys(choices))}, got {chosen!r}")
+    values = labels[:, kept[0]] if len(kept) == 1 else labels
+    targets = None if count == 1 and names[0] == "label0" else [names[k] for k in kept]
+    return {"labels": values, "task": REGRESSION, "targets": targets, "label_range": range_of(values)}
