@@ -150,4 +150,5 @@ def _names(source: Source) -> list[str]:
 
 def _few(names: list[str], limit: int = 6) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest if names else "nothing in it"
+    shown = ", ".join(names[:limit]) + rest
+    return (shown if shown.isprintable() else ascii(shown)) or "nothing in it"

@@ -50,16 +50,6 @@ class Member:
     info: Any
 
 
-def is_archive(path: Path) -> bool:
-    """Whether the file is an archive of arrays and of nothing else."""
-    try:
-        with zipfile.ZipFile(regular(path)) as archive:
-            names = archive.namelist()
-    except (UserError, *DAMAGE):
-        return False
-    return bool(names) and all(name.endswith(SUFFIX) for name in names)
-
-
 def read_archive(path: Path) -> dict[str, np.ndarray]:
     """Key -> array, of all members.
 
@@ -87,7 +77,8 @@ def _open(path: Path, use):
     except UserError:
         raise
     except DAMAGE as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = reason if reason.isprintable() else ascii(reason)
         raise UserError(f"{path}: not a readable .npz archive of plain arrays ({reason})") from None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
-from mmfast.data.readers.archive import describe_archive, read_archive
+from mmfast.data.readers.archive import SUFFIX, describe_archive, read_archive
 from mmfast.data.readers.format import Contents, Format
 from mmfast.data.readers.hdf5 import describe_hdf5, open_hdf5, text
 from mmfast.data.readers.labels import columns, read_labels
@@ -37,10 +37,18 @@ LENGTHS = re.compile(r"(.+)[/._]lengths")
 def is_foreign(source: Source) -> bool:
     """Whether keys name a modality and labels."""
     try:
-        kinds = {what[1:] for key, *_ in contents(source) if (what := _meaning(key))}
+        kinds = {what[1:] for key in _keys(source) if (what := _meaning(key))}
     except UserError:
         return False
     return any(kind == "values" for kind, _ in kinds) and ("labels", "") in kinds
+
+
+def _keys(source: Source) -> list[str]:
+    if source.kind == "zip":
+        # By their names alone, so that what is wrong in them is told of by the reader.
+        arrays = all(name.endswith(SUFFIX) for name in source.members)
+        return [name.removesuffix(SUFFIX) for name in source.members] if arrays else []
+    return [key for key, *_ in contents(source)]
 
 
 def contents(source: Source) -> Contents:

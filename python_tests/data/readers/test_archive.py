@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmfast.data.readers import archive
-from mmfast.data.readers.archive import describe_archive, is_archive, read_archive
+from mmfast.data.readers.archive import describe_archive, read_archive
 from mmfast.errors import UserError
 
 
@@ -197,7 +197,7 @@ def test_every_honest_array_is_read_as_numpy_reads_it(tmp_path):
     for save in (np.savez, np.savez_compressed):
         save(tmp_path / "x.npz", **want)
         found = read_archive(tmp_path / "x.npz")
-        assert list(found) == list(want) and is_archive(tmp_path / "x.npz")
+        assert list(found) == list(want)
         for key, array in want.items():
             assert found[key].dtype == array.dtype and np.array_equal(found[key], array)
         assert describe_archive(tmp_path / "x.npz") == [(k, a.shape, str(a.dtype)) for k, a in want.items()]
@@ -207,14 +207,6 @@ def test_zeros_that_pack_a_thousandfold_are_read(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", x=np.zeros((1000, 500, 100), "f4"))
     assert (tmp_path / "x.npz").stat().st_size < 2**20
     assert read_archive(tmp_path / "x.npz")["x"].shape == (1000, 500, 100)
-
-
-def test_other_files_are_no_archives_of_arrays(tmp_path):
-    assert not is_archive(tmp_path / "nothing") and not is_archive(tmp_path)
-    (tmp_path / "text").write_text("hello")
-    assert not is_archive(tmp_path / "text")
-    write(tmp_path / "zip", [*ONE, ("data.pkl", b"")])
-    assert not is_archive(tmp_path / "zip")
 
 
 def test_too_many_members_are_refused(tmp_path, monkeypatch):
