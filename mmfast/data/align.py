@@ -28,7 +28,7 @@ def align(data: MultimodalData, reference: str) -> MultimodalData:
     neighbours are not.
 
     A sample that lacks the reference keeps its other modalities as they are, and is counted in the warnings; a
-    modality that a sample lacks stays missing. Words stay with text: where its steps change, they are left out.
+    modality that a sample lacks stays missing.
 
     Args:
         data: of any lengths.
