@@ -22,7 +22,7 @@ from mmfast.data.options import Options
 from mmfast.data.readers.format import Contents, Format
 from mmfast.data.readers.parts import Part, assemble
 from mmfast.data.readers.sound_names import Clip, Clips, clips_of
-from mmfast.data.readers.sound_table import is_manifest
+from mmfast.data.readers.sound_table import is_manifest, tables
 from mmfast.data.resample import resample, resampled
 from mmfast.data.source import Source, regular
 from mmfast.errors import UserError
@@ -53,9 +53,7 @@ def is_sound(source: Source) -> bool:
     try:
         if not source.is_folder:
             return source.kind == "other" and is_manifest(source.path)
-        if any("/" not in name and is_manifest(path) for name, path in source.files.items() if _is_table(path)):
-            return True
-        return next(_walk(source.path, LOOKED_AT), None) is not None
+        return bool(tables(source)) or next(_walk(source.path, LOOKED_AT), None) is not None
     except (OSError, UserError):
         return False
 
@@ -134,9 +132,7 @@ def _clips(source: Source, options: Options) -> tuple[Source, Clips, list[str]]:
         said = [f"linked folders, not followed: {len(linked)}"] if linked else []
         return source, clips_of(source, files, options), said
     folder = Source(source.path.absolute().parent)
-    # The table alone counts, whatever else lies beside it.
-    folder.files = {source.path.name: source.path}
-    return folder, clips_of(folder, [], options), []
+    return folder, clips_of(folder, [], options, table=source.path.name), []
 
 
 def _walk(folder: Path, most: int | None = None, linked: list[str] | None = None) -> Iterator[str]:
@@ -152,10 +148,6 @@ def _walk(folder: Path, most: int | None = None, linked: list[str] | None = None
         seen += len(folders) + len(files)
         if most is not None and seen > most:
             return
-
-
-def _is_table(path: Path) -> bool:
-    return path.suffix.lower() in (".csv", ".tsv")
 
 
 def _part(
@@ -233,7 +225,9 @@ def _mono(path: Path, header: Header) -> np.ndarray:
             out[filled : filled + len(block)] = block[:, 0] if block.shape[1] == 1 else block.mean(1)
             filled += len(block)
     if filled < len(out):
-        raise UserError(f"{path}: must hold {len(out)} samples as its header says, got {filled}: it is truncated")
+        raise UserError(
+            f"{path}: must hold {len(out)} samples as its header says, got {filled}: it is truncated"
+        )
     return out
 
 
@@ -264,7 +258,9 @@ def _check_start(path: Path, file) -> None:
     if not start:
         raise UserError(f"{path}: must be a sound file, got an empty file")
     if not start.startswith(SIGNATURES):
-        raise UserError(f"{path}: must be a WAV, FLAC or Ogg file, got one that starts with {start[:4].hex(' ')}")
+        raise UserError(
+            f"{path}: must be a WAV, FLAC or Ogg file, got one that starts with {start[:4].hex(' ')}"
+        )
     if start[:4] != b"RIFF":
         return
     # The library would take what there is of the data for all of it.

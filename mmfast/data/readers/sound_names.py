@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from mmfast.data.options import Options
-from mmfast.data.readers.sound_table import manifest
+from mmfast.data.readers.sound_table import read_manifest, tables
 from mmfast.data.source import Source
 from mmfast.errors import UserError
 from mmfast.wording import one_of
@@ -73,6 +73,7 @@ VIDEO_ONLY = "02"
 # How many files the whole of a corpus has.
 WHOLE = {"EmoDB": 535, "RAVDESS speech": 1440, "RAVDESS song": 1012}
 
+IEMOCAP = "IEMOCAP"
 EVALUATIONS = "Session*/dialog/EmoEvaluation/*.txt"
 TURNS = "Session*/sentences/wav/*/*.wav"
 TURN = re.compile(r"\[[\d.]+ - [\d.]+\]\t(\S+)\t(\S+)\t\[([\d.]+), ([\d.]+), ([\d.]+)\]\s*")
@@ -91,18 +92,21 @@ DIMENSIONS = ("valence", "activation", "dominance")
 DIMENSIONS_RANGE = (1.0, 5.0)
 
 
-def clips_of(source: Source, files: Sequence[str], options: Options) -> Clips:
+def clips_of(source: Source, files: Sequence[str], options: Options, table: str | None = None) -> Clips:
     """The samples among the sound ``files`` (relative names) of a folder, by the first convention that fits.
+
+    Those that a ``table`` in the folder lists, where one is given.
 
     Raises:
         UserError: none fits, or a table or name is wrong; options that the convention does not have.
     """
-    for convention in CONVENTIONS:
-        if (found := convention(source, files, options)) is not None:
-            break
-    iemocap = convention is _iemocap
+    if table is not None:
+        found = _listed(source, files, table)
+    else:
+        answers = (convention(source, files, options) for convention in CONVENTIONS)
+        found = next(answer for answer in answers if answer is not None)
     for name in ("labels", "classes"):
-        if (value := getattr(options, name)) is not None and not iemocap:
+        if (value := getattr(options, name)) is not None and found.title != IEMOCAP:
             raise UserError(f"{source.path}: {name} must be left out for {found.title}, got {value!r}")
     if not found.clips:
         raise UserError(f"{source.path}: must hold at least one sample of {found.title}, got none")
@@ -110,13 +114,21 @@ def clips_of(source: Source, files: Sequence[str], options: Options) -> Clips:
 
 
 def _manifest(source: Source, files: Sequence[str], options: Options) -> Clips | None:
-    if (table := manifest(source)) is None:
-        return None
+    found = tables(source)
+    if len(found) > 1:
+        raise UserError(
+            f"{source.path}: must hold one table with a column path, got {', '.join(found)}; give the right one as the "
+            "source"
+        )
+    return _listed(source, files, found[0]) if found else None
+
+
+def _listed(source: Source, files: Sequence[str], name: str) -> Clips:
+    table = read_manifest(source, name)
     clips = [Clip(*row) for row in table.rows]
     unlisted = len(set(files) - {clip.file for clip in clips})
-    said = [f"sound files that {table.name} does not list, left out: {unlisted}"] if unlisted else []
-    targets = ("label",) if table.numbers else None
-    return Clips(f"the files that {table.name} lists", clips, said, targets)
+    said = [f"sound files that {name} does not list, left out: {unlisted}"] if unlisted else []
+    return Clips(f"listed in {name}", clips, said, ("label",) if table.numbers else None)
 
 
 def _emodb(source: Source, files: Sequence[str], options: Options) -> Clips | None:
@@ -199,7 +211,9 @@ def _iemocap(source: Source, files: Sequence[str], options: Options) -> Clips | 
         "sound files of no turn (whole dialogues), left out": len(files) - len(sounds),
         "turns without an evaluation, kept without a label": len(sounds.keys() - turns.keys()),
         "evaluated turns without a sound file, left out": len(turns.keys() - sounds.keys()),
-        f"turns of other emotions ({kinds}), left out (--classes all keeps them)": 0 if every else others.total(),
+        f"turns of other emotions ({kinds}), left out (--classes all keeps them)": 0
+        if every
+        else others.total(),
         "turns on which annotators do not agree (xxx), kept without a label": others["xxx"] if every else 0,
     }
     said = [f"{what}: {count}" for what, count in counts.items() if count]
@@ -210,15 +224,14 @@ def _iemocap(source: Source, files: Sequence[str], options: Options) -> Clips | 
         if outside:
             said.append(f"labels outside of {low:g} to {high:g}, kept: {outside}")
         targets = [DIMENSIONS[i] for i in _columns(wanted)]
-        return Clips("IEMOCAP", clips, said, targets, DIMENSIONS_RANGE)
+        return Clips(IEMOCAP, clips, said, targets, DIMENSIONS_RANGE)
     here = Counter(clip.label for clip in clips)
     if any(here[emotion] != count for emotion, count in IEMOCAP_COUNTS.items()):
         whole, found = (
-            ", ".join(f"{n[emotion]} {emotion}" for emotion in IEMOCAP_COUNTS)
-            for n in (IEMOCAP_COUNTS, here)
+            ", ".join(f"{n[emotion]} {emotion}" for emotion in IEMOCAP_COUNTS) for n in (IEMOCAP_COUNTS, here)
         )
         said.append(f"IEMOCAP has {whole} turns, here are {found}")
-    return Clips("IEMOCAP", clips, said)
+    return Clips(IEMOCAP, clips, said)
 
 
 def _columns(labels: str) -> Sequence[int]:
@@ -249,7 +262,9 @@ def _turns(source: Source, tables: Sequence[str]) -> dict[str, tuple[str, tuple[
             if emotion not in known:
                 raise UserError(f"{path}: line {number} must name {one_of(known)}, got {emotion[:40]!r}")
             if name in turns:
-                raise UserError(f"{path}: line {number} must name a turn for the first time, got {name} again")
+                raise UserError(
+                    f"{path}: line {number} must name a turn for the first time, got {name} again"
+                )
             turns[name] = emotion, numbers
     return turns
 

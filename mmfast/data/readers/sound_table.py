@@ -39,38 +39,34 @@ def is_manifest(path: Path) -> bool:
     return _delimiter(path) is not None
 
 
-def manifest(source: Source) -> Table | None:
-    """The table that is the source, or the one that stands in its folder; None where there is none.
+def tables(source: Source) -> list[str]:
+    """Names of the tables with a column ``path`` that stand in a folder."""
+    return [
+        name
+        for name, path in source.files.items()
+        if "/" not in name and path.suffix.lower() in (".csv", ".tsv") and is_manifest(path)
+    ]
+
+
+def read_manifest(source: Source, name: str) -> Table:
+    """The table of this name in a folder.
 
     A header names the columns, which tabs, commas or semicolons divide: ``path`` relative to the file; ``label``,
     numbers or else classes, empty for none; ``split``; any other is a kind of group, such as ``speaker``.
 
     Raises:
-        UserError: several tables, a damaged one, a path that is absolute, leaves the folder or is listed twice, an
-            infinite number, a split of another name.
+        UserError: a damaged file, a path that is absolute, leaves the folder or is listed twice, an infinite number,
+            a split of another name.
     """
-    beside = [
-        name
-        for name, path in source.files.items()
-        if "/" not in name and path.suffix.lower() in (".csv", ".tsv") and is_manifest(path)
-    ]
-    if len(beside) > 1:
-        raise UserError(
-            f"{source.path}: must hold one table with a column {PATH}, got {', '.join(beside)}; give the right one as "
-            "the source"
-        )
-    return read_manifest(source, beside[0]) if beside else None
-
-
-def read_manifest(source: Source, name: str) -> Table:
-    """The table of this name in a folder; see :func:`manifest`."""
     path = source.file(name)
     rows, listed = [], set()
     with _reading(path) as lines:
         header = [cell.strip().lower() for cell in next(lines)]
         for column in header:
             if not column or header.count(column) > 1:
-                raise UserError(f"{path}: columns must have names, each its own, got {column!r} in the header")
+                raise UserError(
+                    f"{path}: columns must have names, each its own, got {column!r} in the header"
+                )
         for cells in lines:
             if not cells:
                 continue
@@ -114,9 +110,12 @@ def _reading(path: Path) -> Iterator:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: must be text in UTF-8, got the bytes {error.object[error.start :][:4].hex(' ')}") from None
+        found = error.object[error.start :][:4].hex(" ")
+        raise UserError(f"{path}: must be text in UTF-8, got the bytes {found}") from None
     except (csv.Error, StopIteration) as error:
-        raise UserError(f"{path}: must be a table with a header and as many cells in each line ({error})") from None
+        raise UserError(
+            f"{path}: must be a table with a header and as many cells in each line ({error})"
+        ) from None
 
 
 def _inside(where: str, file: str) -> str:
@@ -129,7 +128,9 @@ def _inside(where: str, file: str) -> str:
     else:
         if parts and parts[0] != "/" and "\0" not in file:
             return "/".join(parts)
-    raise UserError(f"{where}: {PATH} must be relative to the table and stay in its folder, got {file[:200]!r}")
+    raise UserError(
+        f"{where}: {PATH} must be relative to the table and stay in its folder, got {file[:200]!r}"
+    )
 
 
 def _is_number(text: str) -> bool:
