@@ -25,6 +25,8 @@ from mmfast.training.model_section import SHARED, config_type, encoder_name, ope
 from mmfast.training.parsing import config_parser, sections
 from mmfast.training.settings import Settings, in_plain_words
 
+EITHER = "last.ckpt of a pretrain run or best.ckpt of a finetune run"
+
 
 def pretrain(argv: list[str]) -> Any:
     """The arguments of ``mmfast pretrain``."""
@@ -122,8 +124,22 @@ def embed(argv: list[str]) -> argparse.Namespace:
         description="Vectors that the encoder of a checkpoint makes of each sample, as an .npz archive "
         "(its keys: docs/training.md).",
     )
-    _add_source(parser, split="all", checkpoint="last.ckpt of a pretrain run or best.ckpt of a finetune run")
+    _add_source(parser, split="all", checkpoint=EITHER)
     parser.add_argument("--out", default="embeddings.npz", help="the file to write (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def export(argv: list[str]) -> argparse.Namespace:
+    """The arguments of ``mmfast export``."""
+    parser = Parser(
+        prog="mmfast export",
+        description="The encoder of a checkpoint, and its head or projector, as safetensors: "
+        "mmfast.training.load_encoder reads them (docs/training.md).",
+    )
+    parser.add_argument("checkpoint", help=EITHER)
+    parser.add_argument(
+        "--out", default="encoder.safetensors", help="the file to write (default %(default)s)"
+    )
     return parser.parse_args(argv)
 
 

@@ -22,7 +22,7 @@ from mmfast.errors import UserError
 from mmfast.files import write_json
 from mmfast.metrics import shown
 from mmfast.tasks import Task, task_of
-from mmfast.training import embedding, runs
+from mmfast.training import embedding, exported, runs
 from mmfast.training.checkpoint import RECORD, fingerprint, read_checkpoint
 from mmfast.training.config import RunConfig, differences
 from mmfast.training.fitting import BEST, LAST, check_device
@@ -178,6 +178,11 @@ def embed(given: argparse.Namespace) -> None:
         _warn(
             f"embed: of {len(embeddings)} samples, {count} seen in training; --split unseen leaves them out"
         )
+
+
+def export(given: argparse.Namespace) -> None:
+    """``mmfast export``: a safetensors file of weights."""
+    print(f"{exported.export(given.checkpoint, given.out)} tensors: {given.out}")
 
 
 class _StandardOutput(logging.StreamHandler):

@@ -54,7 +54,12 @@ def align(data: MultimodalData, reference: str) -> MultimodalData:
         f"samples left unaligned, for they lack {reference}": lacking,
     }
     said = [f"{what}: {count}" for what, count in counts.items() if count]
-    return replace(data.each(lambda dataset: _aligned(dataset, reference)), warnings=(*data.warnings, *said))
+    out = data.each(lambda dataset: _aligned(dataset, reference))
+    if any(d.words is not None for d in data.splits().values()) and all(
+        d.words is None for d in out.splits().values()
+    ):
+        said.append(f"words are left out: text has the steps of {reference} now")
+    return replace(out, warnings=(*data.warnings, *said))
 
 
 def overlapping(frames: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -358,12 +358,14 @@ class MultimodalDataset(Dataset):
     def with_values(self, values: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> MultimodalDataset:
         """The same samples with other steps, modality -> (steps, F), and lengths, modality -> (N,).
 
-        Other contents have other fingerprints.
+        Other contents have other fingerprints. Words, one a step of text, are left out where text has other lengths.
         """
         flat = self.from_flat(values, lengths, None, self._ids)
         out = self._share()
         out._values, out._starts, out._lengths = flat._values, flat._starts, flat._lengths
         out._fingerprints = None
+        if "text" in lengths and not torch.equal(out._lengths["text"], self.lengths("text")):
+            out._beside = {kind: items for kind, items in self._beside.items() if kind != "words"}
         return out
 
     def fingerprints(self) -> Tensor:

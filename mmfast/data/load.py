@@ -6,10 +6,12 @@ import inspect as signatures
 import os
 from dataclasses import fields
 
+from mmfast.data.align import align
+from mmfast.data.choose import choose
 from mmfast.data.combine import combine, short_names
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
-from mmfast.data.readers import csd, foreign, mfn, npz
+from mmfast.data.readers import csd, foreign, mfn, npz, sound
 from mmfast.data.readers.format import Format
 from mmfast.data.readers.hdf5 import describe_hdf5
 from mmfast.data.source import Source
@@ -18,9 +20,9 @@ from mmfast.data.synthetic import synthetic
 from mmfast.errors import UserError
 
 # More specific layouts stand before more general ones.
-FORMATS: tuple[Format, ...] = (csd.FORMAT, mfn.FORMAT, npz.FORMAT, foreign.FORMAT)
+FORMATS: tuple[Format, ...] = (csd.FORMAT, mfn.FORMAT, npz.FORMAT, foreign.FORMAT, sound.FORMAT)
 # Options that are acted on here for all layouts, where their reader does not.
-COMMON = frozenset()
+COMMON = {"align": align, "modalities": choose}
 
 
 # What says something about labels, which a pool has none of.
@@ -92,16 +94,19 @@ def finished(data: MultimodalData, kind: Format, options: Options) -> Multimodal
         UserError: an option that neither the reader nor anything here acts on.
     """
     for name, value in options.given().items():
-        if name not in kind.takes | COMMON:
+        if name not in kind.takes | COMMON.keys():
             raise UserError(
                 f"load: {name} must not be given for {kind.title}, which has no such choice, got {value!r}"
             )
+    for name, function in COMMON.items():
+        if name in options.given() and name not in kind.takes:
+            data = function(data, getattr(options, name))
     return data
 
 
 def takes(path) -> frozenset[str]:
     """Names of the options that can be given for what stands at a path."""
-    return recognise(Source(path)).takes | COMMON
+    return recognise(Source(path)).takes | COMMON.keys()
 
 
 def recognise(source: Source) -> Format:

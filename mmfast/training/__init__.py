@@ -8,11 +8,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmfast.training.embedding import Embeddings, embed
+    from mmfast.training.exported import TrainedEncoder, export, load_encoder
 
-__all__ = ["Embeddings", "embed"]
+# Name -> the module that it is from.
+_FROM = {
+    "Embeddings": "embedding",
+    "TrainedEncoder": "exported",
+    "embed": "embedding",
+    "export": "exported",
+    "load_encoder": "exported",
+}
+__all__ = ["Embeddings", "TrainedEncoder", "embed", "export", "load_encoder"]
 
 
 def __getattr__(name: str):
-    if name not in __all__:
+    if name not in _FROM:
         raise AttributeError(f"module 'mmfast.training' has no attribute {name!r}")
-    return getattr(import_module("mmfast.training.embedding"), name)
+    return getattr(import_module(f"mmfast.training.{_FROM[name]}"), name)

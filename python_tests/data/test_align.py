@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmfast.data import MultimodalData, MultimodalDataset
+from mmfast.data import MultimodalData, MultimodalDataset, load, save
 from mmfast.data.align import _means, align, overlapping
 from mmfast.data.choose import choose
 from mmfast.errors import UserError
@@ -127,6 +127,25 @@ def test_strict_names_the_first_sample():
     assert str(caught.value) == (
         "align: train[1].audio must have as many steps as text (7), got 6 ('1'); --align text takes means"
     )
+
+
+def test_words_stay_with_the_steps_of_text():
+    words = [["a", "b", "c"], ["d"]]
+    dataset = MultimodalDataset({"text": random(3, 1), "audio": random(5, 4)}, words=words)
+    assert align(MultimodalData(train=dataset), "text").train.words == words
+    found = align(MultimodalData(train=dataset), "audio")
+    assert (
+        found.train.words is None
+        and found.warnings[1] == "words are left out: text has the steps of audio now"
+    )
+
+
+def test_any_layout_can_be_aligned_and_thinned_out(tmp_path):
+    whole = data(random(4, 7), random(4, 6))
+    save(whole, tmp_path / "data.npz")
+    found = load(tmp_path / "data.npz", align="text", modalities="audio")
+    assert found.modalities == ("audio",)
+    assert torch.equal(found.train.flat("audio"), align(whole, "text").train.flat("audio"))
 
 
 def test_no_such_reference():

@@ -35,8 +35,9 @@ SIGNATURES = (b"RIFF", b"fLaC", b"OggS")
 LOWEST, HIGHEST = 4_000, 384_000
 # Samples that a file of so many bytes may hold: silence takes next to nothing in FLAC.
 SAMPLES_A_BYTE, SPARE = 64, 1 << 22
-# Samples that are read at a time, entries that are looked at for a sound file, chunks of a WAV file before its data.
-BLOCK, LOOKED_AT, CHUNKS = 1 << 16, 10_000, 10_000
+# Samples that are read at a time, entries that are looked at for a sound file, chunks of a WAV file before its data,
+# and steps from which on few encoders can take a waveform.
+BLOCK, LOOKED_AT, CHUNKS, LONG = 1 << 16, 10_000, 10_000, 10_000
 
 
 class Header(NamedTuple):
@@ -84,6 +85,11 @@ def read_sound(source: Source, options: Options) -> MultimodalData:
         f"files resampled to {rate} Hz": sum(h.rate != rate for h in headers),
         "files without any sound, kept as missing": sum(not h.frames for h in headers),
     }
+    longest = max(resampled(h.frames, h.rate, rate) for h in headers)
+    if not options.spectrogram and longest > LONG:
+        counts[
+            "steps of the longest waveform, many for an encoder over time (--spectrogram: 100 a second)"
+        ] = longest
     warnings += [*found.warnings, *(f"{what}: {count}" for what, count in counts.items() if count)]
     about: dict[str, Any] = {"targets": found.targets, "label_range": found.label_range}
     classes = sorted({clip.label for clip in found.clips if isinstance(clip.label, str)})
@@ -162,10 +168,7 @@ def _part(
         start = 0
         for i, clip, length in zip(own, clips, lengths.tolist(), strict=True):
             sound = resample(_mono(folder.file(clip.file), headers[i]), headers[i].rate, rate)
-            if spectra:
-                steps = spectrogram.spectrogram(torch.from_numpy(sound)).numpy()
-            else:
-                steps = sound[:, None]
+            steps = spectrogram.spectrogram(torch.from_numpy(sound)).numpy() if spectra else sound[:, None]
             flat[start : start + length] = steps
             start += length
     except MemoryError:

@@ -117,8 +117,8 @@ def _manifest(source: Source, files: Sequence[str], options: Options) -> Clips |
     found = tables(source)
     if len(found) > 1:
         raise UserError(
-            f"{source.path}: must hold one table with a column path, got {', '.join(found)}; give the right one as the "
-            "source"
+            f"{source.path}: must hold one table with a column path, got {', '.join(found)}; "
+            "give the right one as the source"
         )
     return _listed(source, files, found[0]) if found else None
 
@@ -291,8 +291,8 @@ def _plain(source: Source, files: Sequence[str], options: Options) -> Clips:
             "them with the columns path, label, speaker, session and split says what they are"
         )
     if len(classes) < 2:
-        said = ["no classes: the names of the files follow no known convention"]
-        return Clips("sound files without labels", [Clip(file) for file in files], said)
+        said = ["no classes: the names of the files are of no known corpus"]
+        return Clips("no classes", [Clip(file) for file in files], said)
     clips = [Clip(file, parts[0]) for file, parts in zip(files, folders, strict=True)]
     return Clips("one folder for each class", clips)
 

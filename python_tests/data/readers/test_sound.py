@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from layouts import sound as layouts
+from training_help import mmfast
 
-from mmfast.data import load
+from mmfast.data import load, save
 from mmfast.data.readers import sound as reader
 from mmfast.data.resample import resample
 from mmfast.data.source import Source
@@ -162,7 +163,7 @@ def test_long_files_are_read_in_blocks(tmp_path, monkeypatch):
 
 def test_folders_that_say_no_class(tmp_path):
     write(tmp_path / "one/a.wav", noise(9))
-    assert load(tmp_path / "one").layout == "sound files (sound files without labels)"
+    assert load(tmp_path / "one").layout == "sound files (no classes)"
     assert not load(tmp_path).train.labelled().any()
     write(tmp_path / "one/happy/b.wav", noise(9))
     message = refused(tmp_path)
@@ -296,3 +297,24 @@ def test_compressed_files_claim_no_more_than_they_hold(tmp_path):
     (tmp_path / "a.flac").write_bytes(content)
     found = refused(tmp_path)
     assert "must hold 6000 samples as its header says" in found or "truncated or damaged" in found
+
+
+def test_spectrograms_are_trained_on(tmp_path):
+    for i in range(12):
+        write(tmp_path / f"corpus/{'calm' if i % 2 else 'tense'}/{i}.wav", noise(700 + 160 * i, i))
+    data = load(tmp_path / "corpus", spectrogram=True)
+    save(data, tmp_path / "speech.npz")
+    settings = (
+        "--model.hidden=4",
+        "--model.projector=[8, 8]",
+        "--run.accelerator=cpu",
+        "--run.tensorboard=false",
+    )
+    short = ("--pretraining.epochs=1", "--pretraining.batch_size=4", f"--run.folder={tmp_path / 'run'}")
+    assert mmfast("pretrain", f"--data.path={tmp_path / 'speech.npz'}", *settings, *short) == 0
+
+
+def test_waveforms_too_long_for_an_encoder_are_told_of(tmp_path):
+    write(tmp_path / "a.wav", noise(10_001))
+    assert "(--spectrogram: 100 a second): 10001" in load(tmp_path).warnings[-1]
+    assert not any("--spectrogram" in text for text in load(tmp_path, spectrogram=True).warnings)
