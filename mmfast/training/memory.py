@@ -62,8 +62,13 @@ def check_memory(
             remedy = f"lower experiment.workers, {processes} here, {remedy}"
         raise UserError(
             f"{phase}: memory for a step must be free, about {_gib(need)} GiB for {samples} samples of up to {steps} "
-            f"time steps, got {_gib(free / processes)} GiB: {remedy}, or shorten the sequences"
+            f"time steps, got {_gib(free / processes)} GiB: {remedy}, or {_shorter(encoder)}"
         )
+
+
+def _shorter(encoder: nn.Module) -> str:
+    waveforms = encoder.features.get("speech") == 1
+    return "take spectrograms of the waveforms" if waveforms else "shorten the sequences"
 
 
 def check_weights(setting: str, value: Any, build: Callable[[], nn.Module]) -> None:

@@ -316,5 +316,5 @@ def test_spectrograms_are_trained_on(tmp_path):
 
 def test_waveforms_too_long_for_an_encoder_are_told_of(tmp_path):
     write(tmp_path / "a.wav", noise(10_001))
-    assert "(--spectrogram: 100 a second): 10001" in load(tmp_path).warnings[-1]
+    assert any(text.endswith("(--spectrogram: 100 a second): 10001") for text in load(tmp_path).warnings)
     assert not any("--spectrogram" in text for text in load(tmp_path, spectrogram=True).warnings)
