@@ -75,8 +75,8 @@ class TrainedEncoder(nn.Module):
 def export(checkpoint: str | os.PathLike, out: str | os.PathLike = "encoder.safetensors") -> int:
     """Write the encoder of a checkpoint, and its head or projector, as safetensors; returns the number of tensors.
 
-    Tensors keep their names, ``encoder.*``, ``head.*`` and ``projector.*``. The metadata hold ``format``,
-    ``mmfast-weights 1``, and ``network``, JSON: ``model`` (class of the encoder, its arguments and the widths of the
+    Tensors keep their names, ``encoder.*``, ``head.*`` and ``projector.*``. The metadata hold JSON under
+    ``mmfast``: ``format``, which is ``mmfast-weights 1``, ``model`` (class of the encoder, its arguments and the widths of the
     projector), ``features`` (modality -> F), ``standardiser`` (modality -> mean, scale (1 / std, 0 for constant
     features), steps, nan, inf) and ``task`` (None without labels). Nothing of the run, its data or its folders.
 
@@ -93,6 +93,7 @@ def export(checkpoint: str | os.PathLike, out: str | os.PathLike = "encoder.safe
         raise UserError(f"export: out must be another file than the checkpoint, got {out}")
     record = loaded[RECORD]
     network = {
+        "format": FORMAT,
         "model": record["config"]["model"],
         "features": record["features"],
         "standardiser": {m: _listed(state) for m, state in record["standardiser"].items()},
@@ -104,7 +105,7 @@ def export(checkpoint: str | os.PathLike, out: str | os.PathLike = "encoder.safe
         for name, tensor in loaded["state_dict"].items()
         if name.partition(".")[0] in KEPT
     }
-    content = _safetensors(str(out)).torch.save(tensors, {"format": FORMAT, "network": json.dumps(network)})
+    content = _safetensors(str(out)).torch.save(tensors, {RECORD: json.dumps(network)})
     write_atomically(out, content)
     return len(tensors)
 
@@ -157,10 +158,11 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     regular(path)
     try:
         with library.safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != FORMAT:
-                raise UserError(f"{path}: format must be {FORMAT!r}, got {about.get('format', 'none')!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(about["network"])  # noqa: SIM118
+            network = json.loads((file.metadata() or {}).get(RECORD, "null"))
+            found = network.get("format") if isinstance(network, dict) else None
+            if found != FORMAT:
+                raise UserError(f"{path}: format must be {FORMAT!r}, got {found!r}")
+            return {name: file.get_tensor(name) for name in file.keys()}, network  # noqa: SIM118
     except UserError:
         raise
     except (library.SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:

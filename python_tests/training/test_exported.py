@@ -82,8 +82,8 @@ def test_standardisation_comes_back_bit_by_bit(made):
 def test_files_tell_nothing_of_the_run(made):
     with safetensors.safe_open(made / "fine.safetensors", "pt") as file:
         about = file.metadata()
-    assert about.keys() == {"format", "network"} and str(made) not in about["network"]
-    assert json.loads(about["network"]).keys() == {"model", "features", "standardiser", "task"}
+    assert about.keys() == {"mmfast"} and str(made) not in about["mmfast"]
+    assert json.loads(about["mmfast"]).keys() == {"format", "model", "features", "standardiser", "task"}
 
 
 def test_a_class_of_ones_own_is_imported_when_the_caller_names_it(tmp_path):
@@ -105,10 +105,10 @@ def test_a_class_of_ones_own_is_imported_when_the_caller_names_it(tmp_path):
 
 def rewritten(source: Path, target: Path, change) -> Path:
     with safetensors.safe_open(source, "pt") as file:
-        network = json.loads(file.metadata()["network"])
+        network = json.loads(file.metadata()["mmfast"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(network, tensors)
-    safetensors.save_file(tensors, target, {"format": "mmfast-weights 1", "network": json.dumps(network)})
+    safetensors.save_file(tensors, target, {"mmfast": json.dumps(network)})
     return target
 
 
@@ -137,6 +137,7 @@ CHANGES = {
         lambda n, t: n.update(standardiser={"text": {"mean": ["x"]}}),
         "damaged|standardiser|state",
     ),
+    "another version": (lambda n, t: n.update(format="mmfast-weights 2"), "got 'mmfast-weights 2'"),
     "a list": (lambda n, t: n.update(model=[]), "its description is damaged|config"),
 }
 
@@ -158,7 +159,7 @@ def test_files_that_are_none_are_refused(made, tmp_path):
         with pytest.raises(UserError, match="not a readable safetensors file"):
             load_encoder(path)
     safetensors.save_file({"encoder.x": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match="format must be 'mmfast-weights 1', got 'none'"):
+    with pytest.raises(UserError, match="format must be 'mmfast-weights 1', got None"):
         load_encoder(path)
     os.mkfifo(tmp_path / "fifo")
     for name, message in (("nowhere", "no such file"), ("fifo", "got a FIFO"), (".", "got a folder")):
