@@ -75,10 +75,10 @@ class TrainedEncoder(nn.Module):
 def export(checkpoint: str | os.PathLike, out: str | os.PathLike = "encoder.safetensors") -> int:
     """Write the encoder of a checkpoint, and its head or projector, as safetensors; returns the number of tensors.
 
-    Tensors keep their names, ``encoder.*``, ``head.*`` and ``projector.*``. The metadata hold JSON under
-    ``mmfast``: ``format``, which is ``mmfast-weights 1``, ``model`` (class of the encoder, its arguments and the widths of the
-    projector), ``features`` (modality -> F), ``standardiser`` (modality -> mean, scale (1 / std, 0 for constant
-    features), steps, nan, inf) and ``task`` (None without labels). Nothing of the run, its data or its folders.
+    Tensors keep their names, ``encoder.*``, ``head.*`` and ``projector.*``. The metadata hold JSON under ``mmfast``:
+    ``format``, which is ``mmfast-weights 1``; ``model``, the encoder's class, its arguments and the widths of the
+    projector; ``features``, modality -> F; ``standardiser``, modality -> mean, scale (1 / std, 0 for constant
+    features), steps, nan, inf; ``task``, null without labels. Nothing of the run, its data or its folders.
 
     Args:
         checkpoint: of any stage.
