@@ -12,7 +12,6 @@ import pytest
 from training_help import TINY, mmfast, train
 
 from mmfast.data import MultimodalData, MultimodalDataset, load, save, synthetic
-from mmfast.errors import UserError
 from mmfast.metrics import metrics_for
 from mmfast.training.predictions import read_predictions
 
