@@ -17,6 +17,8 @@ The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
     SPLIT/names                  (N,) string (optional, the ids)
     SPLIT/groups                 (N,) string, speakers or videos that are not to be divided (optional, none);
                                  SPLIT/groups/KIND where there are several kinds of groups
+    SPLIT/words                  (N,) string, JSON lists of a sample's words (optional, none)
+    SPLIT/transcripts            (N,) string, JSON strings (optional, none)
 
 SPLIT is train, valid, test, unlabelled or cross_validation; a file needs one of them at least, so data to
 predict for may be a single `test`. MODALITY is any printable name without "/"; text, audio and visual are the
@@ -41,6 +43,8 @@ from mmfast.errors import UserError
 from mmfast.split_spec import Protocol
 
 VERSION = "mmfast-data 1"
+# Of a sample, as JSON.
+BESIDE = {"words", "transcripts"}
 POOLS = ("train", "valid", "test", "unlabelled", "cross_validation")
 
 
@@ -82,6 +86,9 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
         arrays[f"{split}/names"] = np.array(dataset.names)
         for kind, names in dataset.groups.items():
             arrays[f"{split}/groups/{kind}"] = np.array(names)
+        for kind in BESIDE:
+            if (items := getattr(dataset, kind)) is not None:
+                arrays[f"{split}/{kind}"] = np.array([json.dumps(item) for item in items])
         for modality in dataset.modalities:
             arrays[f"{split}/{modality}/values"] = dataset.flat(modality).numpy()
             arrays[f"{split}/{modality}/lengths"] = dataset.lengths(modality).numpy()
@@ -119,6 +126,8 @@ def read_saved(path) -> MultimodalData:
         for split, content in splits.items():
             size = len(next(iter(content["lengths"].values()), ()))
             content.setdefault("ids", np.arange(first_id, first_id + size))
+            for kind in BESIDE & content.keys():
+                content[kind] = [json.loads(item) for item in content[kind].tolist()]
             datasets[split] = MultimodalDataset.from_flat(**content)
             first_id = max(first_id, int(datasets[split].ids.max()) + 1 if size else 0)
         pool, train = datasets.get("unlabelled"), datasets.get("train")
@@ -134,7 +143,7 @@ def read_saved(path) -> MultimodalData:
             padding="none, stored without",
             layout="mmfast .npz file",
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -144,7 +153,7 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
         match key.split("/"):
             case ["name" | "label_range" | "task" | "targets" | "protocol"]:
                 pass
-            case [split, ("labels" | "ids" | "names") as kind] if split in POOLS:
+            case [split, ("labels" | "ids" | "names" | "words" | "transcripts") as kind] if split in POOLS:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind] = array
             case [split, "groups"] if split in POOLS:
                 content = splits.setdefault(split, {"values": {}, "lengths": {}})
