@@ -145,7 +145,6 @@ class Source:
 
     @cached_property
     def _object(self) -> Any:
-        from mmfast.data.readers.torch_file import load_torch
-        from mmfast.data.readers.unpickle import unpickle
+        from mmfast.data.readers.unpickle import load_torch, unpickle
 
         return load_torch(self.path) if self.kind == "torch" else unpickle(self.path)
