@@ -19,7 +19,7 @@ CASES = [
     (
         "data.pkl",
         lambda p: p.write_bytes(b"\x80\x04K\x01."),
-        r"a \.pkl file that starts with the bytes 80 04",
+        "a pickle of a int",
     ),
     ("bare", lambda p: p.write_text("hello world"), "a nameless file"),
     ("empty.npz", lambda p: p.write_bytes(b""), "an empty file"),

@@ -303,21 +303,23 @@ def test_inspection_counts_classes_labels_empty_sets_and_what_is_unknown(tmp_pat
     )
     found = inspect(tmp_path / "a.npz")
     report = found.splits["train"]
-    assert (report.samples, report.labelled) == (5, 4)
+    told = report.labels
+    assert (report.samples, report.labelled, told.without) == (5, 4, 2)
+    assert told.counts == {"happy": 1, "sad": 2, "angry": 0} and told.unknown == {"happy": 1}
+    assert math.isnan(told.mean) and told.outside.count == 0
     text = str(found)
     assert "multilabel of happy, sad, angry" in text and "2 without any label (50.0%)" in text
-    assert "happy 1 (33.3%, 1 unknown)  sad 2 (50.0%)  angry 0 (0.0%)" in text
+    assert "happy 1 (33.3%, 1 unknown), sad 2 (50.0%), angry 0 (0.0%)" in text
     save(MultimodalData(dataset(["b", "a", "b", None])), tmp_path / "b.npz")
-    assert "a 1 (33.3%)  b 2 (66.7%)" in str(inspect(tmp_path / "b.npz"))
+    assert "a 1 (33.3%), b 2 (66.7%)" in str(inspect(tmp_path / "b.npz"))
     several = MultimodalData(
         dataset([[1, 2], [3, NAN]]), task="regression", targets=("valence", "arousal"), label_range=(1, 5)
     )
     save(several, tmp_path / "c.npz")
     text = str(inspect(tmp_path / "c.npz"))
-    assert "regression of valence, arousal: labels in [1, 5]" in text
-    assert (
-        "valence  1.00 to 3.00, mean 2.00" in text and "arousal  2.00 to 2.00, mean 2.00, unknown 1" in text
-    )
+    assert "regression of valence, arousal in [1, 5]" in text
+    assert "valence  1.00 to 3.00, mean 2.00" in text and "arousal  2.00 to 2.00, mean 2.00" in text
+    assert "unknown 1" in text
 
 
 def test_synthetic_emotions_are_like_those_of_mosei():

@@ -8,6 +8,7 @@ The arrays of the archive (numpy.savez of a dict writes it; h5py is not needed):
     targets                      (T,) string, names of the classes or of the K columns of the labels (optional)
     label_range                  (2,) float, smallest and largest possible label of a regression (optional, see
                                  MultimodalData)
+    sample_rate                  integer, of sound, in Hz (optional)
     protocol                     string, JSON of what and how cross_validation is divided (optional, see divide)
     SPLIT/MODALITY/values        (sum of lengths, F) float: the real steps of all samples, one after another
     SPLIT/MODALITY/lengths       (N,) integer: steps of each sample, 0 where the modality is missing
@@ -75,6 +76,8 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
     }
     if data.label_range is not None:
         arrays["label_range"] = np.array(data.label_range, dtype=np.float64)
+    if data.sample_rate is not None:
+        arrays["sample_rate"] = np.array(data.sample_rate)
     if data.protocol is not None:
         arrays["protocol"] = np.array(json.dumps(data.protocol.words()))
     for split in POOLS:
@@ -139,6 +142,7 @@ def read_saved(path) -> MultimodalData:
             label_range=arrays["label_range"].flatten().tolist() if "label_range" in arrays else None,
             task=str(arrays["task"]) if "task" in arrays else None,
             targets=arrays["targets"].flatten().tolist() if "targets" in arrays else None,
+            sample_rate=int(arrays["sample_rate"]) if "sample_rate" in arrays else None,
             protocol=Protocol.of_words(json.loads(str(arrays["protocol"]))) if "protocol" in arrays else None,
             padding="none, stored without",
             layout="mmfast .npz file",
@@ -151,7 +155,7 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
     splits: dict[str, dict] = {}
     for key, array in arrays.items():
         match key.split("/"):
-            case ["name" | "label_range" | "task" | "targets" | "protocol"]:
+            case ["name" | "label_range" | "task" | "targets" | "sample_rate" | "protocol"]:
                 pass
             case [split, ("labels" | "ids" | "names" | "words" | "transcripts") as kind] if split in POOLS:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind] = array
@@ -165,8 +169,8 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
                 splits.setdefault(split, {"values": {}, "lengths": {}})[kind][modality] = array
             case _:
                 raise UserError(
-                    f"{path}: keys must be name, task, targets, label_range, protocol, SPLIT/labels, SPLIT/ids, "
-                    "SPLIT/names, SPLIT/groups, SPLIT/groups/KIND, SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, "
+                    f"{path}: keys must be name, task, targets, label_range, sample_rate, protocol, SPLIT/labels, "
+                    "SPLIT/ids, SPLIT/names, SPLIT/groups, SPLIT/groups/KIND, SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, "
                     f"SPLIT in {POOLS}, got {key!r}"
                 )
     for split, content in splits.items():
