@@ -96,7 +96,10 @@ BAD = [
     ({"test/names": np.array(["a"])}, "names must be 2 strings"),
     ({"test/labels": np.array([None, {}])}, "test/labels must hold numbers or text, got objects"),
     ({"dev/text/values": np.ones((3, 4))}, "got 'dev/text/values'"),
-    ({"stray": np.ones(3)}, "keys must be name, task, targets, label_range, protocol, SPLIT/labels"),
+    (
+        {"stray": np.ones(3)},
+        "keys must be name, task, targets, label_range, sample_rate, protocol, SPLIT/labels",
+    ),
     ({"label_range": np.array([3, -3])}, "label_range must be two increasing numbers"),
     ({"label_range": np.array([3])}, "label_range must be two increasing numbers"),
     ({"test/text/values": None, "test/text/lengths": None}, "at least one split must be given"),

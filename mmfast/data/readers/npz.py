@@ -170,8 +170,8 @@ def _group(path: Path, arrays: dict[str, np.ndarray]) -> dict[str, dict]:
             case _:
                 raise UserError(
                     f"{path}: keys must be name, task, targets, label_range, sample_rate, protocol, SPLIT/labels, "
-                    "SPLIT/ids, SPLIT/names, SPLIT/groups, SPLIT/groups/KIND, SPLIT/MODALITY/values or SPLIT/MODALITY/lengths, "
-                    f"SPLIT in {POOLS}, got {key!r}"
+                    "SPLIT/ids, SPLIT/names, SPLIT/groups, SPLIT/groups/KIND, SPLIT/MODALITY/values or "
+                    f"SPLIT/MODALITY/lengths, SPLIT in {POOLS}, got {key!r}"
                 )
     for split, content in splits.items():
         if content["values"].keys() != content["lengths"].keys():
