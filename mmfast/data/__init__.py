@@ -8,16 +8,17 @@ from mmfast.data.folds import Fold, folds
 from mmfast.data.inspection import Inspection, inspect
 from mmfast.data.load import load
 from mmfast.data.readers.ict_mmmo import read_ict_mmmo
-from mmfast.data.readers.npz import save
 from mmfast.data.sampler import BucketSampler, make_loader
 from mmfast.data.shares import label_share
 from mmfast.data.split import divide
 from mmfast.data.standardise import NonFinite, Standardiser, count_nonfinite
 from mmfast.data.synthetic import synthetic
+from mmfast.data.writing import DataWriter, planned, save
 
 __all__ = [
     "MODALITIES",
     "BucketSampler",
+    "DataWriter",
     "Fold",
     "Inspection",
     "MultimodalBatch",
@@ -35,6 +36,7 @@ __all__ = [
     "label_share",
     "load",
     "make_loader",
+    "planned",
     "read_ict_mmmo",
     "save",
     "synthetic",

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmfast.data.ragged import Ragged, Strings, Tokens, Words
 from mmfast.errors import UserError
 
 
@@ -21,7 +22,8 @@ def float32(value, name: str, ndim: int) -> Tensor:
     if value.ndim != ndim:
         shape = "(n, F)" if ndim == 2 else "(N, L, F)"
         raise UserError(f"MultimodalDataset: {name} must be {shape}, got shape {tuple(value.shape)}")
-    return value.detach().to("cpu", torch.float32)
+    # A meta tensor stands for values that are yet to come.
+    return value if value.is_meta else value.detach().to("cpu", torch.float32)
 
 
 def integers(value, name: str, size: int | None) -> Tensor:
@@ -52,14 +54,13 @@ def named(names: Sequence[str] | None, i: int) -> str:
     return f" of sample {str(names[i])!r}" if names is not None and i < len(names) else ""
 
 
-def strings(value: Sequence, name: str, size: int) -> np.ndarray:
-    value = np.array([str(item) for item in value], dtype=str)
+def strings(value: Sequence, name: str, size: int) -> Strings:
     if len(value) != size:
         raise UserError(f"MultimodalDataset: {name} must be {size} strings, one per sample, got {len(value)}")
-    return value
+    return value if isinstance(value, Strings) else Strings.of(value)
 
 
-def groups(value, size: int) -> dict[str, np.ndarray]:
+def groups(value, size: int) -> dict[str, Strings]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -70,20 +71,12 @@ def groups(value, size: int) -> dict[str, np.ndarray]:
     return {kind: strings(names, f"groups[{kind!r}]", size) for kind, names in value.items()}
 
 
-def _words(item) -> list[str]:
-    return [str(word) for word in item]
+# What may be said of samples beside their values -> how it is kept.
+BESIDE: dict[str, type[Ragged]] = {"words": Words, "transcripts": Strings, "tokens": Tokens}
 
 
-def _tokens(item=()) -> np.ndarray:
-    return np.asarray(item, dtype=np.int32).reshape(-1)
-
-
-# What may be said of samples beside their values -> how an item is kept; called with nothing, an empty one.
-BESIDE = {"words": lambda item=(): _words(item), "transcripts": str, "tokens": _tokens}
-
-
-def beside(value: Mapping, size: int) -> dict[str, np.ndarray]:
-    """(N,) objects of each kind that is given."""
+def beside(value: Mapping, size: int) -> dict[str, Ragged]:
+    """What is given of each kind, an item per sample."""
     found = {}
     for kind, items in value.items():
         if kind not in BESIDE:
@@ -94,9 +87,7 @@ def beside(value: Mapping, size: int) -> dict[str, np.ndarray]:
             raise UserError(
                 f"MultimodalDataset: {kind} must be {size} items, one per sample, got {len(items)}"
             )
-        found[kind] = kept = np.empty(size, dtype=object)
-        for i, item in enumerate(items):
-            kept[i] = BESIDE[kind](item)
+        found[kind] = items if isinstance(items, BESIDE[kind]) else BESIDE[kind].of(items)
     return found
 
 
@@ -108,5 +99,7 @@ def ids(ids, size: int | None) -> Tensor:
 
 
 def repeated(ids: Tensor) -> int | None:
+    if (ids[1:] > ids[:-1]).all():
+        return None
     unique, counts = torch.unique(ids, return_counts=True)
     return None if len(unique) == len(ids) else int(unique[counts.argmax()])

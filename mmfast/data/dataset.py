@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mmfast.data import arguments, fingerprint, targets
-from mmfast.data.batch import PADDINGS, Sample, canonical
+from mmfast.data import arguments, fingerprint, joined, targets
+from mmfast.data.batch import PADDINGS, MultimodalBatch, Sample, Selection, canonical, padded
+from mmfast.data.flat import Flat, chunks, spans
+from mmfast.data.ragged import Strings
 from mmfast.errors import UserError
 
 
@@ -85,7 +87,10 @@ class MultimodalDataset(Dataset):
         What is said of the samples ``beside`` is words, transcripts and tokens.
         """
         self = cls.__new__(cls)
-        values = {m: arguments.float32(v, f"values[{m!r}]", 2) for m, v in values.items()}
+        values = {
+            m: v if isinstance(v, Flat) else arguments.float32(v, f"values[{m!r}]", 2)
+            for m, v in values.items()
+        }
         self._set(values, lengths, labels, ids, names, groups, beside)
         return self
 
@@ -136,15 +141,18 @@ class MultimodalDataset(Dataset):
                     f"MultimodalDataset.concatenate: features must be {first.features} as in the first, "
                     f"got {other.features}"
                 )
+        lengths = {m: torch.cat([d.lengths(m) for d in datasets]) for m in first.modalities}
         out = cls.from_flat(
-            {m: torch.cat([d.flat(m) for d in datasets]) for m in first.modalities},
-            {m: torch.cat([d.lengths(m) for d in datasets]) for m in first.modalities},
+            {m: torch.empty(int(n.sum()), first.features[m], device="meta") for m, n in lengths.items()},
+            lengths,
             None,
             torch.cat([d.ids for d in datasets]),
-            [name for d in datasets for name in d.names],
-            _joined_groups(datasets),
-            **_joined_beside(datasets),
+            Strings.concatenate([d._names for d in datasets]),
+            joined.groups(datasets),
+            **joined.beside(datasets),
         )
+        for m in first.modalities:
+            out._values[m], out._starts[m] = joined.values(datasets, m)
         if any(d._fingerprints is not None for d in datasets):
             out._fingerprints = torch.cat([d.fingerprints() for d in datasets])
         op = "MultimodalDataset.concatenate"
@@ -176,7 +184,7 @@ class MultimodalDataset(Dataset):
                     f"MultimodalDataset: lengths[{modality!r}] must add up to the {len(value)} steps "
                     f"of its values, got {int(count.sum())}"
                 )
-            self._values[modality] = value
+            self._values[modality] = value if isinstance(value, Flat) else Flat.of(value)
             self._lengths[modality] = count
             self._starts[modality] = count.cumsum(0) - count
         self._labels, self._task, self._targets = targets.read(labels, size, names)
@@ -188,17 +196,36 @@ class MultimodalDataset(Dataset):
     def __len__(self) -> int:
         return len(self._ids)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all values are in memory, and none in a file."""
+        return all(flat.memory is not None for flat in self._values.values())
+
     def __getitem__(self, index: int) -> Sample:
-        """One sample; its tensors are views of the data set's memory."""
+        """One sample; its tensors are views of the data set's memory, or read from its file."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"MultimodalDataset: index must be below {len(self)}, got {index}")
         values = {}
         for modality, flat in self._values.items():
             start = int(self._starts[modality][index])
-            values[modality] = flat[start : start + int(self._lengths[modality][index])]
+            values[modality] = flat.slice(start, start + int(self._lengths[modality][index]))
         label = self._labels[index]
         label = float(label) if label.ndim == 0 else label
         return Sample(values, label, int(self._ids[index]), str(self._names[index]))
+
+    def __getitems__(self, indices: Sequence[int]) -> Selection:
+        """Samples that are to be a batch: what a `DataLoader` hands to `collate`."""
+        return Selection(self, indices)
+
+    def batch(self, indices, padding: str = "back") -> MultimodalBatch:
+        """The samples at `indices` as `collate` makes a batch of them, several times faster."""
+        chosen = arguments.integers(indices, "indices", None)
+        values, lengths = {}, {}
+        for modality, flat in self._values.items():
+            lengths[modality] = count = self._lengths[modality][chosen]
+            steps = flat.take(spans(self._starts[modality][chosen], count))
+            values[modality] = padded(steps, count, padding)
+        return MultimodalBatch(values, lengths, self._labels[chosen], self._ids[chosen], padding)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -207,7 +234,7 @@ class MultimodalDataset(Dataset):
     @property
     def features(self) -> dict[str, int]:
         """Modality -> feature size F."""
-        return {m: v.shape[1] for m, v in self._values.items()}
+        return {m: v.features for m, v in self._values.items()}
 
     @property
     def labels(self) -> Tensor:
@@ -283,13 +310,15 @@ class MultimodalDataset(Dataset):
         return self.longest() == 0
 
     def flat(self, modality: str) -> Tensor:
-        """(sum of lengths, F): the steps of all samples, one after another; read-only by convention."""
-        count, flat = self.lengths(modality), self._values[modality]
-        packed = count.cumsum(0) - count
-        if len(flat) == int(count.sum()) and torch.equal(packed, self._starts[modality]):
-            return flat
-        shift = torch.repeat_interleave(self._starts[modality] - packed, count)
-        return flat[shift + torch.arange(len(shift), device="cpu")]
+        """(sum of lengths, F): the steps of all samples, one after another; read-only by convention.
+
+        Of data in a file all are read at once: `blocks` reads a few at a time.
+        """
+        return self._values[modality].gathered(self._starts[modality], self.lengths(modality))
+
+    def blocks(self, modality: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The steps in the order of `flat`, a few thousand at a time: whose they are, (n,), and (n, F) float32."""
+        return self._values[modality].blocks(self._starts[modality], self.lengths(modality))
 
     def subset(self, indices) -> MultimodalDataset:
         """The samples at `indices` (or of a boolean mask), in that order, sharing this data set's memory."""
@@ -304,9 +333,9 @@ class MultimodalDataset(Dataset):
         out._lengths = {m: v[indices] for m, v in self._lengths.items()}
         out._labels = self._labels[indices]
         out._ids = arguments.ids(self._ids[indices], None)
-        out._names = self._names[indices.numpy()]
-        out._groups = {kind: names[indices.numpy()] for kind, names in self._groups.items()}
-        out._beside = {kind: items[indices.numpy()] for kind, items in self._beside.items()}
+        out._names = self._names.take(indices)
+        out._groups = {kind: names.take(indices) for kind, names in self._groups.items()}
+        out._beside = {kind: items.take(indices) for kind, items in self._beside.items()}
         if self._fingerprints is not None:
             out._fingerprints = self._fingerprints[indices]
         return out
@@ -346,11 +375,19 @@ class MultimodalDataset(Dataset):
         out._groups = arguments.groups(groups, len(self))
         return out
 
-    def map(self, function: Callable[[str, Tensor], Tensor]) -> MultimodalDataset:
+    def map(self, function: Callable[[str, Tensor], Tensor], by_step: bool = False) -> MultimodalDataset:
         """A new data set with `function(modality, steps (T, F))` in place of each modality's steps.
 
         Its samples keep the fingerprints of those they were made from.
+
+        Args:
+            by_step: what becomes of a step depends on this step alone. Data in a file stay there, and are changed
+                as they are read; workers of a loader must be able to unpickle the function.
         """
+        if by_step and not self.in_memory:
+            out = self._share()
+            out._values = {m: flat.then(m, function) for m, flat in self._values.items()}
+            return out
         out = self.with_values({m: function(m, self.flat(m)) for m in self.modalities}, self._lengths)
         out._fingerprints = self.fingerprints()
         return out
@@ -379,10 +416,24 @@ class MultimodalDataset(Dataset):
             self._fingerprints = self.computed_fingerprints()
         return self._fingerprints
 
+    def with_fingerprints(self, fingerprints: Tensor) -> MultimodalDataset:
+        """The same samples, whose `fingerprints` are known: those of a file, say."""
+        out = self._share()
+        out._fingerprints = fingerprints
+        return out
+
     def computed_fingerprints(self) -> Tensor:
         """(N,) int64: `fingerprints` of the values that the samples have now."""
-        own = fingerprint.of_samples(self._values, self._starts, self._lengths)
-        return own.masked_fill(self.without_steps(), 0)
+        done = [torch.empty(0, dtype=torch.int64, device="cpu")]
+        for part in self.chunks():
+            lengths = {m: v[part] for m, v in self._lengths.items()}
+            steps = {m: flat.samples(self._starts[m][part], lengths[m]) for m, flat in self._values.items()}
+            done.append(fingerprint.of_samples(steps, lengths))
+        return torch.cat(done)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Indices of all samples in their order, in runs whose values fit into memory together."""
+        return chunks(sum(self._lengths[m] * features for m, features in self.features.items()))
 
     def among(self, fingerprints: Tensor) -> Tensor:
         """(N,) bool: which samples have one of these `fingerprints`; those without any step never do."""
@@ -397,32 +448,3 @@ class MultimodalDataset(Dataset):
         out = self.__class__.__new__(self.__class__)
         out.__dict__.update(self.__dict__)
         return out
-
-
-def _joined_groups(datasets: Sequence[MultimodalDataset]) -> dict[str, list[str]]:
-    """Groups of all; where only some have a kind of them, each sample of the others is its own."""
-    given = [d.groups for d in datasets]
-    kinds = dict.fromkeys(kind for groups in given for kind in groups)
-    return {
-        kind: [
-            name
-            for d, groups in zip(datasets, given, strict=True)
-            for name in groups.get(kind) or [f"sample {i}" for i in d.ids.tolist()]
-        ]
-        for kind in kinds
-    }
-
-
-def _joined_beside(datasets: Sequence[MultimodalDataset]) -> dict[str, list]:
-    """Words, transcripts and tokens of all; those that only some have are empty in others."""
-    kinds = dict.fromkeys(kind for d in datasets for kind in d._beside)
-    return {
-        kind: [
-            item
-            for d in datasets
-            for item in (
-                d._beside[kind].tolist() if kind in d._beside else [arguments.BESIDE[kind]()] * len(d)
-            )
-        ]
-        for kind in kinds
-    }

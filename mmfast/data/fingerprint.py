@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 
-def of_samples(
-    values: Mapping[str, Tensor], starts: Mapping[str, Tensor], lengths: Mapping[str, Tensor]
-) -> Tensor:
-    """(N,) int64 from modality -> (steps, F) float32 and, of each sample, its first step and its length (N,)."""
+def of_samples(values: Mapping[str, tuple[Tensor, Tensor]], lengths: Mapping[str, Tensor]) -> Tensor:
+    """(N,) int64 from modality -> (steps, F) float32 with the first step of each sample (N,), and lengths (N,).
+
+    0 for a sample without any step.
+    """
     hashes = [blake2b(digest_size=8) for _ in range(len(next(iter(lengths.values()))))]
     for modality in sorted(values):
-        flat = values[modality].numpy()
-        for hashed, start, length in zip(
-            hashes, starts[modality].tolist(), lengths[modality].tolist(), strict=True
-        ):
+        flat, starts = values[modality]
+        flat = flat.numpy()
+        for hashed, start, length in zip(hashes, starts.tolist(), lengths[modality].tolist(), strict=True):
             # One zero and one NaN: which of them a cell holds depends on how it was computed.
             steps = np.add(flat[start : start + length], np.float32(0), order="C")
             steps[np.isnan(steps)] = np.nan
             hashed.update(f"{modality}\0{steps.shape}".encode())
             hashed.update(steps.astype("<f4", copy=False))
     digests = np.frombuffer(b"".join(h.digest() for h in hashes), "<i8").astype(np.int64)
-    return torch.from_numpy(digests)
+    return torch.from_numpy(digests).masked_fill(torch.stack(list(lengths.values())).amax(0) == 0, 0)
 
 
 def of_all(features: Mapping[str, int], samples: Tensor, labels: Tensor) -> str:

@@ -11,7 +11,7 @@ from mmfast.data.choose import choose
 from mmfast.data.combine import combine, short_names
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
-from mmfast.data.readers import csd, foreign, mfn, npz, sound
+from mmfast.data.readers import csd, foreign, mfn, npz, own, sound
 from mmfast.data.readers.format import Format
 from mmfast.data.readers.hdf5 import describe_hdf5
 from mmfast.data.source import Source
@@ -20,7 +20,7 @@ from mmfast.data.synthetic import synthetic
 from mmfast.errors import UserError
 
 # More specific layouts stand before more general ones.
-FORMATS: tuple[Format, ...] = (csd.FORMAT, mfn.FORMAT, npz.FORMAT, foreign.FORMAT, sound.FORMAT)
+FORMATS: tuple[Format, ...] = (own.FORMAT, csd.FORMAT, mfn.FORMAT, npz.FORMAT, foreign.FORMAT, sound.FORMAT)
 # Options that are acted on here for all layouts, where their reader does not.
 COMMON = {"align": align, "modalities": choose}
 

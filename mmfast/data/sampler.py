@@ -99,10 +99,13 @@ class BucketSampler(Sampler[list[int]]):
         return len(self._sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches(self._epoch))
+        return (indices.tolist() for indices in self._steps(self._epoch))
 
     def batches(self, epoch: int) -> list[list[int]]:
         """This rank's batches of an epoch, as indices into the data set."""
+        return [indices.tolist() for indices in self._steps(epoch)]
+
+    def _steps(self, epoch: int) -> list[Tensor]:
         generator = torch.Generator("cpu").manual_seed(_mix(self._seed, epoch))
 
         def permutation(n: int) -> Tensor:
@@ -116,9 +119,8 @@ class BucketSampler(Sampler[list[int]]):
         buckets = order.split(self._batch_size * STEPS_PER_BUCKET)
         order = torch.cat([bucket[permutation(len(bucket))] for bucket in buckets])
         steps = order.split(self._sizes) if self._sizes else ()
-        mine = (step.tensor_split(self._world_size)[self._rank] for step in steps)
-        batches = [indices.tolist() for indices in mine]
-        return [batches[i] for i in permutation(len(batches)).tolist()]
+        mine = [step.tensor_split(self._world_size)[self._rank] for step in steps]
+        return [mine[i] for i in permutation(len(mine)).tolist()]
 
 
 def make_loader(

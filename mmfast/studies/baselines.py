@@ -24,7 +24,8 @@ def pooled(dataset: MultimodalDataset) -> np.ndarray:
     for modality, features in dataset.features.items():
         lengths = dataset.lengths(modality).numpy()
         sums = np.zeros((len(dataset), features))
-        np.add.at(sums, np.repeat(np.arange(len(dataset)), lengths), dataset.flat(modality).numpy())
+        for sample, steps in dataset.blocks(modality):
+            np.add.at(sums, sample.numpy(), steps.numpy())
         columns.append(sums / np.maximum(lengths, 1)[:, None])
     return np.concatenate(columns, axis=1)
 

@@ -20,7 +20,8 @@ def made(tmp_path_factory) -> Path:
     data = synthetic(60, max_length=6, features={"text": 8, "audio": 6, "visual": 4})
     save(data, folder / "a.npz")
     train = data.train
-    train._names[:3] = ["é", "\N{SNOWMAN}", "b"]
+    names = ["é", "\N{SNOWMAN}", "b", *train.names[3:]]
+    train = train.identified(train.ids, names, train.groups)
     train._labels[:3] = 9
     save(MultimodalData(train, label_range=(-3, 3)), folder / "names.npz")
     (folder / "text.txt").write_text("words")

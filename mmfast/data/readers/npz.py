@@ -49,17 +49,13 @@ BESIDE = {"words", "transcripts"}
 POOLS = ("train", "valid", "test", "unlabelled", "cross_validation")
 
 
-def save(data: MultimodalData | MultimodalDataset, path) -> None:
-    """Write all splits (or one data set, as `test`) to a .npz file.
-
-    The file appears under its name only when it is complete; an older one stays until then.
+def write(data: MultimodalData, path) -> None:
+    """Write all splits to a .npz file: `mmfast.data.save` where the name says so.
 
     Raises:
-        UserError: no samples, a modality whose name cannot be a part of a key, a path that cannot be written, a full
-            disk.
+        UserError: no samples, a modality whose name cannot be a part of a key, what the format has no place for, a
+            path that cannot be written, a full disk.
     """
-    if isinstance(data, MultimodalDataset):
-        data = MultimodalData(test=data)
     for modality in data.modalities:
         # "/" divides keys, and an archive cuts or refuses names with control characters or half surrogates.
         if "/" in modality or not modality.isprintable():
@@ -84,6 +80,11 @@ def save(data: MultimodalData | MultimodalDataset, path) -> None:
         dataset = getattr(data, split)
         if dataset is None or len(dataset) == 0:
             continue
+        for kind in ("words", "transcripts", "tokens"):
+            if getattr(dataset, kind) is not None:
+                raise UserError(
+                    f"save: {kind} have no place in a .npz file, any other name makes a file that has"
+                )
         arrays[f"{split}/labels"] = dataset.labels.numpy()
         arrays[f"{split}/ids"] = dataset.ids.numpy()
         arrays[f"{split}/names"] = np.array(dataset.names)
