@@ -28,14 +28,14 @@ def sample(name, wave, label=float("nan"), groups=None) -> ExpectedSample:
     return ExpectedSample(name, {"speech": wave[:, None] / 32768}, label, groups or {})
 
 
-# EmoDB: two speakers, four letters.
-EMODB = [f"{speaker}a0{i}{letter}a" for speaker in ("03", "08") for i, letter in enumerate("FNTWFN", 1)]
+# EmoDB: three speakers, four letters.
+EMODB = [f"{speaker}a0{i}{letter}a" for speaker in ("03", "08", "10") for i, letter in enumerate("FNTWFN", 1)]
 EMODB_CLASSES = {"F": "happiness", "N": "neutral", "T": "sadness", "W": "anger"}
 EMODB_TARGETS = ["anger", "happiness", "neutral", "sadness"]
 
 
 def write_emodb(folder: Path) -> Path:
-    for name, wave in zip(EMODB, waves(12), strict=True):
+    for name, wave in zip(EMODB, waves(len(EMODB)), strict=True):
         write_wave(folder / f"emodb/wav/{name}.wav", wave)
     (folder / "emodb/wav/._03a01Fa.wav").write_bytes(b"of another system")
     return folder / "emodb"
@@ -44,15 +44,15 @@ def write_emodb(folder: Path) -> Path:
 def expect_emodb() -> Expected:
     samples = [
         sample(name, wave, EMODB_TARGETS.index(EMODB_CLASSES[name[5]]), {"speaker": name[:2]})
-        for name, wave in zip(EMODB, waves(12), strict=True)
+        for name, wave in zip(EMODB, waves(len(EMODB)), strict=True)
     ]
     return Expected({"train": samples}, "classification", EMODB_TARGETS)
 
 
-# RAVDESS: speech and song of actors 1 and 12, in their folders.
+# RAVDESS: speech and song of actors 1, 12 and 14, in their folders.
 RAVDESS = [
     f"03-{channel}-{emotion}-01-02-01-{actor}"
-    for actor in ("01", "12")
+    for actor in ("01", "12", "14")
     for channel in ("01", "02")
     for emotion in ("01", "04", "06")
 ]
@@ -60,7 +60,7 @@ RAVDESS_TARGETS = ["fearful", "neutral", "sad"]
 
 
 def write_ravdess(folder: Path) -> Path:
-    for name, wave in zip(RAVDESS, waves(12), strict=True):
+    for name, wave in zip(RAVDESS, waves(len(RAVDESS)), strict=True):
         write_wave(folder / f"ravdess/Actor_{name[-2:]}/{name}.wav", wave, 48_000)
     return folder / "ravdess"
 
@@ -73,7 +73,7 @@ def expect_ravdess() -> Expected:
             {"01": 1, "04": 2, "06": 0}[name[6:8]],
             {"speaker": name[-2:], "channel": "speech" if name[3:5] == "01" else "song"},
         )
-        for name, wave in zip(RAVDESS, waves(12), strict=True)
+        for name, wave in zip(RAVDESS, waves(len(RAVDESS)), strict=True)
     ]
     return Expected({"train": samples}, "classification", RAVDESS_TARGETS)
 

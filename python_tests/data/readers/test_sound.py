@@ -100,7 +100,7 @@ def test_names_that_are_not_quite_those_of_a_corpus(tmp_path):
     path = layouts.write_emodb(tmp_path)
     write(path / "wav/extra.wav", noise(9))
     assert (
-        "must have names of EmoDB in all of its 13 sound files or in few, got 12, but not wav/extra"
+        "must have names of EmoDB in all of its 19 sound files or in few, got 18, but not wav/extra"
         in refused(path)
     )
     path = layouts.write_ravdess(tmp_path)
