@@ -109,7 +109,7 @@ def test_names_that_are_not_quite_those_of_a_corpus(tmp_path):
     (path / "Actor_01/03-01-09-01-01-01-01.wav").rename(path / "Actor_01/02-01-08-01-01-01-01.wav")
     data = load(path)
     assert "files of video only, by their names, left out: 1" in data.warnings
-    assert "RAVDESS speech has 1440 files, here are 6" in data.warnings
+    assert "RAVDESS speech has 1440 files, here are 9" in data.warnings
 
 
 def test_rates_that_differ_are_refused_or_resampled(tmp_path):
