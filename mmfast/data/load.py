@@ -10,8 +10,9 @@ from mmfast.data.align import align
 from mmfast.data.choose import choose
 from mmfast.data.combine import combine, short_names
 from mmfast.data.corpus import MultimodalData
+from mmfast.data.embedding import embed
 from mmfast.data.options import Options
-from mmfast.data.readers import csd, foreign, mfn, npz, own, sound
+from mmfast.data.readers import csd, foreign, mfn, mmsa, mult, npz, own, sound, tailor
 from mmfast.data.readers.format import Format
 from mmfast.data.readers.hdf5 import describe_hdf5
 from mmfast.data.source import Source
@@ -20,9 +21,19 @@ from mmfast.data.synthetic import synthetic
 from mmfast.errors import UserError
 
 # More specific layouts stand before more general ones.
-FORMATS: tuple[Format, ...] = (own.FORMAT, csd.FORMAT, mfn.FORMAT, npz.FORMAT, foreign.FORMAT, sound.FORMAT)
+FORMATS: tuple[Format, ...] = (
+    own.FORMAT,
+    csd.FORMAT,
+    mfn.FORMAT,
+    mmsa.FORMAT,
+    mult.FORMAT,
+    tailor.FORMAT,
+    npz.FORMAT,
+    foreign.FORMAT,
+    sound.FORMAT,
+)
 # Options that are acted on here for all layouts, where their reader does not.
-COMMON = {"align": align, "modalities": choose}
+COMMON = {"embedding": embed, "align": align, "modalities": choose}
 
 
 # What says something about labels, which a pool has none of.

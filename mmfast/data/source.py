@@ -89,10 +89,11 @@ class Source:
         header = int.from_bytes(self.start[:8], "little")
         if self.start[8:9] == b"{" and header > 0:
             return "safetensors"
-        try:
-            from mmfast.data.readers.unpickle import is_pickle
-        except ModuleNotFoundError:
-            return "other"
+        from mmfast.data.readers.torch_file import MAGIC
+        from mmfast.data.readers.unpickle import is_pickle
+
+        if self.start.startswith(MAGIC):
+            return "torch"
         return "pickle" if is_pickle(self.path) else "other"
 
     @cached_property
@@ -134,6 +135,20 @@ class Source:
         if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.path)):
             raise UserError(f"{path}: must stay inside its folder, leads to {os.path.realpath(path)}")
         return regular(path)
+
+    def inside(self, name: str) -> Source:
+        """The source of a file in the folder, by its relative name: the same one each time.
+
+        Raises:
+            UserError: as `file`.
+        """
+        if name not in self._inside:
+            self._inside[name] = Source(self.file(name))
+        return self._inside[name]
+
+    @cached_property
+    def _inside(self) -> dict[str, Source]:
+        return {}
 
     def object(self) -> Any:
         """What a pickle or a torch file holds: arrays, numbers, text and containers, built without running code.

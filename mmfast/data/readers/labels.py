@@ -13,6 +13,7 @@ from mmfast.errors import UserError
 
 # CMU-MOSEI's columns.
 SENTIMENT, EMOTIONS = "sentiment", ("happy", "sad", "anger", "surprise", "disgust", "fear")
+MOST_COLUMNS = 1_000
 
 
 class Labels(NamedTuple):
@@ -34,10 +35,7 @@ def read_labels(where: str, value: Any, samples: int) -> Labels:
         UserError: no numbers, another number of samples, more axes.
     """
     if isinstance(value, (list, tuple)):
-        try:
-            value = np.array([np.asarray(item, np.float64).reshape(-1) for item in value[: samples + 1]])
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where} must be numbers, got {_short(error)}") from None
+        value = of_list(where, value[: samples + 1])
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise UserError(f"{where} must be numbers, got {array.dtype}")
@@ -54,6 +52,32 @@ def read_labels(where: str, value: Any, samples: int) -> Labels:
     if array.ndim == 2 and samples and is_one_hot(array):
         return Labels(array.argmax(1).astype(np.float64), CLASSIFICATION)
     return Labels(array, REGRESSION)
+
+
+def of_list(where: str, items) -> np.ndarray:
+    """(N, K) from N numbers, or N arrays or lists of K."""
+    rows = []
+    for i, item in enumerate(items):
+        # Lists in lists may be few in the file and have no end in memory.
+        cells = item if isinstance(item, (list, tuple)) else [item]
+        flat = np.concatenate(
+            [_cells(f"{where}[{i}]", cell) for cell in cells[:MOST_COLUMNS] or [np.empty(0)]]
+        )
+        if not flat.size or flat.size > MOST_COLUMNS or (rows and flat.size != rows[0].size):
+            raise UserError(f"{where}[{i}] must be a number, or as many as in all others, got {flat.size}")
+        rows.append(flat)
+    return np.stack(rows) if rows else np.empty(0)
+
+
+def _cells(where: str, value: Any) -> np.ndarray:
+    if value is None or isinstance(value, (bool, int, float, np.number, np.bool_)):
+        try:
+            return np.array([np.nan if value is None else float(value)])
+        except OverflowError:
+            return np.array([np.inf])
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" and value.size <= MOST_COLUMNS:
+        return value.reshape(-1)
+    raise UserError(f"{where} must be numbers, got {type(value).__name__}")
 
 
 def is_one_hot(rows: np.ndarray) -> bool:
@@ -79,10 +103,6 @@ def outside(labels: np.ndarray, label_range: tuple[float, float]) -> list[str]:
     return [
         f"{wrong.size} labels lie outside [{low:g}, {high:g}], such as {wrong.flat[0]:g}; kept as they are"
     ]
-
-
-def _short(error: Exception) -> str:
-    return str(error).splitlines()[0][:100] if str(error) else type(error).__name__
 
 
 def columns(

@@ -43,26 +43,27 @@ def unpad(
     filled = {m: (a != 0).any(-1) for m, a in arrays.items()}
     if aligned and arrays:
         anywhere = np.logical_or.reduce(list(filled.values()))
-        spans = dict.fromkeys(arrays, _span(anywhere))
-        spans_cut = [_span(anywhere)]
+        spans = dict.fromkeys(arrays, span(anywhere))
+        spans_cut = [span(anywhere)]
     else:
-        spans = {m: _span(f) for m, f in filled.items()}
+        spans = {m: span(f) for m, f in filled.items()}
         spans_cut = list(spans.values())
     values, lengths = {}, {}
     for modality, array in arrays.items():
         real = spans[modality] & filled[modality].any(1, keepdims=True)
         values[modality], lengths[modality] = array[real], real.sum(1)
-    return values, lengths, _cut(spans_cut)
+    return values, lengths, cut(spans_cut)
 
 
-def _span(filled: np.ndarray) -> np.ndarray:
+def span(filled: np.ndarray) -> np.ndarray:
     """(N, L) bool: from the first to the last True of each row."""
     after_first = np.logical_or.accumulate(filled, axis=1)
     before_last = np.logical_or.accumulate(filled[:, ::-1], axis=1)[:, ::-1]
     return after_first & before_last
 
 
-def _cut(spans: list[np.ndarray]) -> Cut:
+def cut(spans: list[np.ndarray]) -> Cut:
+    """What is cut of samples by (N, L) bool of their real steps, one for each modality or for all."""
     spans = [s for s in spans if s.size]
     if not spans:
         return Cut()

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmfast.data.readers.unpickle import is_pickle, load_torch, unpickle
+from mmfast.data.source import Source
 from mmfast.errors import UserError
 
 CONTENT = {
@@ -109,7 +110,7 @@ def test_files_of_torch_are_read_as_arrays(tmp_path, new):
     }
     path = tmp_path / "data.pt"
     torch.save(content, path, _use_new_zipfile_serialization=new)
-    assert not is_pickle(path)
+    assert not is_pickle(path) and Source(path).kind == "torch"
     for found in (load_torch(path), unpickle(write(tmp_path, pickle.dumps(content)))):
         assert found["ids"][0].tolist() == [0, 1, 2]
         for key in content.keys() - {"ids"}:
