@@ -12,7 +12,7 @@ from mmfast.data.combine import combine, short_names
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.embedding import embed
 from mmfast.data.options import Options
-from mmfast.data.readers import csd, foreign, mfn, mmsa, mult, npz, own, sound, tailor
+from mmfast.data.readers import csd, foreign, mfn, misa, mmsa, mult, npz, own, slp, sound, tailor
 from mmfast.data.readers.format import Format
 from mmfast.data.readers.hdf5 import describe_hdf5
 from mmfast.data.source import Source
@@ -28,6 +28,8 @@ FORMATS: tuple[Format, ...] = (
     mmsa.FORMAT,
     mult.FORMAT,
     tailor.FORMAT,
+    slp.FORMAT,
+    misa.FORMAT,
     npz.FORMAT,
     foreign.FORMAT,
     sound.FORMAT,

@@ -173,7 +173,8 @@ def planned(features: Mapping[str, int], lengths: Mapping[str, Any], **beside: A
         beside: what `MultimodalDataset` is told of them: labels, ids, names, groups, ...
     """
     values = {
-        m: torch.empty(int(torch.as_tensor(lengths[m], device="cpu").sum()), f, device="meta") for m, f in features.items()
+        m: torch.empty(int(torch.as_tensor(lengths[m], device="cpu").sum()), f, device="meta")
+        for m, f in features.items()
     }
     return MultimodalDataset.from_flat(values, lengths, **beside)
 

@@ -85,6 +85,24 @@ def is_one_hot(rows: np.ndarray) -> bool:
     return rows.shape[1] >= 2 and bool(np.isin(rows, (0, 1)).all() and (rows.sum(1) == 1).all())
 
 
+def two_classes(where: str, labels: np.ndarray) -> np.ndarray:
+    """(N,) of 0 and 1, or of -1 and 1, as classes 0 and 1; NaN stays.
+
+    Args:
+        where: file and key, for errors.
+
+    Raises:
+        UserError: other numbers, or several a sample.
+    """
+    if labels.ndim > 1:
+        raise UserError(f"{where} must be one a sample for --labels classification, got several")
+    known = labels[~np.isnan(labels)]
+    if not np.isin(known, (0, 1)).all() and not np.isin(known, (-1, 1)).all():
+        other = next(float(x) for x in known if x not in (0, 1))
+        raise UserError(f"{where} must be 0 and 1, or -1 and 1, for --labels classification, got {other:g}")
+    return np.where(np.isnan(labels), np.nan, labels > 0)
+
+
 def range_of(labels: np.ndarray) -> tuple[float, float]:
     """(-3, 3) if it holds all labels, else the smallest whole numbers that do."""
     known = labels[np.isfinite(labels)]

@@ -19,7 +19,7 @@ from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
 from mmfast.data.readers import padded, tailor
 from mmfast.data.readers.format import Format
-from mmfast.data.readers.labels import outside, range_of
+from mmfast.data.readers.labels import outside, range_of, two_classes
 from mmfast.data.readers.padding import Cut, unpad
 from mmfast.data.readers.parts import Part, assemble
 from mmfast.data.source import Source
@@ -90,13 +90,9 @@ def _labels(source: Source, options: Options, splits, rows) -> tuple[dict[str, n
     known = np.concatenate([part.reshape(-1) for part in labels.values()])
     known = known[~np.isnan(known)]
     if options.labels == "classification" and task == REGRESSION:
-        if not np.isin(known, (0, 1)).all() and not np.isin(known, (-1, 1)).all():
-            raise UserError(
-                f"{path}: labels must be 0 and 1, or -1 and 1, for --labels classification, got {_other(known):g}"
-            )
-        classes = {s: np.where(np.isnan(part), np.nan, part > 0) for s, part in labels.items()}
-        if any(part.ndim > 1 for part in classes.values()):
-            raise UserError(f"{path}: labels must be one a sample for --labels classification, got several")
+        joint = two_classes(f"{path}: labels", np.concatenate(list(labels.values())))
+        ends = np.cumsum([len(part) for part in labels.values()])[:-1]
+        classes = dict(zip(labels, np.split(joint, ends), strict=True))
         return classes, {"task": CLASSIFICATION, "targets": ("class 0", "class 1")}
     if task == CLASSIFICATION:
         count = next(a.shape[1] for a in arrays.values() if a.ndim > 1)
@@ -106,10 +102,6 @@ def _labels(source: Source, options: Options, splits, rows) -> tuple[dict[str, n
     sentiment = within >= WITHIN and not several
     label_range = SENTIMENT if sentiment else range_of(known)
     return labels, {"task": REGRESSION, "label_range": label_range, "warnings": outside(known, label_range)}
-
-
-def _other(known: np.ndarray) -> float:
-    return next(float(x) for x in known if x not in (0, 1))
 
 
 def _present(path: Path, given, arrays) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

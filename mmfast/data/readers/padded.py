@@ -91,11 +91,12 @@ def arrays(path: Path, split: str, entry: Mapping) -> tuple[dict[str, np.ndarray
         first = next(iter(found))
         _rows(f"{path}: {split}.{key}", len(found[ours]), len(found[first]), keys[first])
     if not found:
-        raise UserError(f"{path}: {split} must hold text, audio or vision, got {_few(entry)}")
+        raise UserError(f"{path}: {split} must hold text, audio or vision, got {few(entry)}")
     return found, keys
 
 
-def _few(entry: Mapping) -> str:
+def few(entry: Mapping) -> str:
+    """The first keys of a dict."""
     return ", ".join(str(key)[:40] for key in list(entry)[:6]) or "nothing"
 
 
@@ -109,7 +110,7 @@ def _array(where: str, value: Any) -> np.ndarray:
         value = _stacked(where, value)
     value = plain(where, value)
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
-        raise UserError(f"{where} must hold numbers, got {_kind(value)}")
+        raise UserError(f"{where} must hold numbers, got {kind(value)}")
     if value.ndim != 3:
         raise UserError(f"{where} must be (N, L, F), got {value.shape}")
     if 0 in value.shape[1:]:
@@ -124,7 +125,7 @@ def _stacked(where: str, items) -> np.ndarray:
         raise UserError(f"{where} must hold arrays, got an empty list")
     for i, item in enumerate(items):
         if not isinstance(item, np.ndarray) or item.dtype.kind not in "biuf":
-            raise UserError(f"{where}[{i}] must be an array of numbers, got {_kind(item)}")
+            raise UserError(f"{where}[{i}] must be an array of numbers, got {kind(item)}")
         if item.ndim != 2 or item.shape != items[0].shape:
             raise UserError(f"{where}[{i}] must be (L, F) as the first, {items[0].shape}, got {item.shape}")
     own = sum(item.nbytes for item in {id(item): item for item in items}.values())
@@ -151,7 +152,8 @@ def plain(where: str, value: Any) -> Any:
     return (value.float() if value.dtype == torch.bfloat16 else value.resolve_neg().resolve_conj()).numpy()
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
+    """What a value is, in a word or two."""
     return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
 
 
@@ -199,7 +201,7 @@ def label_array(where: str, value: Any, samples: int, like: str) -> np.ndarray:
         _rows(where, len(value), samples, like)
         value = of_list(where, [plain(where, item) for item in value])
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
-        raise UserError(f"{where} must be numbers, got {_kind(value)}")
+        raise UserError(f"{where} must be numbers, got {kind(value)}")
     if value.ndim == 0 or 0 in value.shape[1:]:
         raise UserError(f"{where} must be (N,), (N, 1), (N, 1, 1) or (N, K), got {value.shape}")
     _rows(where, len(value), samples, like)
@@ -249,7 +251,7 @@ def _table(
     """N rows of as many strings as one of `widths`, the same in all."""
     is_array = isinstance(value, np.ndarray)
     if not (is_array and 1 <= value.ndim <= 2) and not isinstance(value, (list, tuple)):
-        raise UserError(f"{where} must be a list of text, got {value.shape if is_array else _kind(value)}")
+        raise UserError(f"{where} must be a list of text, got {value.shape if is_array else kind(value)}")
     _rows(where, len(value), *rows)
     table: list[list[str]] = []
     for i, item in enumerate(value):
@@ -265,7 +267,7 @@ def _table(
 def _cell(where: str, value: Any, longest: int) -> str:
     told = text(value)
     if told is None:
-        raise UserError(f"{where} must be text, got {_kind(value)}")
+        raise UserError(f"{where} must be text, got {kind(value)}")
     if len(told) > longest:
         raise UserError(f"{where} must have at most {longest:,} characters, got {len(told):,}")
     return told
