@@ -117,8 +117,10 @@ def _columns(path: Path, where: str, tokens: Any) -> list[int]:
 
 
 def _shown(value: Any) -> str:
+    """The first items of a list, of which those that are lists have no end in some files."""
     if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_shown(item) for item in value[:6])}{', ...' if len(value) > 6 else ''}]"
+        items = ["[...]" if isinstance(item, (list, tuple)) else _shown(item) for item in value[:6]]
+        return f"[{', '.join(items)}{', ...' if len(value) > 6 else ''}]"
     return repr(value)[:20] if isinstance(value, (int, float, str)) else type(value).__name__
 
 
