@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from layouts import csd, foreign, mfn, misa, mmsa, mult, slp, sound, tailor
 from training_help import TINY, mmfast
 
 from mmfast.cli.main import COMMANDS
@@ -34,6 +35,31 @@ PARSED = {
     "torchrun": "more than one process has tests of its own",
     "--run.devices": "more than one process has tests of its own",
     "srun": "there is no SLURM here",
+}
+
+
+# What docs/data.md calls a file or folder of somebody else's layout -> what writes a small one.
+CORPORA = {
+    "cmu_mosei": lambda folder: csd.write(folder, 7),
+    "mosi_data.pkl": mult.write_aligned,
+    "mosei_senti_data_noalign.pkl": mult.write_apart,
+    "iemocap_data.pkl": mult.write_pairs,
+    "aligned_50.pkl": mmsa.write_aligned,
+    "unaligned_39.pkl": mmsa.write_apart,
+    "feature.pkl": mmsa.write_extracted,
+    "mosei_unpadded.p": slp.write_padded,
+    "MOSI": misa.write_folder,
+    "mosi.pkl": misa.write_mag,
+    "mfn": lambda folder: mfn.write(folder, mfn.MOSI, mfn.sentiment),
+    "pom": lambda folder: mfn.write(folder, mfn.MOSI, mfn.ratings),
+    "joint": mfn.write_joint,
+    "aligned.pt": tailor.write_torch,
+    "arrays.npz": lambda folder: foreign.npz(folder, foreign.keyed("/")),
+    "emodb": sound.write_emodb,
+    "ravdess": sound.write_ravdess,
+    "iemocap": sound.write_iemocap,
+    "recordings": sound.write_table,
+    "glove.txt": lambda folder: misa.write_folder(folder).with_name("vectors.txt"),
 }
 
 
@@ -115,6 +141,8 @@ def run(words: list[str], capfd) -> None:
     if words[0] in ("torchrun", "srun"):
         words = words[words.index("mmfast") :]
     program, *arguments = words
+    for name in CORPORA.keys() & set(arguments):
+        written(name)
     if program == "mmfast":
         command = arguments[0]
         assert command in COMMANDS, line
@@ -134,6 +162,14 @@ def run(words: list[str], capfd) -> None:
         assert all(known_variable(argument.partition("=")[0]) for argument in arguments), line
     else:
         assert (TOP / program).is_file(), f"{line}: no such file, and no known program"
+
+
+def written(name: str) -> None:
+    """Write the small file of a layout under this name, unless it is there."""
+    if not Path(name).exists():
+        folder = Path(".written", name)
+        folder.mkdir(parents=True)
+        CORPORA[name](folder).rename(name)
 
 
 def known_variable(name: str) -> bool:

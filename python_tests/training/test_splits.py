@@ -105,6 +105,38 @@ def test_the_pool_of_given_splits_has_no_group_that_is_kept_out_of_training():
     assert len(named_parts(mixed, DataConfig())["unlabelled"]) == 10, "training itself has these speakers"
 
 
+def rated(size, slips, unlabelled=0):
+    """Labels from -3 to 3, but for some of 10/3, as a few of CMU-MOSEI; the unlabelled come last."""
+    labels = [10 / 3] * slips + list(np.linspace(-3, 3, size - slips)) + [np.nan] * unlabelled
+    return MultimodalDataset({"text": np.arange(len(labels), dtype=float)[:, None, None]}, labels)
+
+
+def with_parts(train, **parts):
+    """Data in [-3, 3] of parts that have ids of their own."""
+    first, named = len(train), {"train": train}
+    for name, part in parts.items():
+        named[name] = part.identified(range(first, first + len(part)), part.names, None)
+        first += len(part)
+    return MultimodalData(**named, label_range=(-3, 3), name="rated")
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_one_label_in_a_hundred_is_a_slip_and_two_are_refused(part):
+    def data(*counts):
+        parts = {"train": rated(100, 0), "valid": rated(100, 0), "test": rated(100, 0)}
+        return with_parts(**parts | {part: rated(*counts)})
+
+    splits = make_splits(data(100, 1), DataConfig(), seed=0)
+    assert len(getattr(splits, part)) == 100
+    assert getattr(splits, part).labels.max() == np.float32(10 / 3), "it is kept as it is"
+    rule = r"labels must lie in \[-3, 3\], label_range of data rated, but for one in a hundred, got 3.33333 in sample"
+    with pytest.raises(UserError, match=rf"{rule} .* and 1 more$"):
+        make_splits(data(100, 2), DataConfig(), seed=0)
+    make_splits(data(200, 2), DataConfig(), seed=0)
+    with pytest.raises(UserError, match=rule):
+        make_splits(data(99, 1, 100), DataConfig(), seed=0)  # a hundredth of those that have labels
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
