@@ -33,12 +33,7 @@ def choose(data: MultimodalData, modalities: Sequence[str] | str) -> MultimodalD
     if kept == data.modalities:
         return data
 
-    def chosen(dataset: MultimodalDataset) -> MultimodalDataset:
-        return dataset.with_values(
-            {name: dataset.flat(name) for name in kept}, {name: dataset.lengths(name) for name in kept}
-        )
-
-    out = data.each(chosen)
+    out = data.each(lambda dataset: dataset.only(kept))
     left = out.count(MultimodalDataset.without_steps) - data.count(MultimodalDataset.without_steps)
     said = (f"samples with none of {', '.join(kept)}: {left}",) if left else ()
     return replace(out, warnings=(*data.warnings, *said))

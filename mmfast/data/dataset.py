@@ -362,10 +362,8 @@ class MultimodalDataset(Dataset):
         names = tuple(names)
         if (self._task, self._targets) == (task, names):
             return self
-        out = self._share()
-        out._labels = targets.fitted("MultimodalData", self, task, names)
-        out._task, out._targets = task, names
-        return out
+        labels = targets.fitted("MultimodalData", self, task, names)
+        return self._share(_labels=labels, _task=task, _targets=names)
 
     def identified(self, ids, names: Sequence[str], groups) -> MultimodalDataset:
         """The same samples with other ids, names and groups."""
@@ -385,12 +383,16 @@ class MultimodalDataset(Dataset):
                 as they are read; workers of a loader must be able to unpickle the function.
         """
         if by_step and not self.in_memory:
-            out = self._share()
-            out._values = {m: flat.then(m, function) for m, flat in self._values.items()}
-            return out
+            return self._share(_values={m: flat.then(m, function) for m, flat in self._values.items()})
         out = self.with_values({m: function(m, self.flat(m)) for m in self.modalities}, self._lengths)
         out._fingerprints = self.fingerprints()
         return out
+
+    def only(self, modalities: Sequence[str]) -> MultimodalDataset:
+        """The same samples with these of their modalities."""
+        fields = ("_values", "_starts", "_lengths")
+        kept = {field: {m: getattr(self, field)[m] for m in modalities} for field in fields}
+        return self._share(**kept, _fingerprints=None)
 
     def with_values(self, values: Mapping[str, Tensor], lengths: Mapping[str, Tensor]) -> MultimodalDataset:
         """The same samples with other steps, modality -> (steps, F), and lengths, modality -> (N,).
@@ -418,9 +420,7 @@ class MultimodalDataset(Dataset):
 
     def with_fingerprints(self, fingerprints: Tensor) -> MultimodalDataset:
         """The same samples, whose `fingerprints` are known: those of a file, say."""
-        out = self._share()
-        out._fingerprints = fingerprints
-        return out
+        return self._share(_fingerprints=fingerprints)
 
     def computed_fingerprints(self) -> Tensor:
         """(N,) int64: `fingerprints` of the values that the samples have now."""
@@ -444,7 +444,7 @@ class MultimodalDataset(Dataset):
         """32 hexadecimal digits for all samples with their labels, whatever their order, ids and names."""
         return fingerprint.of_all(self.features, self.fingerprints(), self._labels)
 
-    def _share(self) -> MultimodalDataset:
+    def _share(self, **changed) -> MultimodalDataset:
         out = self.__class__.__new__(self.__class__)
-        out.__dict__.update(self.__dict__)
+        out.__dict__.update(self.__dict__, **changed)
         return out

@@ -270,6 +270,7 @@ def _description(
         "targets": list(data.targets),
         "label_range": None if data.label_range is None else list(data.label_range),
         "sample_rate": data.sample_rate,
+        "protocol": None if data.protocol is None else data.protocol.words(),
         "layout": data.layout,
         "padding": data.padding,
         "warnings": list(data.warnings),

@@ -1,15 +1,20 @@
 """Data in a file: sent by their place, read when they are touched, and the same as in memory bit for bit."""
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from mmfast.data.batch import collate
+from mmfast.data.choose import choose
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
+from mmfast.data.flat import Piece
 from mmfast.data.load import load
 from mmfast.data.sampler import make_loader
+from mmfast.data.shares import label_share
 from mmfast.data.standardise import Standardiser
 from mmfast.data.writing import save
 
@@ -100,3 +105,59 @@ def test_lengths_and_their_packing_are_known_on_the_host(mapped):
         assert torch.equal(count[order], count.sort(descending=True).values)
         assert torch.equal(count[order][places], count)
         assert alive.tolist() == [int((count > t).sum()) for t in range(int(count.max()))]
+
+
+ANONYMOUS = """
+import sys
+from mmfast.data import load
+from mmfast.data.sampler import make_loader
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("RssAnon"))) * 1024
+
+next(iter(make_loader(load(sys.argv[1]).train.subset(range(64)), 32, True, False, 0)))
+before = anonymous()
+train = load(sys.argv[2]).train
+for batch in make_loader(train, 32, shuffle=True, drop_last=False, seed=0):
+    pass
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_epoch_keeps_little_of_a_large_file_in_memory(tmp_path):
+    n, features = 2000, 2048
+    lengths = {"audio": torch.full((n,), 8)}
+    made = MultimodalDataset.from_flat({"audio": torch.randn(8 * n, features)}, lengths)
+    path = tmp_path / "large.mmfast"
+    save(MultimodalData(train=made), path)
+    done = subprocess.run(
+        [sys.executable, "-c", ANONYMOUS, path, path], capture_output=True, text=True, check=True
+    )
+    assert path.stat().st_size > 120e6
+    assert int(done.stdout) < path.stat().st_size / 4
+
+
+def test_labels_change_and_modalities_are_chosen_without_reading_a_value(memory, mapped, monkeypatch):
+    def read(*_):
+        raise AssertionError("values are read")
+
+    monkeypatch.setattr(Piece, "read", read)
+    assert int(label_share(mapped, 0.5, seed=0).labelled().sum()) == N // 2
+    data = MultimodalData(train=mapped)
+    assert data.as_task("regression", ["mood"]).train.targets == ("mood",)
+    chosen = choose(data, "audio,visual").train
+    assert chosen.modalities == ("audio", "visual") and not chosen.in_memory
+    monkeypatch.undo()
+    assert torch.equal(chosen.flat("audio"), memory.flat("audio"))
+
+
+def test_lengths_of_a_batch_pass_through_a_compiled_function(mapped):
+    batch = mapped.batch(range(8))
+
+    def total(lengths):
+        return lengths["text"].sum() + lengths["audio"].max()
+
+    compiled = torch.compile(total, fullgraph=True, backend="eager")
+    assert int(compiled(batch.lengths)) == int(total(batch.lengths))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmfast.data import DataWriter, MultimodalData, MultimodalDataset, load, planned, save
+from mmfast.data import DataWriter, MultimodalData, MultimodalDataset, divide, load, planned, save
 from mmfast.data.mapped import PREFIX
 from mmfast.data.readers.own import verify
 from mmfast.errors import UserError
@@ -83,6 +83,17 @@ def test_round_trip_is_bit_identical(task, tmp_path):
     verify(path)
     save(back, tmp_path / "again.mmfast")
     assert (tmp_path / "again.mmfast").read_bytes() == path.read_bytes()
+
+
+def test_how_folds_are_made_stays_with_the_data(tmp_path):
+    speakers = {"speaker": ["a", "b", "c", "a", "b", "c", "a"]}
+    text = [np.ones((n, 3)) for n in range(7)]
+    given = MultimodalDataset({"text": text}, labels=range(7), groups=speakers)
+    folded = divide(MultimodalData(train=given), "speaker", seed=3)
+    save(folded, tmp_path / "a.mmfast")
+    read = load(tmp_path / "a.mmfast")
+    assert read.protocol == folded.protocol and read.protocol is not None
+    assert read.fingerprint() == folded.fingerprint()
 
 
 def test_safetensors_reads_the_file(tmp_path):

@@ -17,6 +17,7 @@ from mmfast.data.inspection.facts import (
     SplitReport,
 )
 from mmfast.data.load import load, recognise
+from mmfast.data.readers import published
 from mmfast.data.source import Source
 from mmfast.errors import UserError
 
@@ -96,7 +97,7 @@ def inspect(source, verify: bool = False, **options) -> Inspection:
         contents = kind.contents(place)
         said = f" ({place.path.name})"
         if place.kind == "pickle":
-            said += f", {traps.published(place.path)}"
+            said += f", {published.told(place.path)}"
     data = load(place, **options)
     if verify:
         _verify(str(source), data)
@@ -118,7 +119,7 @@ def inspect(source, verify: bool = False, **options) -> Inspection:
         contents=contents,
         groups=facts.group_counts(own),
         splits=splits,
-        warnings=(*data.warnings, *traps.traps(data, splits, "split" in options)),
+        warnings=tuple(dict.fromkeys([*data.warnings, *traps.traps(data, splits, "split" in options)])),
         fingerprint=data.fingerprint(),
     )
 

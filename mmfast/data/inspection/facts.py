@@ -118,7 +118,7 @@ def report(dataset: MultimodalDataset, label_range: tuple[float, float] | None) 
         real = lengths[lengths > 0]
         told = torch.zeros(len(dataset), dtype=torch.bool, device="cpu")
         zero = 0
-        for samples, steps in _blocks(dataset, modality):
+        for samples, steps in dataset.blocks(modality):
             filled = steps != 0
             zero += len(steps) - int(filled.any(1).sum())
             told[samples[(filled & steps.isfinite()).any(1)]] = True
@@ -149,15 +149,6 @@ def report(dataset: MultimodalDataset, label_range: tuple[float, float] | None) 
         blank=found(dataset, blank),
         modalities=modalities,
     )
-
-
-def _blocks(
-    dataset: MultimodalDataset, modality: str, size: int = 1 << 13
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The steps of all samples, ``size`` at a time: whose they are, (n,) int64, and (n, F)."""
-    flat, lengths = dataset.flat(modality), dataset.lengths(modality)
-    samples = torch.repeat_interleave(torch.arange(len(lengths), device="cpu"), lengths)
-    yield from zip(samples.split(size), flat.split(size), strict=True)
 
 
 def found(dataset: MultimodalDataset, mask: Tensor) -> Found:

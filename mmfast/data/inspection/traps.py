@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ import torch
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.inspection.facts import Found, SplitReport, found
+from mmfast.data.readers.parts import NO_SPLIT
 
 FEWEST_ZERO = 0.01
 # Feature sizes that published features of a modality have, by which modalities that changed places are known.
@@ -22,24 +22,6 @@ MOSI = {
     2183: "2,183 samples are those of CMU-MOSI's 2,199 segments in which word alignment leaves a word (1,283, 214 "
     "and 686 in MulT's splits); results on 2,199 are of other samples",
 }
-# As the README of MMSA has them.
-PUBLISHED = {
-    "78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": "MMSA's MOSI/Processed/unaligned_50.pkl",
-    "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9": "MMSA's MOSI/Processed/aligned_50.pkl",
-    "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f": "MMSA's MOSEI/Processed/unaligned_50.pkl",
-    "45eccfb748a87c80ecab9bfac29582e7b1466bf6605ff29d3b338a75120bf791": "MMSA's MOSEI/Processed/aligned_50.pkl",
-    "c9e20c13ec0454d98bb9c1e520e490c75146bfa2dfeeea78d84de047dbdd442f": "MMSA's SIMS/Processed/unaligned_39.pkl",
-}
-NO_SPLIT = "no split in the files: give --split"
-
-
-def published(path: Path) -> str:
-    """What is known of a pickle's contents: by which name it was published, if it was."""
-    import hashlib
-
-    with path.open("rb") as file:
-        known = PUBLISHED.get(hashlib.file_digest(file, "sha256").hexdigest())
-    return f"SHA-256 of {known}" if known else "SHA-256 unknown"
 
 
 def traps(data: MultimodalData, reports: Mapping[str, SplitReport], divided: bool = False) -> Iterator[str]:

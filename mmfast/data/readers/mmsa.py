@@ -107,21 +107,16 @@ def read(source: Source, options: Options) -> MultimodalData:
     for name, split in splits.items():
         spans += cut(list(split.real.values()))
         parts[name] = _part(path, split, labels.get(name), warnings)
-    corpus, known = published.corpus(
-        path,
-        [
-            len(parts[s].labels)
-            for s in ("train", "valid", "test")
-            if s in parts and parts[s].labels is not None
-        ],
-    )
+    sizes = [
+        len(parts[s].labels) for s in ("train", "valid", "test") if s in parts and parts[s].labels is not None
+    ]
     kind = "MMSA HDF5 file" if source.kind == "hdf5" else "MMSA pickle"
     about["warnings"] = [*warnings, *about.get("warnings", ()), *padded.left_out(content)]
     return assemble(
         path,
         parts,
-        layout=f"{kind}, {'aligned' if is_aligned else 'not aligned'}{known}",
-        name=corpus,
+        layout=f"{kind}, {'aligned' if is_aligned else 'not aligned'}",
+        name=published.corpus(sizes),
         padding=str(spans),
         **about,
     )

@@ -38,6 +38,7 @@ from mmfast.data.readers.format import Contents, Format
 from mmfast.data.source import Source, regular
 from mmfast.data.targets import TASKS
 from mmfast.errors import UserError
+from mmfast.split_spec import Protocol
 
 VERSION = "mmfast-data 2"
 SPLITS = ("train", "valid", "test", "unlabelled", "cross_validation")
@@ -157,7 +158,15 @@ class _Opened(MappedFile):
             found[key] = self.described.get(key, default)
             if not fits(found[key]):
                 raise self.wrong(f"data.{key}", rule, found[key])
-        return found
+        return found | {"protocol": self._protocol(self.described.get("protocol"))}
+
+    def _protocol(self, words: Any) -> Protocol | None:
+        try:
+            return None if words is None else Protocol.of_words(words if isinstance(words, list) else [words])
+        except UserError:
+            raise self.wrong(
+                "data.protocol", "be kfold:K or a group, a seed, and a group or null", words
+            ) from None
 
     def split(self, split: str, content: Any) -> MultimodalDataset:
         where = f"data.splits.{split}"

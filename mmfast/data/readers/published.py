@@ -12,7 +12,7 @@ from pathlib import Path
 from mmfast.data.source import regular
 from mmfast.errors import UserError
 
-# Samples of train, valid and test -> corpus. Only files of these sizes are worth hashing.
+# Samples of train, valid and test -> corpus.
 SIZES = {(1284, 229, 686): "MOSI", (16326, 1871, 4659): "MOSEI", (1368, 456, 457): "CH-SIMS"}
 SHA256 = {
     "78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524": "MOSI/Processed/unaligned_50.pkl",
@@ -23,17 +23,13 @@ SHA256 = {
 }
 
 
-def corpus(path: Path, sizes: Sequence[int]) -> tuple[str | None, str]:
-    """Name of the corpus that has splits of these sizes, or None; and which published file this is, to be shown."""
-    name = SIZES.get(tuple(sizes))
-    if name is None:
-        return None, ""
-    known = SHA256.get(sha256(path))
-    return name, f", {known} as MMSA published it" if known else ", of unknown SHA-256"
+def corpus(sizes: Sequence[int]) -> str | None:
+    """The corpus that has splits of these sizes."""
+    return SIZES.get(tuple(sizes))
 
 
-def sha256(path: Path) -> str:
-    """64 hexadecimal digits."""
+def told(path: Path) -> str:
+    """What is known of a file by its SHA-256: where it was published, if it was."""
     digest = hashlib.sha256()
     try:
         with regular(path).open("rb") as file:
@@ -41,4 +37,5 @@ def sha256(path: Path) -> str:
                 digest.update(block)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    return digest.hexdigest()
+    known = SHA256.get(digest.hexdigest())
+    return f"SHA-256 of MMSA's {known}" if known else "SHA-256 unknown"

@@ -233,10 +233,10 @@ def test_whatever_stands_there_nothing_but_a_sentence_is_raised(apart, key):
                     assert "\n" not in str(error) and str(error).startswith("x.pkl: ")
 
 
-def test_published_files_are_told_by_their_hash_once_their_sizes_are_those_of_a_corpus(tmp_path, monkeypatch):
+def test_corpora_are_known_by_their_sizes_and_published_files_by_their_hash(tmp_path, monkeypatch):
+    assert (published.corpus([1, 2, 3]), published.corpus([1284, 229, 686])) == (None, "MOSI")
     path = tmp_path / "x.pkl"
     path.write_bytes(b"as published")
-    assert published.corpus(path, [1, 2, 3]) == (None, "")
-    assert published.corpus(path, [1284, 229, 686]) == ("MOSI", ", of unknown SHA-256")
+    assert published.told(path) == "SHA-256 unknown"
     monkeypatch.setitem(published.SHA256, hashlib.sha256(b"as published").hexdigest(), "MOSI/aligned.pkl")
-    assert published.corpus(path, [1284, 229, 686]) == ("MOSI", ", MOSI/aligned.pkl as MMSA published it")
+    assert published.told(path) == "SHA-256 of MMSA's MOSI/aligned.pkl"

@@ -52,7 +52,7 @@ WRONG = [
         "x.pkl: valid.src-text must be stored whole, got (3, 1099511627776, 4) of fewer numbers",
     ),
     (
-        {"src-text": [np.ones((10**6, 4))] * 3},
+        {"src-text": [np.ones((10**6, 12))] * 3},
         "x.pkl: valid.src-text must hold an array of its own for each sample, got 3 times a few",
     ),
 ]
