@@ -31,7 +31,7 @@ def convert(given: argparse.Namespace) -> None:
     sources = given.sources if len(given.sources) > 1 else given.sources[0]
     found = data.load(sources, **given.options)
     data.save(found, given.target, **given.writing)
-    samples = sum(len(part) for part in _disjoint(found))
+    samples = len({number for part in _parts(found) for number in part.ids.tolist()})
     _print(
         f"{given.target}: {samples:,} samples, {_many(len(found.modalities), 'modality', 'modalities')}, "
         f"{_bytes(os.path.getsize(given.target))}, fingerprint {found.fingerprint()}"
@@ -43,8 +43,9 @@ def info(given: argparse.Namespace) -> None:
     print(info_text())
 
 
-def _disjoint(found: data.MultimodalData) -> list[data.MultimodalDataset]:
-    return list({id(part): part for part in found.splits().values()}.values())
+def _parts(found: data.MultimodalData) -> list[data.MultimodalDataset]:
+    parts = found.splits().values()
+    return [*parts] if found.cross_validation is None else [*parts, found.cross_validation]
 
 
 def _many(count: int, one: str, several: str) -> str:

@@ -41,7 +41,7 @@ def combine(
     features = _features(every)
     shared = _check_copies(every)
     rate = _agreed(every, "sample_rate", lambda data: data.sample_rate)
-    kinds = dict.fromkeys(kind for data in every.values() for part in _parts(data) for kind in part.groups)
+    kinds = dict.fromkeys(kind for data in every.values() for part in distinct(data) for kind in part.groups)
     offset, new = 0, {}
     for name, data in every.items():
         prefix = f"{name}/" if name in pool or len(sources) > 1 else ""
@@ -107,7 +107,8 @@ def _distinct(parts: Mapping[str, MultimodalDataset]) -> list[MultimodalDataset]
     return found
 
 
-def _parts(data: MultimodalData) -> list[MultimodalDataset]:
+def distinct(data: MultimodalData) -> list[MultimodalDataset]:
+    """The splits and the samples to be cross-validated, in which each sample stands once."""
     return _distinct(_named(data))
 
 
@@ -150,7 +151,7 @@ def _renumbered(
     data: MultimodalData, features: Mapping[str, int], kinds: Sequence[str], prefix: str, offset: int
 ) -> tuple[dict[str, MultimodalDataset], int]:
     """Split -> its samples with ids from `offset` on, and the first id that is free then."""
-    old = torch.cat([part.ids for part in _parts(data)])
+    old = torch.cat([part.ids for part in distinct(data)])
     order = old.argsort()
     done: dict[int, MultimodalDataset] = {}
     for part in _named(data).values():
@@ -211,7 +212,7 @@ def _check_copies(every: Mapping[str, MultimodalData]) -> list[str]:
             raise UserError(
                 f"load: {name} must hold other data than {other}, got the fingerprint {known} of both"
             )
-        parts = _parts(data)
+        parts = distinct(data)
         if count := sum(int(part.among(seen).sum()) for part in parts):
             told.append(
                 f"{name}: the contents of {count:,} samples are those of samples of sources before it"

@@ -12,6 +12,7 @@ from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.folds import held_together, of_protocol, part_of_fold
 from mmfast.data.listed import NOWHERE, by_lists
+from mmfast.data.readers.parts import NO_SPLIT
 from mmfast.data.shares import TEST, TRAIN, VALID, by_shares
 from mmfast.data.units import TOGETHER, related
 from mmfast.errors import UserError
@@ -63,6 +64,7 @@ def divide(
             kept = {}
     whole = _whole(data, kept)
     pool = None if data.unlabelled is data.train else data.unlabelled
+    warnings = tuple(said for said in data.warnings if said != NO_SPLIT)
     if is_protocol(spec):
         protocol = Protocol(spec, seed, group)
         folds = of_protocol(whole, protocol)
@@ -72,8 +74,9 @@ def divide(
             )
         part_of_fold(whole, folds[0], seed, group)  # refuses for all
         empty = dict.fromkeys(PARTS)
-        return replace(data, **empty, cross_validation=whole, protocol=protocol, unlabelled=pool)
-    warnings = data.warnings
+        return replace(
+            data, **empty, cross_validation=whole, protocol=protocol, unlabelled=pool, warnings=warnings
+        )
     if isinstance(spec, Shares):
         part = by_shares(whole, spec.valid, spec.test, seed, group)
     elif isinstance(spec, Lists):

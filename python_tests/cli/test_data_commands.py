@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from training_help import mmfast
 
-from mmfast.data import MultimodalData, inspect, load, save, synthetic
+from mmfast.data import MultimodalData, MultimodalDataset, inspect, load, save, synthetic
 
 
 @pytest.fixture(scope="module")
@@ -114,3 +115,16 @@ def test_a_terminal_without_unicode_gets_ascii(made):
     assert (done.returncode, done.stderr) == (0, b"")
     out = done.stdout.decode("ascii")
     assert r"(\xe9, \u2603, b)" in out and "@" in out
+
+
+def test_data_to_be_cross_validated_are_counted(tmp_path, capsys):
+    text = [np.ones((2, 3)) * i for i in range(8)]
+    groups = {"speaker": [f"s{i % 4}" for i in range(8)]}
+    data = MultimodalData(train=MultimodalDataset({"text": text}, labels=range(8), groups=groups))
+    save(data, tmp_path / "a.mmfast")
+    assert mmfast("convert", tmp_path / "a.mmfast", tmp_path / "b.mmfast", "--split", "speaker") == 0
+    assert "b.mmfast: 8 samples" in capsys.readouterr().out
+    assert mmfast("inspect", tmp_path / "b.mmfast", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["groups"] == {"speaker": {f"s{i}": 2 for i in range(4)}}
+    assert not any("give --split" in said for said in told["warnings"])

@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_the_file_before(tmp_path, monkeypatch):
 
 
 def test_npz_refuses_what_it_has_no_place_for(tmp_path):
-    with pytest.raises(UserError, match=r"words have no place in a .npz file"):
+    with pytest.raises(UserError, match=r"tokens have no place in a .npz file"):
         save(dataset(), tmp_path / "x.npz")
 
 

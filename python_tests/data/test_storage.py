@@ -243,3 +243,14 @@ def test_nothing_is_pickled(data, tmp_path):
     with zipfile.ZipFile(path) as archive:
         for name in archive.namelist():
             assert b"|O" not in archive.read(name)[:128]
+
+
+def test_words_and_transcripts_stay(tmp_path):
+    given = MultimodalDataset(
+        {"audio": [np.ones((2, 3)), np.ones((1, 3))]},
+        words=[["naïve", "sp"], []],
+        transcripts=["naïve.", ""],
+    )
+    save(MultimodalData(train=given), tmp_path / "a.npz")
+    read = load(tmp_path / "a.npz").train
+    assert (list(read.words), list(read.transcripts)) == ([["naïve", "sp"], []], ["naïve.", ""])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mmfast.data.combine import distinct
 from mmfast.data.corpus import MultimodalData
 from mmfast.data.dataset import MultimodalDataset
 from mmfast.data.inspection import facts, text, traps
@@ -103,12 +104,10 @@ def inspect(source, verify: bool = False, **options) -> Inspection:
         _verify(str(source), data)
     parts = _parts(data)
     splits = {name: facts.report(part, data.label_range) for name, part in parts.items()}
-    # The samples of cross-validation are in other splits, too.
-    own = [part for name, part in parts.items() if name != "cross_validation"]
     names = [name for report in splits.values() for name in report.unaligned.names]
     return Inspection(
         source=str(source),
-        layout=f"{data.layout}{said}",
+        layout=f"{data.layout or 'data'}{said}",
         name=data.name,
         task=data.task,
         targets=data.targets,
@@ -117,7 +116,7 @@ def inspect(source, verify: bool = False, **options) -> Inspection:
         misaligned=tuple(dict.fromkeys(names))[:NAMED],
         padding=data.padding,
         contents=contents,
-        groups=facts.group_counts(own),
+        groups=facts.group_counts(distinct(data)),
         splits=splits,
         warnings=tuple(dict.fromkeys([*data.warnings, *traps.traps(data, splits, "split" in options)])),
         fingerprint=data.fingerprint(),

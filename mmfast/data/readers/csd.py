@@ -149,7 +149,7 @@ def _roles(source: Source, options: Options, warnings: list[str]) -> dict[str, S
     for name in wanted:
         if name not in roles:
             raise UserError(
-                f"{source.path}: modalities must be among {', '.join(sorted(roles))}, got {name!r}"
+                f"{source.path}: modalities must be among {', '.join(sorted(roles.keys() - {'labels', 'words'}))}, got {name!r}"
             )
     return {role: s for role, s in roles.items() if not wanted or role in kept}
 

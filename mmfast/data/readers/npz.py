@@ -80,11 +80,8 @@ def write(data: MultimodalData, path) -> None:
         dataset = getattr(data, split)
         if dataset is None or len(dataset) == 0:
             continue
-        for kind in ("words", "transcripts", "tokens"):
-            if getattr(dataset, kind) is not None:
-                raise UserError(
-                    f"save: {kind} have no place in a .npz file, any other name makes a file that has"
-                )
+        if dataset.tokens is not None:
+            raise UserError("save: tokens have no place in a .npz file, any other name makes a file that has")
         arrays[f"{split}/labels"] = dataset.labels.numpy()
         arrays[f"{split}/ids"] = dataset.ids.numpy()
         arrays[f"{split}/names"] = np.array(dataset.names)
