@@ -148,9 +148,8 @@ def _roles(source: Source, options: Options, warnings: list[str]) -> dict[str, S
     kept = {"labels", "words", *wanted}
     for name in wanted:
         if name not in roles:
-            raise UserError(
-                f"{source.path}: modalities must be among {', '.join(sorted(roles.keys() - {'labels', 'words'}))}, got {name!r}"
-            )
+            known = ", ".join(sorted(roles.keys() - {"labels", "words"}))
+            raise UserError(f"{source.path}: modalities must be among {known}, got {name!r}")
     return {role: s for role, s in roles.items() if not wanted or role in kept}
 
 
