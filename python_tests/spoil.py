@@ -183,7 +183,8 @@ def outcome(
             else:
                 assert load(target).fingerprint() == found.fingerprint
     assert not warned, [str(w.message) for w in warned]
-    assert listing(folder) == before
+    after = listing(folder)
+    assert after == before, sorted(before.items() ^ after.items())
     if sentence:
         assert sentence.isprintable(), f"isprintable: {sentence!a}"
         assert len(sentence) <= LONGEST, sentence

@@ -21,7 +21,8 @@ def of_samples(values: Mapping[str, tuple[Tensor, Tensor]], lengths: Mapping[str
         flat = flat.numpy()
         for hashed, start, length in zip(hashes, starts.tolist(), lengths[modality].tolist(), strict=True):
             # One zero and one NaN: which of them a cell holds depends on how it was computed.
-            steps = np.add(flat[start : start + length], np.float32(0), order="C")
+            with np.errstate(invalid="ignore"):
+                steps = np.add(flat[start : start + length], np.float32(0), order="C")
             steps[np.isnan(steps)] = np.nan
             hashed.update(f"{modality}\0{steps.shape}".encode())
             hashed.update(steps.astype("<f4", copy=False))

@@ -97,10 +97,10 @@ def _read(source, options: dict) -> MultimodalData:
     place = source if isinstance(source, Source) else Source(source)
     options = Options(**options)
     kind = recognise(place)
-    return finished(kind.read(place, options), kind, options)
+    return _finished(kind.read(place, options), kind, options, place)
 
 
-def finished(data: MultimodalData, kind: Format, options: Options) -> MultimodalData:
+def _finished(data: MultimodalData, kind: Format, options: Options, source: Source) -> MultimodalData:
     """The data that a reader made, with what the options say beside what it has done itself.
 
     Raises:
@@ -109,7 +109,7 @@ def finished(data: MultimodalData, kind: Format, options: Options) -> Multimodal
     for name, value in options.given().items():
         if name not in kind.takes | COMMON.keys():
             raise UserError(
-                f"load: {name} must not be given for {kind.title}, which has no such choice, got {value!r}"
+                f"{source.path}: {name} must not be given for {kind.title}, which has no such choice, got {value!r}"
             )
     for name, function in COMMON.items():
         if name in options.given() and name not in kind.takes:

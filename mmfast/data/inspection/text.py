@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from mmfast.data.inspection.facts import Histogram, LabelReport, ModalityReport, SplitReport
 from mmfast.data.targets import UNNAMED
+from mmfast.errors import printable
 
 # From the lowest bar to the highest; none at all where nothing is counted.
 BARS = "▁▂▃▄▅▆▇█"
@@ -29,7 +30,7 @@ class Writer:
     def add(self, text: str = "", hang: int = 4) -> None:
         """A line, which goes on further to the right where it is too long."""
         self.lines += textwrap.wrap(
-            _plain(text),
+            printable(text),
             self.width,
             subsequent_indent=" " * hang,
             drop_whitespace=True,
@@ -48,7 +49,7 @@ class Writer:
                     f"{row[i]:<{widths[i]}}" if i < left or i == kept[-1] else f"{row[i]:>{widths[i]}}"
                     for i in kept
                 )
-                self.lines.append(_plain(f"  {'  '.join(cells)}".rstrip()))
+                self.lines.append(printable(f"  {'  '.join(cells)}".rstrip()))
             return
         heads, *rest = rows
         for row in rest:
@@ -59,11 +60,6 @@ class Writer:
         """One character for each count, as high as the count."""
         top = max(counts, default=0)
         return "".join(self.bars[(len(self.bars) * n - 1) // top] if n else " " for n in counts)
-
-
-def _plain(text: str) -> str:
-    """Without characters that would steer a terminal: names come out of files."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def write(inspection, writer: Writer) -> None:

@@ -180,7 +180,7 @@ def _first(arrays: Sequence[np.ndarray]) -> int:
 def _float32(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind not in "biuf":
         raise UserError(f"features must be numbers, got {array.dtype}")
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(array, np.float32)
 
 

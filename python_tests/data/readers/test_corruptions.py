@@ -106,6 +106,17 @@ def test_what_is_whole_is_read_and_what_is_gone_is_refused(place):
         spoil.replace(path, content)
 
 
+class Raw(UserError):
+    """A sentence that is shown as it was given."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
 def raising(error: BaseException):
     def read(*_, **__):
         raise error
@@ -124,8 +135,8 @@ def doing(act):
 FAULTS = {
     "another error": (lambda path: raising(TypeError("planted")), TypeError, "planted"),
     "no file": (lambda path: raising(UserError("labels must be")), AssertionError, "labels must be"),
-    "two lines": (lambda path: raising(UserError(f"{path}: a\nb")), AssertionError, "isprintable"),
-    "a colour": (lambda path: raising(UserError(f"{path}: \x1b[31m")), AssertionError, "isprintable"),
+    "two lines": (lambda path: raising(Raw(f"{path}: a\nb")), AssertionError, "isprintable"),
+    "a colour": (lambda path: raising(Raw(f"{path}: \x1b[31m")), AssertionError, "isprintable"),
     "a book": (lambda path: raising(UserError(f"{path}: {'a' * 9999}")), AssertionError, "aaa"),
     "a warning": (
         lambda path: doing(lambda: warnings.warn("planted", stacklevel=1)),
