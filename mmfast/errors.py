@@ -6,6 +6,9 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+LONGEST = 2_000
+
+
 class UserError(ValueError):
     """Bad input, named in one sentence: operation, argument, rule and actual value.
 
@@ -13,4 +16,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, sentence: str = "") -> None:
-        super().__init__(printable(str(sentence)))
+        sentence = printable(str(sentence))
+        if len(sentence) > LONGEST:
+            # Names in files may have any length; the file stands at the front, the value at the end.
+            sentence = f"{sentence[: LONGEST * 3 // 4]} ... {sentence[5 - LONGEST // 4 :]}"
+        super().__init__(sentence)

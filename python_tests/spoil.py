@@ -16,11 +16,10 @@ import pytest
 from hypothesis import strategies as st
 
 from mmfast.data import inspect, load, save
-from mmfast.errors import UserError
+from mmfast.errors import LONGEST, UserError
 from mmfast.files import to_json
 
 SECONDS = 20
-LONGEST = 2000
 # Bytes that mean something to one reader or another.
 WORDS = (
     b"\xff" * 8,

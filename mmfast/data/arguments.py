@@ -17,7 +17,7 @@ def float32(value, name: str, ndim: int) -> Tensor:
         value = np.asarray(value)
         if value.dtype.kind not in "fiu":
             raise TypeError(f"MultimodalDataset: {name} must hold numbers, got dtype {value.dtype}")
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             value = torch.from_numpy(np.require(value, np.float32, ["C", "W"]))
     if value.ndim != ndim:
         shape = "(n, F)" if ndim == 2 else "(N, L, F)"

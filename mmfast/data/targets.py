@@ -35,7 +35,7 @@ def read(labels, size: int, names: Sequence[str] | None) -> tuple[Tensor, str | 
     if labels.dtype.kind in "UO" and any(isinstance(item, str) for item in labels.flat):
         return _names_of_classes(labels, size, names)
     try:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             labels = torch.from_numpy(labels.astype(np.float32))  # None becomes NaN
     except (TypeError, ValueError) as error:
         raise UserError(f"MultimodalDataset: labels must be numbers, or names of classes ({error})") from None

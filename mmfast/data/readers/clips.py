@@ -125,7 +125,7 @@ def words(where: str, value: Any) -> list[str]:
     Raises:
         UserError: anything that is no list of strings.
     """
-    if not isinstance(value, (list, tuple, np.ndarray)) or np.ndim(value) == 0:
+    if not isinstance(value, (list, tuple, np.ndarray)) or getattr(value, "ndim", 1) == 0:
         raise UserError(f"{where} must be a list of words, got {padded.kind(value)}")
     return padded.strings(where, value, len(value), "itself", padded.LONGEST_NAME)
 

@@ -224,7 +224,7 @@ def _features(segments: Segments, sequence: Sequence, steps) -> list[np.ndarray]
             if video not in sequence.videos:
                 continue
             rows = sequence.read(file, video)
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore", invalid="ignore"):
                 features = rows.features.astype(np.float32)
             if len(features) and width not in (None, features.shape[1]):
                 raise UserError(

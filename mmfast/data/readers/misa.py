@@ -45,9 +45,17 @@ def _files(source: Source) -> list[str]:
     """Names of the pickles in a folder that are called as a split."""
     try:
         names = [name for name in source.files if "/" not in name and Path(name).stem in SPLIT_NAMES]
-        return [name for name in names if source.inside(name).kind == "pickle"]
     except UserError:
         return []
+    return [name for name in names if _is_pickle(source, name)]
+
+
+def _is_pickle(source: Source, name: str) -> bool:
+    try:
+        return source.inside(name).kind == "pickle"
+    except UserError:
+        # What leads out of the folder is told of by reading.
+        return name.endswith(".pkl")
 
 
 def _splits(source: Source) -> clips.Splits:
@@ -118,7 +126,7 @@ def read(source: Source, options: Options) -> MultimodalData:
 
 
 def _empty(words: Any) -> bool:
-    return isinstance(words, (list, tuple, np.ndarray)) and not len(np.atleast_1d(words))
+    return not words.size if isinstance(words, np.ndarray) else isinstance(words, (list, tuple)) and not words
 
 
 def _labels(

@@ -107,7 +107,8 @@ def _columns(path: Path, where: str, tokens: Any) -> list[int]:
             f"{path}: {where} must be a list of tokens from {BEGIN} to {END}, got {_shown(tokens)}"
         )
     tokens = [t.item() if isinstance(t, np.generic) or getattr(t, "ndim", None) == 0 else t for t in tokens]
-    if (tokens[0], tokens[-1]) != (BEGIN, END):
+    ends = tokens[0], tokens[-1]
+    if not all(isinstance(token, (int, float)) for token in ends) or ends != (BEGIN, END):
         raise UserError(f"{path}: {where} must begin with {BEGIN} and end with {END}, got {_shown(tokens)}")
     for token in tokens[1:-1]:
         if not isinstance(token, (int, float)) or token not in range(FIRST, FIRST + len(EMOTIONS)):
