@@ -122,7 +122,8 @@ def test_a_round_trip_loses_nothing(made, tmp_path, capsys):
 
 
 @pytest.mark.rotation
-def test_a_step_of_training(made, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["pretrain", "finetune"])
+def test_a_step_of_training(made, command, tmp_path, capsys):
     data, parts = made.data, [getattr(made.data, split) for split in USUAL]
     flags = [f"--data.{key}={value}" for key, value in made.options.items()]
     if not all(part.labelled().any() for part in parts):
@@ -135,8 +136,9 @@ def test_a_step_of_training(made, tmp_path, capsys):
         # What training samples lack throughout has no mean and scale.
         flags.append(f"--data.modalities={','.join(m for m in data.modalities if m not in unseen)}")
     tiny = [flag for flag in TINY if not flag.startswith("--data.")]
-    tiny += ["--supervised.epochs=1", f"--data.path={made.path}", f"--run.folder={tmp_path / 'run'}"]
-    status = mmfast("finetune", *tiny, *flags)
+    tiny += ["--supervised.epochs=1", "--pretraining.epochs=1", "--pretraining.batch_size=4"]
+    tiny += [f"--data.path={made.path}", f"--run.folder={tmp_path / 'run'}"]
+    status = mmfast(command, *tiny, *flags)
     error = capsys.readouterr().err
     outside = data.label_range is not None and any(
         ((part.labels < data.label_range[0]) | (part.labels > data.label_range[1])).any() for part in parts
