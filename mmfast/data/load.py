@@ -6,6 +6,8 @@ import inspect as signatures
 import os
 from dataclasses import fields
 
+import numpy as np
+
 from mmfast.data.align import align
 from mmfast.data.choose import choose
 from mmfast.data.combine import combine, short_names
@@ -97,7 +99,9 @@ def _read(source, options: dict) -> MultimodalData:
     place = source if isinstance(source, Source) else Source(source)
     options = Options(**options)
     kind = recognise(place)
-    return _finished(kind.read(place, options), kind, options, place)
+    # NaN of any kind, and numbers beyond float32, are legal in all layouts.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return _finished(kind.read(place, options), kind, options, place)
 
 
 def _finished(data: MultimodalData, kind: Format, options: Options, source: Source) -> MultimodalData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import resource
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import rotation
 import spoil
@@ -18,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import Layout, find
 
-from mmfast.errors import UserError
+from mmfast.errors import LONGEST, UserError
 
 GROWTH = 1.5 * 2**20  # kB
 ROWS: dict[Any, list[Layout]] = {}
@@ -105,6 +107,29 @@ def test_what_is_whole_is_read_and_what_is_gone_is_refused(place):
         path.unlink()
         spoil.outcome(place.folder, place.source, place.options[0], place.terminal, place.out)
         spoil.replace(path, content)
+
+
+@pytest.mark.parametrize("key", ["text", "labels"])
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_a_signalling_nan_is_read_without_a_warning(tmp_path, terminal, key, dtype):
+    path = Path(next(row for row in find() if row.name == "MulT aligned").write(tmp_path))
+    content = pickle.loads(path.read_bytes())
+    array = np.array(content["train"][key], dtype)
+    bits = np.array({"f4": 0x7FA00000, "f8": 0x7FF4 << 48}[dtype], f"u{array.itemsize}")
+    array.reshape(-1).view(bits.dtype)[0] = bits
+    content["train"][key] = array
+    path.write_bytes(pickle.dumps(content))
+    assert not spoil.outcome(tmp_path, path, {}, terminal)
+
+
+def test_a_sentence_is_one_printable_line_of_bounded_length():
+    told = str(UserError("x.h5: keys must be d1, got " + "\n\x1b[31m" * 5000 + "end"))
+    assert told.isprintable() and len(told) == LONGEST
+    assert (
+        told.startswith("x.h5: keys must be d1, got \\n\\x1b[31m")
+        and " ... " in told
+        and told.endswith("end")
+    )
 
 
 class Raw(UserError):
