@@ -31,7 +31,7 @@ def convert(given: argparse.Namespace) -> None:
     sources = given.sources if len(given.sources) > 1 else given.sources[0]
     found = data.load(sources, **given.options)
     data.save(found, given.target, **given.writing)
-    samples = len({number for part in _parts(found) for number in part.ids.tolist()})
+    samples = found.count(lambda part: part.ids == part.ids)
     _print(
         f"{given.target}: {samples:,} samples, {_many(len(found.modalities), 'modality', 'modalities')}, "
         f"{_bytes(os.path.getsize(given.target))}, fingerprint {found.fingerprint()}"
@@ -41,11 +41,6 @@ def convert(given: argparse.Namespace) -> None:
 def info(given: argparse.Namespace) -> None:
     """``mmfast info``."""
     print(info_text())
-
-
-def _parts(found: data.MultimodalData) -> list[data.MultimodalDataset]:
-    parts = found.splits().values()
-    return [*parts] if found.cross_validation is None else [*parts, found.cross_validation]
 
 
 def _many(count: int, one: str, several: str) -> str:

@@ -38,7 +38,7 @@ def align(data: MultimodalData, reference: str) -> MultimodalData:
         UserError: no such modality; ``strict`` and a sample of different lengths.
     """
     if reference == STRICT:
-        for split, dataset in data.splits().items():
+        for split, dataset in data.datasets().items():
             _refuse_unaligned(split, dataset)
         return data
     if reference not in data.modalities:
@@ -55,8 +55,8 @@ def align(data: MultimodalData, reference: str) -> MultimodalData:
     }
     said = [f"{what}: {count}" for what, count in counts.items() if count]
     out = data.each(lambda dataset: _aligned(dataset, reference))
-    if any(d.words is not None for d in data.splits().values()) and all(
-        d.words is None for d in out.splits().values()
+    if any(d.words is not None for d in data.datasets().values()) and all(
+        d.words is None for d in out.datasets().values()
     ):
         said.append(f"words are left out: text has the steps of {reference} now")
     return replace(out, warnings=(*data.warnings, *said))

@@ -174,8 +174,13 @@ class MultimodalData:
 
     def count(self, which: Callable[[MultimodalDataset], Tensor]) -> int:
         """Of how many samples ``which(split)`` (N,) is true; one that stands in several splits counts once."""
-        splits = {id(d): d for d in self.splits().values()}.values()
-        return len(torch.unique(torch.cat([d.ids[which(d)] for d in splits]))) if splits else 0
+        ids = [d.ids[which(d)] for d in self.datasets().values()]
+        return len(torch.unique(torch.cat(ids))) if ids else 0
+
+    def datasets(self) -> dict[str, MultimodalDataset]:
+        """`splits`, and the samples to be cross-validated if there are any."""
+        crossed = self.cross_validation
+        return self.splits() | ({"cross_validation": crossed} if crossed is not None and len(crossed) else {})
 
     def splits(self) -> dict[str, MultimodalDataset]:
         """Name -> data set of the splits that hold samples."""

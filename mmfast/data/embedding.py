@@ -101,8 +101,7 @@ def vectors(path: Path, words: Collection[str]) -> tuple[dict[str, np.ndarray], 
             found[word] = np.array([float(field) for field in numbers], np.float64)
     if not features:
         raise UserError(f"{path}: vectors must be lines of a word and its numbers, got an empty file")
-    with np.errstate(over="ignore"):
-        return {word: vector.astype(np.float32) for word, vector in found.items()}, features
+    return {word: vector.astype(np.float32) for word, vector in found.items()}, features
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

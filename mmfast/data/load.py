@@ -172,5 +172,4 @@ def _names(source: Source) -> list[str]:
 
 def _few(names: list[str], limit: int = 6) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    shown = ", ".join(names[:limit]) + rest
-    return (shown if shown.isprintable() else ascii(shown)) or "nothing in it"
+    return ", ".join(names[:limit]) + rest or "nothing in it"

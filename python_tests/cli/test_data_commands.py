@@ -128,3 +128,19 @@ def test_data_to_be_cross_validated_are_counted(tmp_path, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["groups"] == {"speaker": {f"s{i}": 2 for i in range(4)}}
     assert not any("give --split" in said for said in told["warnings"])
+
+
+def test_data_to_be_cross_validated_are_aligned_or_refused(tmp_path, capsys):
+    values = {
+        "text": [np.ones((2, 3)) * i for i in range(8)],
+        "audio": [np.ones((3, 2)) * i for i in range(8)],
+    }
+    groups = {"speaker": [f"s{i % 4}" for i in range(8)]}
+    save(
+        MultimodalData(train=MultimodalDataset(values, labels=range(8), groups=groups)), tmp_path / "a.mmfast"
+    )
+    folded = tmp_path / "folded.mmfast"
+    assert mmfast("convert", tmp_path / "a.mmfast", folded, "--split", "speaker") == 0
+    assert mmfast("inspect", folded, "--align", "strict") == 2
+    assert "align" in capsys.readouterr().err
+    assert load(folded, align="text").cross_validation.lengths("audio").tolist() == [2] * 8

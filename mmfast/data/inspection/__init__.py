@@ -125,10 +125,7 @@ def inspect(source, verify: bool = False, **options) -> Inspection:
 
 def _parts(data: MultimodalData) -> dict[str, MultimodalDataset]:
     """The splits to report on: those with samples, a pool that is the training split not twice."""
-    parts = {name: d for name, d in data.splits().items() if name != "unlabelled" or d is not data.train}
-    if data.cross_validation is not None:
-        parts["cross_validation"] = data.cross_validation
-    return parts
+    return {name: d for name, d in data.datasets().items() if name != "unlabelled" or d is not data.train}
 
 
 def _verify(source: str, data: MultimodalData) -> None:

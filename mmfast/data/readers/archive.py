@@ -78,7 +78,6 @@ def _open(path: Path, use):
         raise
     except DAMAGE as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        reason = reason if reason.isprintable() else ascii(reason)
         raise UserError(f"{path}: not a readable .npz archive of plain arrays ({reason})") from None
 
 
@@ -87,21 +86,20 @@ def _members(path: Path, archive: zipfile.ZipFile) -> Mapping[str, Member]:
     allowance, members = Allowance(path, size), {}
     for info in archive.infolist():
         key = info.filename.removesuffix(SUFFIX)
-        shown = key if key.isprintable() else ascii(key)
         if key in members:
-            raise UserError(f"{path}: keys must be there once, got {shown} twice")
+            raise UserError(f"{path}: keys must be there once, got {key} twice")
         if len(members) == MEMBERS:
             raise UserError(f"{path}: must hold at most {MEMBERS:,} arrays, got more")
         if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise UserError(f"{path}: {shown} must be stored or deflated, got another kind of packing")
+            raise UserError(f"{path}: {key} must be stored or deflated, got another kind of packing")
         packed = info.compress_size * (INFLATION if info.compress_type == zipfile.ZIP_DEFLATED else 1)
         if info.compress_size > size or info.file_size > packed:
             raise UserError(
-                f"{path}: {shown} must be as large as its packed bytes can be, got {in_words(info.file_size)} "
+                f"{path}: {key} must be as large as its packed bytes can be, got {in_words(info.file_size)} "
                 f"in {in_words(info.compress_size)}"
             )
-        allowance.take(shown, info.file_size)
-        members[key] = _header(path, shown, archive, info)
+        allowance.take(key, info.file_size)
+        members[key] = _header(path, key, archive, info)
     return members
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from mmfast.data.readers import padded
 from mmfast.data.readers.format import Contents
+from mmfast.data.readers.labels import of_list
 from mmfast.data.readers.parts import SPLIT_NAMES
 from mmfast.errors import UserError
 
@@ -32,31 +33,26 @@ def first_sample(splits: Mapping[str, Sequence]) -> Any:
     return next((samples[0] for samples in splits.values() if len(samples)), None)
 
 
-def by_split(path: Path, splits: Mapping[str, Sequence]) -> dict[str, tuple[str, Sequence]]:
-    """Our name of a split -> theirs and its samples.
-
-    Raises:
-        UserError: two that are one split of ours.
-    """
-    found: dict[str, tuple[str, Sequence]] = {}
-    for key, samples in splits.items():
-        ours = SPLIT_NAMES[key]
-        if ours in found:
-            raise UserError(f"{path}: must hold one split {ours}, got {found[ours][0]} and {key}")
-        found[ours] = key, samples
-    return found
-
-
 def listed(splits: Mapping[str, Sequence], arrays) -> Contents:
     """(split, number of samples), and (split[0] and key, shape, dtype) of what `arrays` names in its first sample."""
     rows = []
     for split, samples in splits.items():
         rows.append((split, (len(samples),), "samples"))
         for key, value in arrays(samples[0]) if len(samples) else ():
-            size = (len(value),) if isinstance(value, (list, tuple)) else ()
-            dtype = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
-            rows.append((f"{split}[0].{str(key)[:40]}", tuple(getattr(value, "shape", size)), dtype))
+            rows.append(padded.listed(f"{split}[0].{str(key)[:40]}", value))
     return rows
+
+
+def label_table(path: Path, samples: Mapping[str, Sequence], label: Callable[[Any], Any]) -> np.ndarray:
+    """(N, K) labels of all samples of all splits, one split after another.
+
+    Raises:
+        UserError: no sample, no numbers, another number of them in one sample.
+    """
+    given = [padded.plain(f"{path}: label", label(one)) for part in samples.values() for one in part]
+    if not given:
+        raise UserError(f"{path}: must hold at least one sample, got none")
+    return of_list(f"{path}: label", given)
 
 
 class Matrices:

@@ -14,7 +14,7 @@ from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
 from mmfast.data.readers.folds import standard_folds
 from mmfast.data.readers.format import Contents, Format
-from mmfast.data.readers.hdf5 import open_hdf5, told
+from mmfast.data.readers.hdf5 import open_hdf5
 from mmfast.data.readers.intervals import averages, last, overlapping
 from mmfast.data.readers.labels import columns, outside
 from mmfast.data.readers.parts import Part, assemble
@@ -166,7 +166,7 @@ def _segments(labels: Sequence, roles: dict[str, Sequence], warnings: list[str])
                 continue
             rows = labels.read(file, video, as_filed=True)
             if rows.features.dtype.kind not in "biuf":
-                raise UserError(f"{labels.path}: {told(labels.root)} must hold numbers, got text")
+                raise UserError(f"{labels.path}: {labels.root} must hold numbers, got text")
             own = rows.keys.all() and len(set(rows.keys)) == len(rows.keys)
             videos[video] = slice(len(names), len(names) + len(rows.intervals))
             names += list(rows.keys) if own else [f"{video}[{i}]" for i in range(len(rows.intervals))]
@@ -177,7 +177,7 @@ def _segments(labels: Sequence, roles: dict[str, Sequence], warnings: list[str])
     width = {value.shape[1] for value in values if len(value)}
     if len(width) != 1:
         got = f"{sorted(width)} columns" if width else "none"
-        raise UserError(f"{labels.path}: {told(labels.root)} must hold labels of one width, got {got}")
+        raise UserError(f"{labels.path}: {labels.root} must hold labels of one width, got {got}")
     filled, spans = [value for value in values if len(value)], np.concatenate(spans)
     if wrong := int((~last(spans)).sum()):
         warnings.append(f"{wrong:,} segments end no later than they start, and so have no step; kept")
@@ -224,12 +224,11 @@ def _features(segments: Segments, sequence: Sequence, steps) -> list[np.ndarray]
             if video not in sequence.videos:
                 continue
             rows = sequence.read(file, video)
-            with np.errstate(over="ignore", invalid="ignore"):
-                features = rows.features.astype(np.float32)
+            features = rows.features.astype(np.float32)
             if len(features) and width not in (None, features.shape[1]):
                 raise UserError(
-                    f"{sequence.path}: {told(sequence.root)} must have {width} features in all videos, "
-                    f"got {features.shape[1]} in {told(video)}"
+                    f"{sequence.path}: {sequence.root} must have {width} features in all videos, "
+                    f"got {features.shape[1]} in {video}"
                 )
             width = features.shape[1] if len(features) else width
             counts, index = _overlapping(sequence, segments.spans[samples], rows.intervals)

@@ -83,16 +83,14 @@ class Hdf5:
                 info = h5o.get_info(group, _encoded(name))
                 other = seen.setdefault((info.fileno, info.addr), key)
                 if other is not key:
-                    raise UserError(
-                        f"{self.path}: {told(key)} must be an object of its own, got {told(other)} again"
-                    )
+                    raise UserError(f"{self.path}: {key} must be an object of its own, got {other} again")
                 if len(seen) > OBJECTS:
                     raise UserError(f"{self.path}: must hold at most {OBJECTS:,} objects, got more")
                 if kind == "data set":
                     found[key] = self._array(key, group, name)
                 elif kind == "group":
                     if depth == DEPTH:
-                        raise UserError(f"{self.path}: groups must be at most {DEPTH} deep, got {told(key)}")
+                        raise UserError(f"{self.path}: groups must be at most {DEPTH} deep, got {key}")
                     todo.append((f"{key}/", _open_group(group, name), depth + 1))
         return dict(sorted(found.items()))
 
@@ -103,7 +101,7 @@ class Hdf5:
             UserError: it is neither, or too large for what the file holds.
         """
         if array.node is None:
-            raise UserError(f"{self.path}: {told(key)} must hold numbers or text, got {array.dtype}")
+            raise UserError(f"{self.path}: {key} must hold numbers or text, got {array.dtype}")
         return self._text(key, array) if array.is_text else self._numbers(key, array)
 
     def _links(self, group, prefix: str) -> Iterator[tuple[str, str]]:
@@ -124,7 +122,7 @@ class Hdf5:
             if kind != h5l.TYPE_HARD:
                 what = {h5l.TYPE_SOFT: "a soft link", h5l.TYPE_EXTERNAL: "an external link"}
                 raise UserError(
-                    f"{self.path}: {told(prefix + name)} must lie in the file itself, got {what.get(kind, 'a link')}"
+                    f"{self.path}: {prefix + name} must lie in the file itself, got {what.get(kind, 'a link')}"
                 )
             yield name, kinds.get(h5o.get_info(group, raw).type, "type")
 
@@ -135,14 +133,12 @@ class Hdf5:
         # The layout is asked for first: the shape of a virtual data set opens the files that it names.
         made = node.get_create_plist()
         if made.get_layout() == h5d.VIRTUAL:
-            raise UserError(f"{self.path}: {told(key)} must lie in the file itself, got a virtual data set")
+            raise UserError(f"{self.path}: {key} must lie in the file itself, got a virtual data set")
         if made.get_external_count():
-            raise UserError(f"{self.path}: {told(key)} must lie in the file itself, got external storage")
+            raise UserError(f"{self.path}: {key} must lie in the file itself, got external storage")
         for i in range(made.get_nfilters()):
             if (code := made.get_filter(i)[0]) not in FILTERS:
-                raise UserError(
-                    f"{self.path}: {told(key)} must be packed by gzip, szip or LZF, got filter {code}"
-                )
+                raise UserError(f"{self.path}: {key} must be packed by gzip, szip or LZF, got filter {code}")
         shape = node.shape
         kind = node.get_type()
         known = kind.get_class() in (h5t.INTEGER, h5t.FLOAT, h5t.STRING, h5t.ENUM)
@@ -190,9 +186,7 @@ class Hdf5:
         node.id.chunk_iter(lambda info: chunks.append((info.chunk_offset, info.size)))
         for offset, size in chunks:
             if size > self.allowance.size:
-                raise UserError(
-                    f"{self.path}: {told(key)} must lie in the file, got a chunk of {in_words(size)}"
-                )
+                raise UserError(f"{self.path}: {key} must lie in the file, got a chunk of {in_words(size)}")
             if (
                 size * INFLATION > self.allowance.limit
                 and made.get_filter(made.get_nfilters() - 1)[0] == DEFLATE
@@ -200,7 +194,7 @@ class Hdf5:
                 _, packed = node.id.read_direct_chunk(offset)
                 if len(zlib.decompressobj().decompress(packed, largest + 1)) > largest:
                     raise UserError(
-                        f"{self.path}: {told(key)} must inflate to its shape, got a chunk that holds more"
+                        f"{self.path}: {key} must inflate to its shape, got a chunk that holds more"
                     )
 
 
@@ -239,11 +233,6 @@ def text(array: np.ndarray) -> np.ndarray:
     out = np.empty(array.shape, object)
     out.flat = [_decoded(item) for item in array.flat]
     return out
-
-
-def told(key: str) -> str:
-    """A key in a sentence, in one line whatever it holds."""
-    return key if key.isprintable() else ascii(key)
 
 
 def _decoded(item) -> str:

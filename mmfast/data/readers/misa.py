@@ -22,7 +22,7 @@ from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
 from mmfast.data.readers import clips, padded
 from mmfast.data.readers.format import Contents, Format
-from mmfast.data.readers.labels import columns, of_list, two_classes
+from mmfast.data.readers.labels import columns, two_classes
 from mmfast.data.readers.parts import SPLIT_NAMES, Part, assemble
 from mmfast.data.source import Source
 from mmfast.data.targets import CLASSIFICATION
@@ -83,7 +83,7 @@ def read(source: Source, options: Options) -> MultimodalData:
         UserError: samples that are none of these, or do not fit together; no such labels.
     """
     path = source.path
-    splits = clips.by_split(path, _splits(source))
+    splits = padded.by_split(path, _splits(source))
     matrices, warnings = clips.Matrices(), []
     found: dict[str, dict[str, Any]] = {}
     for split, (key, samples) in splits.items():
@@ -133,18 +133,15 @@ def _labels(
     path: Path, splits: Mapping[str, tuple[str, Sequence]], options: Options
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Split -> labels, and task, targets and label_range."""
-    given = [padded.plain("label", sample[1]) for _, samples in splits.values() for sample in samples]
-    if not given:
-        raise UserError(f"{path}: must hold at least one sample, got none")
-    table = of_list(f"{path}: label", given)
+    samples = {split: part for split, (_, part) in splits.items()}
+    table = clips.label_table(path, samples, lambda sample: sample[1])
     if options.labels == CLASSIFICATION:
         labels = two_classes(f"{path}: label", table[:, 0] if table.shape[1] == 1 else table)
         about: dict[str, Any] = {"task": CLASSIFICATION, "targets": ("class 0", "class 1")}
     else:
         about = columns(f"{path}: --labels", table, None, options.labels)
         labels = about.pop("labels")
-    ends = np.cumsum([len(samples) for _, samples in splits.values()])[:-1]
-    return dict(zip(splits, np.split(labels, ends), strict=True)), about
+    return padded.apart(labels, samples), about
 
 
 def contents(source: Source) -> Contents:

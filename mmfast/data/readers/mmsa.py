@@ -45,14 +45,11 @@ def recognises(source: Source) -> bool:
             keys = {key for key, *_ in describe_hdf5(source.path)}
         except UserError:
             return False
-        splits = {key.split("/")[0]: set() for key in keys if key.count("/") == 1}
+        splits: dict[str, dict] = {}
         for key in keys:
-            if key.count("/") == 1:
-                splits[key.split("/")[0]].add(key.split("/")[1])
-        return any(
-            _is_ours(found)
-            for found in padded.splits_of({s: dict.fromkeys(k) for s, k in splits.items()}).values()
-        )
+            split, _, name = key.partition("/")
+            splits.setdefault(split, {})[name] = None
+        return any(_is_ours(entry) for entry in padded.splits_of(splits).values())
     return padded.holds(source, _is_ours)
 
 
@@ -95,9 +92,8 @@ def read(source: Source, options: Options) -> MultimodalData:
     path = source.path
     content = _hdf5(path) if source.kind == "hdf5" else source.object()
     warnings: list[str] = []
-    splits = {
-        s: _split(path, key, entry, warnings) for s, (key, entry) in padded.by_split(path, content).items()
-    }
+    entries = padded.by_split(path, padded.splits_of(content))
+    splits = {s: _split(path, key, entry, warnings) for s, (key, entry) in entries.items()}
     side = _sides(splits.values())
     is_aligned = not any(split.lengths for split in splits.values())
     for split in splits.values():

@@ -48,7 +48,7 @@ def read(source: Source, options: Options) -> MultimodalData:
         UserError: arrays that do not fit together, or labels that are none of these.
     """
     path, content = source.path, source.object()
-    splits = padded.by_split(path, content)
+    splits = padded.by_split(path, padded.splits_of(content))
     arrays, keys = {}, {}
     for split, (key, entry) in splits.items():
         arrays[split], keys[split] = padded.arrays(path, key, entry)
@@ -79,7 +79,7 @@ def _labels(source: Source, options: Options, splits, rows) -> tuple[dict[str, n
         return _emotions_of(path, options.labels_from, splits, rows)
     for key, entry in splits.values():
         if "labels" not in entry:
-            raise UserError(f"{path}: {key} must hold labels, got {', '.join(map(str, list(entry)[:6]))}")
+            raise UserError(f"{path}: {key} must hold labels, got {padded.few(entry)}")
     given = {split: (f"{key}.labels", entry["labels"]) for split, (key, entry) in splits.items()}
     arrays = {s: padded.label_array(f"{path}: {key}", value, *rows[s]) for s, (key, value) in given.items()}
     if options.labels is None and all(
@@ -91,9 +91,7 @@ def _labels(source: Source, options: Options, splits, rows) -> tuple[dict[str, n
     known = known[~np.isnan(known)]
     if options.labels == "classification" and task == REGRESSION:
         joint = two_classes(f"{path}: labels", np.concatenate(list(labels.values())))
-        ends = np.cumsum([len(part) for part in labels.values()])[:-1]
-        classes = dict(zip(labels, np.split(joint, ends), strict=True))
-        return classes, {"task": CLASSIFICATION, "targets": ("class 0", "class 1")}
+        return padded.apart(joint, labels), {"task": CLASSIFICATION, "targets": ("class 0", "class 1")}
     if task == CLASSIFICATION:
         count = next(a.shape[1] for a in arrays.values() if a.ndim > 1)
         return labels, {"task": CLASSIFICATION, "targets": tuple(f"class {k}" for k in range(count))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +41,14 @@ def holds(source: Source, wanted) -> bool:
     return any(wanted(entry.keys()) for entry in splits.values())
 
 
-def by_split(path: Path, content: Any) -> dict[str, tuple[str, dict]]:
-    """Our name of a split -> theirs and its dict.
+def by_split(path: Path, splits: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Our name of a split -> theirs and what it holds.
 
     Raises:
         UserError: two that are one split of ours.
     """
-    found: dict[str, tuple[str, dict]] = {}
-    for key, entry in splits_of(content).items():
+    found: dict[str, tuple[str, Any]] = {}
+    for key, entry in splits.items():
         ours = SPLIT_NAMES[key]
         if ours in found:
             raise UserError(f"{path}: must hold one split {ours}, got {found[ours][0]} and {key}")
@@ -67,10 +67,15 @@ def contents(source: Source) -> Contents:
     rows = []
     for split, entry in splits_of(source.object()).items():
         for key, value in list(entry.items())[:MOST_KEYS]:
-            dtype = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
-            size = (len(value),) if isinstance(value, (list, tuple)) else ()
-            rows.append((f"{split}.{str(key)[:40]}", tuple(getattr(value, "shape", size)), dtype))
+            rows.append(listed(f"{split}.{str(key)[:40]}", value))
     return rows
+
+
+def listed(key: str, value: Any) -> tuple[str, tuple[int, ...], str]:
+    """(key, shape, dtype), of a list its length and type."""
+    size = (len(value),) if isinstance(value, (list, tuple)) else ()
+    dtype = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+    return key, tuple(getattr(value, "shape", size)), dtype
 
 
 def arrays(path: Path, split: str, entry: Mapping) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -185,8 +190,13 @@ def labels_of(
     joint = read_labels(
         f"{path}: {given[first][0]}", np.concatenate(list(plainer.values())), sum(map(len, parts.values()))
     )
+    return apart(joint.values, parts), joint.task
+
+
+def apart(joint: np.ndarray, parts: Mapping[str, Sequence]) -> dict[str, np.ndarray]:
+    """Split -> its rows of what was joined, in the order and of the sizes of `parts`."""
     ends = np.cumsum([len(part) for part in parts.values()])[:-1]
-    return dict(zip(parts, np.split(joint.values, ends), strict=True)), joint.task
+    return dict(zip(parts, np.split(joint, ends), strict=True))
 
 
 def _squeezed(array: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmfast.data.readers.hdf5 import Array, Hdf5, open_hdf5, told
+from mmfast.data.readers.hdf5 import Array, Hdf5, open_hdf5
 from mmfast.data.readers.intervals import last
 from mmfast.errors import UserError
 
@@ -79,7 +79,7 @@ class Sequence:
             for group in groups:
                 for kind in ("features", "intervals"):
                     if f"{root}/data/{group}/{kind}" not in arrays:
-                        raise UserError(f"{path}: {told(root)}/data/{told(group)} must hold {kind}, got none")
+                        raise UserError(f"{path}: {root}/data/{group} must hold {kind}, got none")
         return out
 
     @property
@@ -131,7 +131,7 @@ class Sequence:
             value, times = (
                 file.read(f"{key}/{kind}", self.arrays[f"{key}/{kind}"]) for kind in ("features", "intervals")
             )
-            where = f"{self.path}: {told(key)}"
+            where = f"{self.path}: {key}"
             if times.ndim != 2 or times.shape[1] != 2 or times.dtype.kind not in "iuf":
                 raise UserError(
                     f"{where}/intervals must be (n, 2) seconds, got {times.shape} of {times.dtype}"

@@ -21,7 +21,7 @@ from mmfast.data.corpus import MultimodalData
 from mmfast.data.options import Options
 from mmfast.data.readers import clips, padded
 from mmfast.data.readers.format import Contents, Format
-from mmfast.data.readers.labels import SENTIMENT, columns, of_list
+from mmfast.data.readers.labels import SENTIMENT, columns
 from mmfast.data.readers.padding import Cut, cut, span
 from mmfast.data.readers.parts import MODALITY_NAMES, Part, assemble
 from mmfast.data.source import Source
@@ -49,7 +49,7 @@ def read(source: Source, options: Options) -> MultimodalData:
         UserError: samples that are no dicts of these, or do not fit together; no such labels.
     """
     path = source.path
-    splits = clips.by_split(path, clips.splits_of(source.object()))
+    splits = padded.by_split(path, clips.splits_of(source.object()))
     matrices, removed = clips.Matrices(), Cut()
     found: dict[str, dict[str, Any]] = {}
     for split, (key, samples) in splits.items():
@@ -145,14 +145,11 @@ def _labels(
     path: Path, splits: Mapping[str, tuple[str, Sequence[dict]]], options: Options
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Split -> labels, and task, targets and label_range."""
-    given = [padded.plain("label", sample["label"]) for _, samples in splits.values() for sample in samples]
-    if not given:
-        raise UserError(f"{path}: must hold at least one sample, got none")
-    table = of_list(f"{path}: label", given)
+    samples = {split: part for split, (_, part) in splits.items()}
+    table = clips.label_table(path, samples, lambda sample: sample["label"])
     chosen = None if table.shape[1] == 1 and options.labels == SENTIMENT else options.labels
     about = columns(f"{path}: --labels", table, None, chosen)
-    ends = np.cumsum([len(samples) for _, samples in splits.values()])[:-1]
-    return dict(zip(splits, np.split(about.pop("labels"), ends), strict=True)), about
+    return padded.apart(about.pop("labels"), samples), about
 
 
 def contents(source: Source) -> Contents:

@@ -44,7 +44,7 @@ def read(source: Source, options: Options) -> MultimodalData:
     """
     path, content = source.path, source.object()
     found = {}
-    for split, (key, entry) in padded.by_split(path, content).items():
+    for split, (key, entry) in padded.by_split(path, padded.splits_of(content)).items():
         found[split] = padded.arrays(path, key, {k: v for k, v in entry.items() if _is_feature(k)})
     aligned = all(len({a.shape[1] for a in arrays.values()}) == 1 for arrays, _ in found.values())
     rows = {
@@ -78,7 +78,7 @@ def emotions(source: Source, rows: Mapping[str, tuple[int, str]]) -> dict[str, n
     """
     path = source.path
     content = source.object() if source.kind in ("pickle", "torch") else None
-    splits = padded.by_split(path, content)
+    splits = padded.by_split(path, padded.splits_of(content))
     found = {}
     for split, (samples, like) in rows.items():
         key, entry = splits.get(split, (split, {}))
