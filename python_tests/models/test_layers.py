@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mmfast.errors import UserError
-from mmfast.models.layers import attention
+from mmfast.models.layers import attention, recurrent
 from mmfast.models.layers.attention import Attention, SymmetricAttention
 from mmfast.models.layers.lengths import real_steps
 from mmfast.models.layers.masking import ModalityMasking
@@ -187,3 +187,16 @@ def test_masking_leaves_samples_alone_whose_modalities_weigh_nothing():
     masking = ModalityMasking(["t", "a", "v"], 1.0, weights={"t": 1.0, "a": 0.0, "v": 0.0})
     choice = masked_choice(masking, [torch.tensor([6, 0]), torch.tensor([6, 6]), torch.tensor([6, 6])])
     assert (choice[0] == 0).all() and (choice[1] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_cpu_without_a_half_lstm_runs_it_in_the_precision_of_its_weights(dtype, monkeypatch):
+    monkeypatch.setattr(recurrent, "_RUNS_ON_CPU", {dtype: False})
+    lstm = MaskedLSTM(5, 6, merge="cat")
+    x, lengths = torch.randn(3, 4, 5), torch.tensor([4, 0, 2])
+    expected = lstm(x.to(dtype).float(), lengths)
+    with torch.autocast("cpu", dtype=dtype):
+        out = lstm(x.to(dtype), lengths)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() for p in lstm.parameters())

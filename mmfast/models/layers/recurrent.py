@@ -8,6 +8,12 @@ from torch import Tensor, nn
 from mmfast.errors import UserError
 from mmfast.models.layers.lengths import take_steps, zero_padding
 
+# Autocast asks oneDNN for an LSTM of a half type, which raises on CPUs that have none.
+_RUNS_ON_CPU = {
+    torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
+
 
 class MaskedLSTM(nn.Module):
     """One LSTM layer over back-padded sequences of true lengths, zero initial state.
@@ -24,6 +30,7 @@ class MaskedLSTM(nn.Module):
     Padding comes after the data, so a forward LSTM reaches it too late to matter; the backward direction runs
     forward over the sequence reversed within its own length. So nothing is packed: no lengths are needed on
     the host, and on a CPU oneDNN's padded kernel beats packed sequences even with half of the steps padding.
+    Under autocast a CPU without an LSTM of the half type runs it in the precision of the weights.
     """
 
     def __init__(self, in_features: int, hidden: int, *, dropout: float = 0.0, merge: str | None = None):
@@ -37,9 +44,9 @@ class MaskedLSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        output = self.lstm(x)[0]
+        output = _outputs(self.lstm, x)
         if self.reverse is not None:
-            backward = reversed_steps(self.reverse(reversed_steps(x, lengths))[0], lengths)
+            backward = reversed_steps(_outputs(self.reverse, reversed_steps(x, lengths)), lengths)
             output = output + backward if self.merge == "sum" else torch.cat((output, backward), dim=2)
         return self.dropout(zero_padding(output, lengths))
 
@@ -54,6 +61,13 @@ class MaskedLSTM(nn.Module):
         hidden = self.lstm.hidden_size
         last = take_steps(output, (lengths - 1).clamp(min=0)[:, None])[:, 0]
         return last if self.merge is None else torch.cat((last[:, :hidden], output[:, 0, hidden:]), dim=1)
+
+
+def _outputs(lstm: nn.LSTM, x: Tensor) -> Tensor:
+    if x.is_cpu and torch.is_autocast_enabled("cpu") and not _RUNS_ON_CPU[torch.get_autocast_dtype("cpu")]:
+        with torch.autocast("cpu", enabled=False):
+            return lstm(x.to(lstm.weight_ih_l0.dtype))[0]
+    return lstm(x)[0]
 
 
 def reversed_steps(x: Tensor, lengths: Tensor) -> Tensor:
