@@ -1,0 +1,1 @@
+"""Losses on the similarities of rows: the op and its reference."""

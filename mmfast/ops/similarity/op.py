@@ -1,0 +1,267 @@
+"""Losses of rows by their similarities to candidates, never at the memory of all scores.
+
+Scores are inner products, of unit rows for cosines, a strip of rows at a time. The forward pass keeps four numbers a
+row; the backward pass computes the strips again, or keeps the scores where they are no larger than the embeddings.
+If rows are their own candidates, both derivatives by a score, as that of its row and of its column, are known from
+the numbers of both rows, so that each strip gives its rows' whole gradient by one product.
+
+The losses of the rows are differentiable; what is made of them (means, weights) is PyTorch's business.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mmfast.errors import UserError
+from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
+from mmfast.ops.products import matmul, product
+from mmfast.ops.similarity import passes
+from mmfast.ops.similarity.passes import Rule
+
+# Scores of a strip: so many stay near the processor.
+STRIP = 2**19
+# A shorter row has no direction: its scores and its gradient are zero.
+SHORTEST = 1e-12
+
+
+class Rows(NamedTuple):
+    """What is known of embeddings (n, D): their directions u in the compute type, and 1 / length, 0 for none."""
+
+    unit: Tensor
+    scale: Tensor | None
+
+
+def rows_of(x: Tensor, cosine: bool) -> Rows:
+    x = x.to(compute_dtype(x))
+    if not cosine:
+        return Rows(x, None)
+    # By a power of two, which rounds nothing: squares neither overflow nor vanish.
+    largest = x.abs().amax(1, keepdim=True)
+    exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0)
+    # In two steps, as 2^-exponent may be no number.
+    half = exponent // 2
+    scaled = torch.ldexp(torch.ldexp(x, -half), half - exponent)
+    length = scaled.square().sum(1, keepdim=True).sqrt()
+    # Compared where it cannot overflow; NaN stays.
+    void = (torch.ldexp(length, exponent.clamp(max=0)) < SHORTEST) & (exponent <= 0) | (largest == 0)
+    inverse = torch.where(void, 0, 1 / length)
+    return Rows(scaled * inverse, torch.ldexp(torch.ldexp(inverse, -half), half - exponent))
+
+
+def strips(rows: int, candidates: int, dtype: torch.dtype):
+    """(start, stop) of strips of about STRIP scores of 4 bytes."""
+    step = max(1, STRIP * 4 // (dtype.itemsize * max(1, candidates)))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def keeps_scores(rows: int, candidates: int, columns: int, itself: bool) -> bool:
+    """Whether the scores are no larger than the embeddings, so that they are kept."""
+    return 2 * rows * candidates <= (rows if itself else rows + candidates) * columns * (2 if itself else 1)
+
+
+def _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
+    ids = None if ids_q is None else (ids_q, ids_k)
+    valid = None if valid_q is None else (valid_q, valid_k)
+    return Rule((labels_q, labels_k), ids, valid, itself)
+
+
+def _logits(scores: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    logits = scores * scale
+    return logits if bias is None else logits.add_(bias)
+
+
+def _forward(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, keep):
+    rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
+    # What is not valid is not read, NaN or not.
+    q, k = _without(q, valid_q), None if k is None else _without(k, valid_k)
+    unit = rows_of(q, cosine).unit
+    other = unit if k is None else rows_of(k, cosine).unit
+    if q.device.type == "cpu" and not (unit.isfinite().all() and other.isfinite().all()):
+        views = {"query" if k is not None else "z": q} | ({} if k is None else {"key": k})
+        raise not_finite(views, "similarity") or UserError("similarity: rows must have finite lengths")
+    values, counts, rows = (unit.new_empty(shape) for shape in ((len(q),), (len(q),), (4, len(q))))
+    kept = unit.new_empty((len(q), len(other)) if keep else (0, 0))
+    for start, stop in strips(len(q), len(other), unit.dtype):
+        scores = product(unit[start:stop], other)
+        if keep:
+            kept[start:stop] = scores
+        found = passes.forward_rows(_logits(scores, scale, bias), rule, start, kind)
+        values[start:stop], counts[start:stop], rows[:, start:stop] = found
+    return values, counts, rows, kept
+
+
+def _without(x: Tensor, valid: Tensor | None) -> Tensor:
+    return x if valid is None else x.where(valid[:, None], torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+def _forward_fake(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, keep):
+    dtype = compute_dtype(q)
+    candidates = len(q) if k is None else len(k)
+    return (
+        q.new_empty(len(q), dtype=dtype),
+        q.new_empty(len(q), dtype=dtype),
+        q.new_empty((4, len(q)), dtype=dtype),
+        q.new_empty((len(q), candidates) if keep else (0, 0), dtype=dtype),
+    )
+
+
+def _backward(
+    weights,
+    q,
+    k,
+    labels_q,
+    labels_k,
+    ids_q,
+    ids_k,
+    valid_q,
+    valid_k,
+    scale,
+    bias,
+    rows,
+    kept,
+    kind,
+    cosine,
+    needs,
+):
+    need_q, need_k, need_scale, need_bias = needs
+    rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
+    q_read, k_read = _without(q, valid_q), None if k is None else _without(k, valid_k)
+    own = rows_of(q_read, cosine)
+    other = own if k is None else rows_of(k_read, cosine)
+    itself = k is None
+    weights = weights.to(own.unit.dtype)
+    grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
+    grad_k = torch.zeros_like(other.unit) if need_k else None
+    of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
+    for start, stop in strips(len(q), len(other.unit), own.unit.dtype):
+        scores = kept[start:stop] if kept.numel() else product(own.unit[start:stop], other.unit)
+        h = passes.backward_rows(
+            _logits(scores, scale, bias),
+            rule,
+            start,
+            kind,
+            rows[:, start:stop],
+            weights[start:stop],
+            rows if itself else None,
+            weights if itself else None,
+        )
+        if need_bias:
+            of_bias += h.sum() / (2 if itself else 1)
+        if grad_q is not None:
+            grad_q[start:stop] = matmul(h, other.unit)
+        if need_k:
+            grad_k += matmul(h.t(), own.unit[start:stop])
+    if need_scale:
+        of_scale = (own.unit * grad_q).sum() / (2 if itself else 1)
+    results = [
+        _to_rows(grad, one, scale, x.dtype) if needed else q.new_empty(0)
+        for grad, one, x, needed in ((grad_q, own, q, need_q), (grad_k, other, q if itself else k, need_k))
+    ]
+    return (*results, of_scale, of_bias)
+
+
+def _to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient by the embeddings, of that by u that lacks the factor ``scale``."""
+    grad = grad * scale
+    if rows.scale is not None:
+        grad = (grad - rows.unit * (grad * rows.unit).sum(1, keepdim=True)) * rows.scale
+    return grad.to(dtype)
+
+
+def _backward_fake(weights, q, k, *rest):
+    *_, rows, _kept, _kind, _cosine, needs = rest
+    return (
+        q.new_empty(q.shape if needs[0] else 0),
+        q.new_empty(k.shape if needs[1] else 0),
+        rows.new_empty(()),
+        rows.new_empty(()),
+    )
+
+
+_library = torch.library.Library("mmfast", "FRAGMENT")
+_inputs = (
+    "Tensor q, Tensor? k, Tensor labels_q, Tensor labels_k, Tensor? ids_q, Tensor? ids_k, Tensor? valid_q, "
+    "Tensor? valid_k, Tensor scale, Tensor? bias"
+)
+_ops = {
+    f"similarity_forward({_inputs}, str kind, bool cosine, bool keep)"
+    " -> (Tensor values, Tensor counts, Tensor rows, Tensor kept)": (_forward, _forward_fake),
+    f"similarity_backward(Tensor weights, {_inputs}, Tensor rows, Tensor kept, str kind, bool cosine, bool[] needs)"
+    " -> (Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_bias)": (_backward, _backward_fake),
+}
+for _schema, (_kernel, _fake) in _ops.items():
+    _name = _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"mmfast::{_name}", _fake, lib=_library)
+
+_forward_op = torch.ops.mmfast.similarity_forward.default
+_backward_op = torch.ops.mmfast.similarity_backward.default
+
+DIFFERENTIATED_AGAIN = (
+    "similarity: the gradient must not be differentiated again (double backward, forward mode or torch.func); "
+    "mmfast.ops.similarity.reference can be"
+)
+
+
+class _FinalGradient(torch.autograd.Function):
+    """The gradient where autograd records it (``create_graph=True``): right, but without a derivative."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _backward_op(*arguments)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(DIFFERENTIATED_AGAIN)
+
+
+class _Similarity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine):
+        inputs = q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias
+        ctx.options = kind, cosine
+        keep = any(ctx.needs_input_grad) and keeps_scores(
+            len(q), len(q) if k is None else len(k), q.shape[1], k is None
+        )
+        values, counts, rows, kept = _forward_op(*inputs, kind, cosine, keep)
+        ctx.save_for_backward(*inputs, rows, kept)
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        return values, counts
+
+    @staticmethod
+    def backward(ctx, weights, _counts):
+        if weights is None:
+            return (None,) * 12
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 8, 9)]
+        gradient = _FinalGradient.apply if torch.is_grad_enabled() else _backward_op
+        found = gradient(weights, *ctx.saved_tensors, *ctx.options, needs)
+        grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
+        return grads[0], grads[1], *(None,) * 6, grads[2], grads[3], None, None
+
+
+def similarity(
+    q: Tensor,
+    k: Tensor | None,
+    labels: tuple[Tensor, Tensor],
+    ids: tuple[Tensor, Tensor] | None,
+    valid: tuple[Tensor, Tensor] | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    cosine: bool,
+) -> tuple[Tensor, Tensor]:
+    """(B,) the losses of the rows of q (B, D), and their numbers of positives, in the compute type.
+
+    k: candidates (C, D), None for q itself. labels, ids, valid: of the rows and of the candidates. scale, bias:
+    scalars of the compute type; logits are scale * scores + bias. kind: one of ``passes.KINDS``.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(DIFFERENTIATED_AGAIN)
+    pairs = (x for pair in (labels, ids, valid) for x in (pair or (None, None)))
+    return _Similarity.apply(q, k, *pairs, scale, bias, kind, cosine)
