@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from mmfast import ops as ops
     from mmfast.backends import backend, info
     from mmfast.errors import UserError
-    from mmfast.losses import BarlowTwinsLoss, MultiViewBarlowTwinsLoss, backward_in_micro_batches
+    from mmfast.losses import (
+        BarlowTwinsLoss,
+        ClipLoss,
+        InfoNCELoss,
+        MultiViewBarlowTwinsLoss,
+        NTXentLoss,
+        SigLipLoss,
+        SupConLoss,
+        backward_in_micro_batches,
+    )
     from mmfast.plan import Plan
     from mmfast.plots import plot_cross_correlation
     from mmfast.transforms import Chain, FeatureMask, GaussianNoise, SeqAug, TimeMask, TwoViews
@@ -30,7 +39,16 @@ EXPORTS = {
     "data": (),
     "errors": ("UserError",),
     "functional": (),
-    "losses": ("BarlowTwinsLoss", "MultiViewBarlowTwinsLoss", "backward_in_micro_batches"),
+    "losses": (
+        "BarlowTwinsLoss",
+        "ClipLoss",
+        "InfoNCELoss",
+        "MultiViewBarlowTwinsLoss",
+        "NTXentLoss",
+        "SigLipLoss",
+        "SupConLoss",
+        "backward_in_micro_batches",
+    ),
     "metrics": (),
     "models": (),
     "ops": (),
@@ -42,11 +60,16 @@ _HOMES = {name: module for module, names in EXPORTS.items() for name in names}
 __all__ = [
     "BarlowTwinsLoss",
     "Chain",
+    "ClipLoss",
     "FeatureMask",
     "GaussianNoise",
+    "InfoNCELoss",
     "MultiViewBarlowTwinsLoss",
+    "NTXentLoss",
     "Plan",
     "SeqAug",
+    "SigLipLoss",
+    "SupConLoss",
     "TimeMask",
     "TwoViews",
     "UserError",

@@ -6,14 +6,21 @@ from mmfast.losses.barlow_twins import (
     barlow_twins,
     barlow_twins_components,
 )
+from mmfast.losses.contrastive import nt_xent, sup_con
 from mmfast.losses.diagnostics import effective_rank
 from mmfast.losses.multi_view_barlow_twins import multi_view_barlow_twins
+from mmfast.losses.paired import clip, info_nce, siglip
 
 __all__ = [
     "BARLOW_TWINS_VARIANTS",
     "BarlowTwinsComponents",
     "barlow_twins",
     "barlow_twins_components",
+    "clip",
     "effective_rank",
+    "info_nce",
     "multi_view_barlow_twins",
+    "nt_xent",
+    "siglip",
+    "sup_con",
 ]

@@ -1,7 +1,18 @@
 """Losses: one file a family, functions and modules side by side; :mod:`mmfast.functional` has all functions."""
 
 from mmfast.losses.barlow_twins import BarlowTwinsLoss
+from mmfast.losses.contrastive import NTXentLoss, SupConLoss
 from mmfast.losses.micro_batches import backward_in_micro_batches
 from mmfast.losses.multi_view_barlow_twins import MultiViewBarlowTwinsLoss
+from mmfast.losses.paired import ClipLoss, InfoNCELoss, SigLipLoss
 
-__all__ = ["BarlowTwinsLoss", "MultiViewBarlowTwinsLoss", "backward_in_micro_batches"]
+__all__ = [
+    "BarlowTwinsLoss",
+    "ClipLoss",
+    "InfoNCELoss",
+    "MultiViewBarlowTwinsLoss",
+    "NTXentLoss",
+    "SigLipLoss",
+    "SupConLoss",
+    "backward_in_micro_batches",
+]

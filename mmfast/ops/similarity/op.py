@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: Tensor, cosine: bool) -> Rows:
-    x = x.to(compute_dtype(x))
+    x = x.to(compute_dtype(x)).contiguous()
     if not cosine:
         return Rows(x, None)
     # By a power of two, which rounds nothing: squares neither overflow nor vanish.
@@ -64,9 +64,10 @@ def keeps_scores(rows: int, candidates: int, columns: int, itself: bool) -> bool
 
 
 def _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
-    ids = None if ids_q is None else (ids_q, ids_k)
-    valid = None if valid_q is None else (valid_q, valid_k)
-    return Rule((labels_q, labels_k), ids, valid, itself)
+    def pair(own, other):
+        return None if own is None else (own, own if itself else other)
+
+    return Rule(pair(labels_q, labels_k), pair(ids_q, ids_k), pair(valid_q, valid_k), itself)
 
 
 def _logits(scores: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -184,7 +185,7 @@ def _backward_fake(weights, q, k, *rest):
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
 _inputs = (
-    "Tensor q, Tensor? k, Tensor labels_q, Tensor labels_k, Tensor? ids_q, Tensor? ids_k, Tensor? valid_q, "
+    "Tensor q, Tensor? k, Tensor labels_q, Tensor? labels_k, Tensor? ids_q, Tensor? ids_k, Tensor? valid_q, "
     "Tensor? valid_k, Tensor scale, Tensor? bias"
 )
 _ops = {
@@ -263,5 +264,10 @@ def similarity(
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(DIFFERENTIATED_AGAIN)
-    pairs = (x for pair in (labels, ids, valid) for x in (pair or (None, None)))
+    # Rows that are their own candidates have theirs once: compilers take no tensor twice.
+    pairs = (
+        x
+        for pair in (labels, ids, valid)
+        for x in ((None, None) if pair is None else pair if k is not None else (pair[0], None))
+    )
     return _Similarity.apply(q, k, *pairs, scale, bias, kind, cosine)

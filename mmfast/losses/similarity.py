@@ -1,0 +1,149 @@
+"""What losses of similarities share: their arguments, their reduction, what they leave in ``last``."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mmfast.errors import UserError
+from mmfast.ops.similarity.checks import (
+    check_integers,
+    check_scalar,
+    check_valid,
+    check_weights,
+)
+from mmfast.ops.similarity.op import similarity
+from mmfast.ops.similarity.shared import Sharing
+
+
+class ContrastiveComponents(NamedTuple):
+    """Of the latest call of a contrastive loss: detached scalars."""
+
+    loss: Tensor
+    anchors: Tensor
+    """rows that count: those with a positive"""
+    positive_pairs: Tensor
+    """pairs of an anchor and one of its positives"""
+
+
+class Variant(NamedTuple):
+    """A published definition: its kind (mmfast/ops/similarity/passes.py), what a mean is over, and a factor."""
+
+    kind: str
+    over: str = "anchors"
+    base_temperature: float | None = None
+    """The loss is multiplied by temperature / this."""
+
+
+REDUCTIONS = ("mean", "sum", "none")
+OVER = ("anchors", "all", "pairs")
+
+
+def choice(op: str, name: str, value: Any, choices) -> Any:
+    if not isinstance(value, str) or value not in choices:
+        raise UserError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+    return choices[value] if isinstance(choices, dict) else value
+
+
+class Call:
+    """One call of a loss: arguments that are checked as they come, what they make, and its reduction."""
+
+    def __init__(self, op: str, reduction: str, over: str, sharing: tuple):
+        self.op = op
+        self.reduction, self.over = (
+            choice(op, "reduction", reduction, REDUCTIONS),
+            choice(op, "over", over, OVER),
+        )
+        self.sharing = Sharing(op, *sharing)
+
+    def vectors(self, rows: tuple[str, Tensor], labels, ids, valid, weights) -> list[Tensor | None]:
+        given = (
+            ("labels", labels, check_integers),
+            ("ids", ids, check_integers),
+            ("valid", valid, check_valid),
+            ("weights", weights, check_weights),
+        )
+        return [None if x is None else check(self.op, name, x, rows) for name, x, check in given]
+
+    def reduced(self, values, counts, valid, weights) -> tuple[Tensor, Tensor]:
+        """The loss, and detached (3,) the :class:`ContrastiveComponents`."""
+        anchors = (counts > 0).to(values.dtype)
+        weighted = values if weights is None else values * weights
+        total = {
+            "anchors": anchors,
+            "pairs": counts,
+            "all": torch.ones_like(values) if valid is None else valid.to(values.dtype),
+        }[self.over]
+        if self.over == "pairs" and self.reduction == "mean":
+            weighted = weighted * counts
+        if self.reduction == "none":
+            loss = weighted
+        elif self.reduction == "sum":
+            loss = weighted.sum()
+        else:
+            divisor = (total if weights is None else total * weights).sum()
+            loss = weighted.sum() / torch.where(divisor > 0, divisor, 1)
+        with torch.no_grad():
+            return loss, torch.stack((loss.sum(), anchors.sum(), counts.sum()))
+
+    def scale(self, temperature: Any, rows: tuple[str, Tensor]) -> Tensor:
+        temperature = check_scalar(self.op, "temperature", temperature, rows, positive=True)
+        return self.sharing.scalar(temperature).reciprocal()
+
+    def against_themselves(self, z, vectors, temperature, variant, cosine) -> tuple[Tensor, Tensor]:
+        """Rows that are each other's candidates; vectors: labels, ids, valid, weights."""
+        scale = self.scale(temperature, ("z", z))
+        facts = {"variant": variant, "cosine": cosine, "reduction": self.reduction, "over": self.over}
+        (z,), (labels, ids, valid, weights) = self.sharing.gather([z], vectors, facts)
+        if len(z) < 2:
+            raise UserError(
+                f"{self.op}: z must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}"
+            )
+        own = ids if labels is None else labels
+        pairs = (
+            (own, own),
+            None if labels is None or ids is None else (ids, ids),
+            None if valid is None else (valid, valid),
+        )
+        values, counts = similarity(z, None, *pairs, scale, None, variant.kind, cosine)
+        loss, components = self.reduced(values, counts, valid, weights)
+        if variant.base_temperature is not None:
+            factor = 1 / scale / variant.base_temperature
+            loss = loss * factor
+            components = torch.stack((components[0] * factor.detach(), *components[1:]))
+        return loss, components
+
+
+class SimilarityLoss(nn.Module):
+    """A loss that keeps the components of its latest call; options are attributes, which may be set at any time.
+
+    A scalar Parameter among them is learnt.
+    """
+
+    _last: Tensor | None = None
+
+    def _take(self, **options: Any) -> None:
+        for name, value in options.items():
+            setattr(self, name, value)
+        self._names = (*getattr(self, "_names", ()), *options)
+
+    def _take_sharing(self, stats, grad_convention, group) -> None:
+        self._take(stats=stats, grad_convention=grad_convention, group=group)
+
+    def _sharing(self) -> tuple:
+        return self.stats, self.grad_convention, self.group
+
+    @property
+    def last(self) -> ContrastiveComponents | None:
+        """Components of the latest call (None before the first), already computed, without its graph."""
+        return None if self._last is None else ContrastiveComponents(*self._last.unbind())
+
+    def _kept(self, found: tuple[Tensor, Tensor]) -> Tensor:
+        self._last = found[1]
+        return found[0]
+
+    def extra_repr(self) -> str:
+        shown = ((name, getattr(self, name)) for name in self._names if name != "group")
+        return ", ".join(f"{n}={v.item() if isinstance(v, Tensor) else v!r}" for n, v in shown)

@@ -1,0 +1,99 @@
+"""What a similarity loss may be given: embeddings, integers that say who belongs to whom, weights, scalars."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmfast.checks import check_number, told
+from mmfast.errors import UserError
+from mmfast.ops.barlow_twins.checks import check_dense, compute_dtype
+from mmfast.ops.native import dtype_code
+
+
+def check_rows(op: str, name: str, x: Any, like: tuple[str, Tensor] | None = None) -> Tensor:
+    """Embeddings (B, D), D >= 1; with the columns, dtype and device of ``like``."""
+    check_dense(op, name, x)
+    if x.dim() != 2 or x.shape[1] < 1:
+        raise UserError(f"{op}: {name} must have shape (B, D) with D >= 1, got {tuple(x.shape)}")
+    dtype_code(op, name, x)
+    if like is not None:
+        other, first = like
+        if x.shape[1] != first.shape[1]:
+            raise UserError(
+                f"{op}: {name} must have the {first.shape[1]} columns of {other}, got {tuple(x.shape)}"
+            )
+        if x.dtype != first.dtype:
+            raise TypeError(f"{op}: {name} must have the dtype of {other} ({first.dtype}), got {x.dtype}")
+        _check_device(op, name, x, other, first)
+    return x
+
+
+def _check_device(op: str, name: str, x: Tensor, other: str, first: Tensor) -> None:
+    if x.device != first.device:
+        raise UserError(f"{op}: {name} must be on the device of {other} ({first.device}), got {x.device}")
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_integers(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
+    """(B,) integers as int64, one for each of the rows (their name, and they)."""
+    check_dense(op, name, x)
+    if x.dtype not in _INTEGERS:
+        raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
+    return _check_vector(op, name, x, rows).long()
+
+
+def check_valid(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
+    """(B,) bools, one for each of the rows."""
+    check_dense(op, name, x)
+    if x.dtype != torch.bool:
+        raise TypeError(f"{op}: {name} must be a bool tensor, got {x.dtype}")
+    return _check_vector(op, name, x, rows)
+
+
+def check_weights(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
+    """(B,) numbers in the compute type; negative or NaN ones are refused on the CPU."""
+    check_dense(op, name, x)
+    if not x.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} must be floating, got {x.dtype}")
+    if x.requires_grad:
+        raise UserError(f"{op}: {name} must not require a gradient (weights are not differentiated)")
+    x = _check_vector(op, name, x, rows)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((x >= 0).all()):
+        raise UserError(f"{op}: {name} must be at least 0, got {float(x.min())}")
+    return x.to(compute_dtype(rows[1]))
+
+
+def _check_vector(op: str, name: str, x: Tensor, rows: tuple[str, Tensor]) -> Tensor:
+    other, first = rows
+    if x.shape != (len(first),):
+        raise UserError(
+            f"{op}: {name} must have shape ({len(first)},), one for each row of {other}, got {tuple(x.shape)}"
+        )
+    _check_device(op, name, x, other, first)
+    return x
+
+
+def check_scalar(op: str, name: str, x: Any, rows: tuple[str, Tensor], positive: bool = False) -> Tensor:
+    """A number or scalar tensor, such as a learnable temperature, as a tensor () of the compute type."""
+    other, first = rows
+    dtype = compute_dtype(first)
+    if isinstance(x, Tensor):
+        check_dense(op, name, x)
+        if x.numel() != 1 or not x.dtype.is_floating_point:
+            raise UserError(
+                f"{op}: {name} must be a number or a floating scalar tensor, got {x.dtype} {tuple(x.shape)}"
+            )
+        _check_device(op, name, x, other, first)
+        if positive and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_number(op, name, float(x.detach()), 0, ends="(]")
+        return x.reshape(()).to(dtype)
+    if not isinstance(x, numbers.Real) or isinstance(x, bool):
+        raise TypeError(f"{op}: {name} must be a number or a scalar tensor, got {told(x)}")
+    number = check_number(op, name, x, *((0,) if positive else ()), ends="(]" if positive else "[]")
+    return torch.full((), number, dtype=dtype, device=first.device)

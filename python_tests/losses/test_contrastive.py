@@ -1,0 +1,564 @@
+"""Contrastive losses and losses of pairs: golden values, gradients against the definition, edge cases, precision."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+import mmfast
+from mmfast import functional as F
+from mmfast.errors import UserError
+from mmfast.losses.contrastive import NT_XENT_VARIANTS, SUP_CON_VARIANTS
+from mmfast.ops.similarity import op, passes, reference
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DOUBLE = {"dtype": torch.float64}
+
+
+def unit(*degrees):
+    return torch.tensor([[math.cos(math.radians(a)), math.sin(math.radians(a))] for a in degrees], **DOUBLE)
+
+
+# Scaled unit rows: normalisation has to undo it.
+_SIZES = torch.arange(1, 9, **DOUBLE)[:, None]
+Q = unit(0, 12, 41, 20, 95, 130, 203, 250) * _SIZES
+K = unit(7, 25, 33, 14, 110, 118, 215, 240) / _SIZES
+Y = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])
+PAIRS = torch.arange(4).repeat_interleave(2)
+IDS = torch.tensor([0, 1, 2, 3, 3, 4, 5, 6])
+PAIR_IDS = torch.tensor([0, 1, 1, 2, 3, 4, 5, 6])
+NOT_TWO = torch.arange(8) != 2
+WEIGHTS = torch.arange(1, 9, **DOUBLE)
+
+
+def stacked(q, k):
+    return torch.stack((q, k), 1)
+
+
+# Computed apart from this project, in fp64: loss, and norms of the gradients by q, k (where used), temperature.
+GOLDEN = {
+    "out": (lambda q, k, t: F.sup_con(q, Y, t), 0.1, (3.979686, 1.525640, None, 33.543483)),
+    "in": (lambda q, k, t: F.sup_con(q, Y, t, variant="in"), 0.1, (3.861967, 1.419127, None, 31.444565)),
+    "solo": (lambda q, k, t: F.sup_con(q, Y, t, variant="solo"), 0.1, (3.564904, 1.419127, None, 31.444565)),
+    "out sum": (lambda q, k, t: F.sup_con(q, Y, t, reduction="sum"), 0.05, (51.898258,)),
+    "in sum": (lambda q, k, t: F.sup_con(q, Y, t, variant="in", reduction="sum"), 1.0, (11.484313,)),
+    "out all": (lambda q, k, t: F.sup_con(q, Y, t, over="all"), 0.5, (1.449223,)),
+    "weights": (
+        lambda q, k, t: F.sup_con(q, Y, t, weights=WEIGHTS),
+        0.1,
+        (4.633164, 1.925439, None, 41.819508),
+    ),
+    "valid": (lambda q, k, t: F.sup_con(q, Y, t, valid=NOT_TWO), 0.1, (3.976535, 1.796594, None, 36.104561)),
+    "ser": (
+        lambda q, k, t: F.nt_xent(q, None, t, labels=Y, variant="ser"),
+        0.1,
+        (3.834616, 1.542822, None, 33.604547),
+    ),
+    "ser weights": (
+        lambda q, k, t: F.nt_xent(q, None, t, labels=Y, variant="ser", weights=WEIGHTS),
+        0.1,
+        (4.567786, 1.928429, None, 41.931167),
+    ),
+    "ser ids": (
+        lambda q, k, t: F.nt_xent(q, None, t, labels=Y, ids=IDS, variant="ser"),
+        0.1,
+        (2.610135, 1.524185, None, 22.258539),
+    ),
+    "pml": (lambda q, k, t: F.nt_xent(q, None, t, labels=Y, variant="pml"), 0.05, (5.708397,)),
+    "self": (lambda q, k, t: F.nt_xent(q, None, t, ids=PAIRS), 0.1, (0.439856, 0.458078, None, 1.073888)),
+    "two views": (lambda q, k, t: F.nt_xent(q, k, t), 0.5, (1.624015, 0.052028, 1.082413, 0.952564)),
+    "two views .07": (lambda q, k, t: F.nt_xent(q, k, t), 0.07, (1.024737, 0.213097, 5.423254, 3.514181)),
+    "views": (
+        lambda q, k, t: F.sup_con(stacked(q, k), Y, t),
+        0.1,
+        (4.335114, 0.428099, 11.168017, 29.614474),
+    ),
+    "views in": (
+        lambda q, k, t: F.sup_con(stacked(q, k), Y, t, variant="in"),
+        0.1,
+        (None, 0.032458, 4.379582, 1.523380),
+    ),
+    "hobbit": (
+        lambda q, k, t: F.sup_con(stacked(q, k), Y, t, variant="hobbit"),
+        0.1,
+        (6.193021, 0.611570, 15.954310, 19.623814),
+    ),
+    "no labels": (
+        lambda q, k, t: F.sup_con(stacked(q, k), None, t),
+        0.1,
+        (1.115281, 0.172451, 4.554011, 2.583860),
+    ),
+    "info_nce": (lambda q, k, t: F.info_nce(q, k, None, t), 0.07, (0.652779, 0.239559, 3.502973, 2.866625)),
+    "info_nce back": (
+        lambda q, k, t: F.info_nce(k, q, None, t),
+        0.5,
+        (1.121515, 0.044306, 0.921612, 0.767790),
+    ),
+    "rectangular": (
+        lambda q, k, t: F.info_nce(q[:3], k, None, t, targets=torch.arange(3)),
+        0.07,
+        (0.974014, 0.624315, 2.996492, 3.214558),
+    ),
+    "ranking": (lambda q, k, t: F.info_nce(q, k, None, t), 0.05, (0.588444, 0.298023, 4.113569)),
+    "hard negatives": (
+        lambda q, k, t: F.info_nce(q, k, -1.3 * k.flip(0), t),
+        0.05,
+        (0.918994, 0.298485),
+    ),
+    "clip": (lambda q, k, t: F.clip(q, k, t), 0.07, (0.661212, 0.190546, 3.523336, 2.729275)),
+    "clip .5": (lambda q, k, t: F.clip(q, k, t), 0.5, (1.123227, 0.048126, 0.901521, 0.766327)),
+    "clip ids": (
+        lambda q, k, t: F.clip(q, k, t, ids=PAIR_IDS),
+        0.07,
+        (0.598038, 0.226941, 3.355270, 2.497016),
+    ),
+    "siglip": (
+        lambda q, k, t: F.siglip(q, k, t, bias=-10.0),
+        10.0,
+        (1.628604, 0.329087, 3.733818, 0.0936922),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values_and_gradients(name):
+    function, temperature, expected = GOLDEN[name]
+    inputs = [x.clone().requires_grad_() for x in (Q, K, torch.tensor(temperature, **DOUBLE))]
+    loss = function(*inputs)
+    loss.backward()
+    found = loss, *(None if x.grad is None else x.grad.norm() for x in inputs)
+    for value, want in zip(found, expected, strict=False):
+        if want is not None:
+            assert value.item() == pytest.approx(want, abs=1.1e-6)
+
+
+def test_golden_rows_of_gradients():
+    q = Q.clone().requires_grad_()
+    F.sup_con(q, Y, 0.1).backward()
+    expected = torch.tensor([[0, -0.481131], [-0.120273, 0.043776]], **DOUBLE)
+    torch.testing.assert_close(q.grad[[0, 7]], expected, atol=1.1e-6, rtol=0)
+
+
+SATURATED = [[1, 0], [-0.9, math.sqrt(0.19)], [0.9, math.sqrt(0.19)], [0, -1]]
+
+
+@pytest.mark.parametrize(
+    "temperature, expected, norm",
+    [(0.07, 16.207626, 13.896780), (0.02, 56.602803, 52.011852), (0.01, 113.205505, 104.033691)],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_no_temperature_is_too_small(temperature, expected, norm, dtype):
+    z = torch.tensor(SATURATED, dtype=dtype)
+    labels = torch.tensor([0, 0, 1, 2])
+    exact = z.double().clone().requires_grad_()
+    F.nt_xent(exact, None, temperature, labels=labels, variant="ser").backward()
+    z.requires_grad_()
+    loss = F.nt_xent(z, None, temperature, labels=labels, variant="ser")
+    loss.backward()
+    reached = F.nt_xent(exact, None, temperature, labels=labels, variant="ser")
+    assert loss.item() == pytest.approx(reached.item(), rel=2e-6)
+    assert z.grad.isfinite().all()
+    if dtype == torch.float64:
+        assert float(loss) == pytest.approx(expected, abs=1e-5)
+        assert float(exact.grad.norm()) == pytest.approx(norm, abs=1e-5)
+
+
+def test_a_loss_near_zero_is_as_exact_as_a_large_one():
+    """log-sum-exp less the logit would be off by percents here."""
+    base = torch.eye(8)[:, :8]
+    z_a, z_b = base + 0.01 * torch.randn(8, 8), base + 0.01 * torch.randn(8, 8)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        a, b = (z.detach().to(dtype).requires_grad_() for z in (z_a, z_b))
+        loss = F.nt_xent(a, b, 0.07)
+        loss.backward()
+        found.append((loss, a.grad))
+    (loss, grad), (exact, exact_grad) = found
+    assert float(exact) < 1e-4
+    assert float(loss) == pytest.approx(float(exact), rel=2e-5)
+    assert (grad - exact_grad).norm() < 2e-5 * exact_grad.norm()
+
+
+def case(rows, candidates, columns, kind, itself, with_ids, with_valid, dtype=torch.float64):
+    def pair(make):
+        first = make(rows)
+        return first, first if itself else make(candidates)
+
+    inputs = [torch.randn(rows, columns, dtype=dtype, requires_grad=True), None]
+    if not itself:
+        inputs[1] = torch.randn(candidates, columns, dtype=dtype, requires_grad=True)
+    labels = pair(lambda n: torch.randint(4, (n,)))
+    ids = pair(lambda n: torch.randint(6, (n,))) if with_ids else None
+    valid = pair(lambda n: torch.rand(n) > 0.3) if with_valid else None
+    scale = torch.tensor(3.0, dtype=dtype, requires_grad=True)
+    bias = torch.tensor(-1.0, dtype=dtype, requires_grad=True) if kind == "sigmoid" else None
+    return *inputs, labels, ids, valid, scale, bias
+
+
+@pytest.mark.parametrize("kind", passes.KINDS)
+@pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+def test_the_op_is_its_reference(kind, itself, cosine, monkeypatch):
+    for with_ids, with_valid, strip, columns in itertools.product((0, 1), (0, 1), (2**19, 20), (1, 5, 40)):
+        monkeypatch.setattr(op, "STRIP", strip)
+        arguments = case(11, 9, columns, kind, itself, with_ids, with_valid)
+        wanted = [x for x in (arguments[0], arguments[1], *arguments[5:]) if x is not None]
+        values, _ = op.similarity(*arguments, kind, cosine)
+        expected = reference.similarity(*arguments, kind, cosine)
+        torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-11)
+        upstream = torch.randn(11, **DOUBLE)
+        grads = torch.autograd.grad(values, wanted, upstream)
+        exact = torch.autograd.grad(expected, wanted, upstream, materialize_grads=True)
+        for grad, want in zip(grads, exact, strict=True):
+            torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", passes.KINDS)
+@pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
+def test_gradcheck(kind, itself):
+    q, k, labels, ids, valid, scale, bias = case(6, 5, 3, kind, itself, True, True)
+    inputs = [x for x in (q, k, scale, bias) if x is not None]
+
+    def function(*given):
+        given = iter(given)
+        args = [next(given) if x is not None else None for x in (q, k, scale, bias)]
+        return op.similarity(*args[:2], labels, ids, valid, *args[2:], kind, True)[0]
+
+    assert torch.autograd.gradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("rows", [2, 3, 17, 63, 65])
+@pytest.mark.parametrize("columns", [1, 3, 127, 300])
+@pytest.mark.parametrize("temperature", [0.5, 0.05])
+def test_single_precision(rows, columns, temperature):
+    labels = torch.arange(rows) // 2
+    z = torch.randn(rows, columns)
+    for variant in ("out", "in"):
+        single, double = z.clone().requires_grad_(), z.double().requires_grad_()
+        loss, exact = (F.sup_con(x, labels, temperature, variant=variant) for x in (single, double))
+        (3 * loss).backward()
+        (3 * exact).backward()
+        tolerance = 4e-6 * max(1, 0.1 / temperature)
+        assert float(loss) == pytest.approx(float(exact), rel=tolerance, abs=1e-6)
+        if columns > 1:  # directions of one column have no derivative
+            assert (single.grad - double.grad).norm() <= 10 * tolerance * double.grad.norm() + 1e-6
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 6e-3), (torch.float16, 8e-4)], ids=str)
+def test_half_embeddings_are_computed_in_single_precision(dtype, tolerance):
+    half = torch.randn(20, 64).to(dtype)
+    exact = half.double().requires_grad_()
+    half.requires_grad_()
+    labels = torch.arange(20) // 3
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.sup_con(half, labels)
+    loss.backward()
+    expected = F.sup_con(exact, labels)
+    expected.backward()
+    assert loss.dtype == torch.float32 and half.grad.dtype == dtype
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert (half.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
+
+
+def test_with_one_positive_all_definitions_are_one():
+    z = torch.randn(12, 5, **DOUBLE)
+    labels = torch.arange(6).repeat(2)
+    values = [F.sup_con(z, labels, 0.2, variant=v) for v in ("out", "in", "solo")]
+    values += [F.nt_xent(z, None, 0.2, labels=labels, variant=v) for v in NT_XENT_VARIANTS]
+    values.append(F.nt_xent(z[:6], z[6:], 0.2))
+    for value in values:
+        torch.testing.assert_close(value, values[0], rtol=1e-12, atol=0)
+    more = torch.randint(3, (12,))
+    assert F.sup_con(z, more, variant="in") <= F.sup_con(z, more)
+
+
+def test_order_names_scales_and_rotations_change_nothing():
+    z, labels = torch.randn(15, 4, **DOUBLE), torch.randint(4, (15,))
+    expected = F.sup_con(z, labels)
+    order = torch.randperm(15)
+    rotation = torch.linalg.qr(torch.randn(4, 4, **DOUBLE))[0]
+    for other, names in (
+        (z[order], labels[order]),
+        (z, labels * -(2**40) + 7),
+        (z @ rotation, labels),
+        (z * torch.rand(15, 1, **DOUBLE).exp(), labels.to(torch.uint8)),
+        (z * 1e-9, labels),
+        (z * 1e200, labels),
+    ):
+        torch.testing.assert_close(F.sup_con(other, names), expected, rtol=1e-12, atol=0)
+
+
+def test_large_and_small_rows_do_not_overflow():
+    z, labels = torch.randn(9, 6), torch.arange(9) // 3
+    sizes = torch.tensor([1e-11, 1, 1e30] * 3)[:, None]
+    expected = F.sup_con(z, labels)
+    scaled = (z * sizes).requires_grad_()
+    loss = F.sup_con(scaled, labels)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=2e-6, atol=0)
+    exact = z.double().requires_grad_()
+    F.sup_con(exact, labels).backward()
+    torch.testing.assert_close((scaled.grad.double() * sizes.double()), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_that_are_not_valid_might_as_well_not_be_there():
+    z, labels = torch.randn(12, 5, **DOUBLE), torch.randint(3, (12,))
+    valid = torch.arange(12) % 4 != 1
+    holed = torch.where(valid[:, None], z, math.nan).requires_grad_()
+    loss = F.sup_con(holed, labels, valid=valid)
+    loss.backward()
+    kept = z[valid].requires_grad_()
+    expected = F.sup_con(kept, labels[valid])
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(holed.grad[valid], kept.grad, rtol=1e-10, atol=1e-13)
+    assert not holed.grad[~valid].any()
+
+
+def test_a_row_without_direction_gets_no_gradient():
+    z = Q.clone()
+    z[2] = 0
+    z.requires_grad_()
+    temperature = torch.tensor(0.1, requires_grad=True, **DOUBLE)
+    loss = F.sup_con(z, Y, temperature)
+    loss.backward()
+    assert float(loss) == pytest.approx(5.084044, abs=1.1e-6) and not z.grad[2].any()
+    assert float(z.grad.norm()) == pytest.approx(1.570808, abs=1.1e-6)
+    assert float(temperature.grad) == pytest.approx(-44.902314, abs=1.1e-5)
+
+
+def test_nothing_counts():
+    z = torch.randn(5, 3, requires_grad=True)
+    loss = mmfast.SupConLoss()
+    value = loss(z, torch.arange(5))
+    value.backward()
+    assert value == 0 and not z.grad.any() and loss.last.anchors == 0
+    one = mmfast.NTXentLoss(variant="ser")
+    z.grad = None
+    value = one(z, labels=torch.zeros(5, dtype=torch.long))
+    value.backward()
+    assert value == 0 and not z.grad.any() and one.last.anchors == 5
+
+
+def test_equal_rows():
+    z = torch.ones(8, 3, **DOUBLE)
+    assert float(F.sup_con(z, Y, reduction="sum")) == pytest.approx(7 * math.log(7))
+    assert float(F.nt_xent(z, None, 0.1, labels=Y, variant="ser")) == pytest.approx(1.879846, abs=1e-6)
+
+
+def test_what_stays_of_a_call():
+    loss = mmfast.SupConLoss()
+    assert loss.last is None
+    value = loss(Q, Y)
+    assert loss.last.loss == value and not loss.last.loss.requires_grad
+    assert loss.last.anchors == 7 and loss.last.positive_pairs == 6 + 2 + 2
+
+
+def test_losses_of_rows_add_up():
+    z = torch.randn(9, 4, **DOUBLE)
+    labels = torch.randint(3, (9,))
+    rows = F.sup_con(z, labels, reduction="none")
+    assert rows.shape == (9,)
+    torch.testing.assert_close(rows.sum(), F.sup_con(z, labels, reduction="sum"))
+    torch.testing.assert_close(rows.mean(), F.sup_con(z, labels, over="all"))
+
+
+def test_weights_are_repeated_rows_of_the_mean_only():
+    z, labels = torch.randn(8, 4, **DOUBLE), torch.arange(8) // 2
+    rows = F.sup_con(z, labels, reduction="none")
+    weights = torch.tensor([0.0, 1, 2, 3, 0, 1, 1, 1], **DOUBLE)
+    expected = (rows * weights).sum() / weights.sum()
+    torch.testing.assert_close(F.sup_con(z, labels, weights=weights), expected)
+
+
+@pytest.mark.parametrize("wanted", ["query", "key", "scale"])
+def test_only_what_is_asked_for_gets_a_gradient(wanted):
+    query, key = torch.randn(6, 4, **DOUBLE), torch.randn(6, 4, **DOUBLE)
+    inputs = {"query": query, "key": key, "scale": torch.tensor(0.3, **DOUBLE)}
+    every = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    F.info_nce(every["query"], every["key"], None, every["scale"]).backward()
+    inputs[wanted].requires_grad_()
+    F.info_nce(inputs["query"], inputs["key"], None, inputs["scale"]).backward()
+    assert torch.equal(inputs[wanted].grad, every[wanted].grad)
+
+
+def test_slices_of_larger_buffers_and_repeated_runs():
+    large = torch.full((40, 33), math.nan)
+    large[3:23, 5:21] = torch.randn(20, 16)
+    labels = torch.arange(20) // 2
+    results = []
+    for z in (large[3:23, 5:21], large[3:23, 5:21].clone(), large.t().contiguous().t()[3:23, 5:21]):
+        z = z.detach().requires_grad_()
+        loss = F.sup_con(z, labels)
+        loss.backward()
+        results.append((loss, z.grad))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("rows, columns", [(24, 8), (8, 24)], ids=["again", "kept"])
+def test_what_is_saved_for_the_backward_pass(rows, columns):
+    z = torch.randn(rows, columns, requires_grad=True)
+    labels = torch.arange(rows) // 2
+    saved = {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        F.sup_con(z, labels)
+    own = {x.untyped_storage().data_ptr() for x in (z, labels)}
+    extra = sum(size for pointer, size in saved.items() if pointer not in own)
+    scores = rows * rows * 4 if rows <= columns else 0
+    # The four numbers of a row; what the mean divides by; scalars.
+    assert extra <= 16 * rows + 8 * rows + scores + 64
+
+
+def test_two_calls_before_one_backward_pass():
+    z, labels = torch.randn(6, 4, **DOUBLE), torch.arange(6) // 2
+    single, both = z.clone().requires_grad_(), z.clone().requires_grad_()
+    loss = mmfast.SupConLoss()
+    (loss(both, labels) + 2 * loss(both, labels.flip(0))).backward()
+    loss(single, labels).backward()
+    (2 * loss(single, labels.flip(0))).backward()
+    torch.testing.assert_close(both.grad, single.grad)
+
+
+def test_parts_of_a_batch_give_the_gradient_of_the_whole():
+    model = torch.nn.Linear(7, 5, dtype=torch.float64)
+    x, labels = torch.randn(16, 7, **DOUBLE), torch.randint(4, (16,))
+    loss = mmfast.SupConLoss(torch.nn.Parameter(torch.tensor(0.2, **DOUBLE)))
+    loss(model(x), labels).backward()
+    whole = [p.grad.clone() for p in (*model.parameters(), *loss.parameters())]
+    for p in (*model.parameters(), *loss.parameters()):
+        p.grad = None
+    mmfast.backward_in_micro_batches(lambda z: loss(z, labels), model, x.split([5, 2, 9]))
+    for p, want in zip((*model.parameters(), *loss.parameters()), whole, strict=True):
+        torch.testing.assert_close(p.grad, want)
+
+
+@pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
+def test_opcheck(itself):
+    q, k, labels, ids, valid, scale, bias = case(6, 5, 3, "out", itself, True, True, torch.float32)
+    pairs = [x for own, other in (labels, ids, valid) for x in (own, None if itself else other)]
+    detached = [None if x is None else x.detach() for x in (q, k, *pairs, scale, bias)]
+    arguments = (*detached, "out", True, True)
+    ops = torch.ops.mmfast
+    torch.library.opcheck(ops.similarity_forward, arguments)
+    _, _, rows, kept = ops.similarity_forward(*arguments)
+    for needs in ([True, not itself, True, False], [False, False, True, False]):
+        given = (torch.ones(6), *detached, rows, kept, "out", True, needs)
+        torch.library.opcheck(ops.similarity_backward, given)
+
+
+LOSSES = {
+    "NTXentLoss": (mmfast.NTXentLoss(), lambda loss, a, b: loss(a, b)),
+    "ser": (mmfast.NTXentLoss(variant="ser"), lambda loss, a, b: loss(a, labels=Y)),
+    "SupConLoss": (mmfast.SupConLoss(), lambda loss, a, b: loss(a, Y)),
+    "InfoNCELoss": (mmfast.InfoNCELoss(), lambda loss, a, b: loss(a, b)),
+    "ClipLoss": (mmfast.ClipLoss(learnable=True), lambda loss, a, b: loss(a, b)),
+    "SigLipLoss": (mmfast.SigLipLoss(), lambda loss, a, b: loss(a, b)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_whole(name):
+    loss, call = LOSSES[name]
+    loss = copy.deepcopy(loss)
+    a, b = torch.randn(8, 5), torch.randn(8, 5)
+    results = []
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        z = a.clone().requires_grad_()
+        loss.zero_grad()
+        value = function(loss, z, b)
+        value.backward()
+        results.append([value.detach(), z.grad, *(p.grad.clone() for p in loss.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_learning_lowers_the_loss(name):
+    loss, call = LOSSES[name]
+    loss = copy.deepcopy(loss)
+    a, b = torch.randn(8, 5).requires_grad_(), torch.randn(8, 5).requires_grad_()
+    optimiser = torch.optim.SGD([a, b, *loss.parameters()], 0.05)
+    first = call(loss, a, b).detach()
+    for _ in range(30):
+        optimiser.zero_grad()
+        call(loss, a, b).backward()
+        optimiser.step()
+    assert call(loss, a, b) < first
+
+
+def test_derivatives_that_are_not_there_say_so():
+    z = torch.randn(6, 3, requires_grad=True)
+    labels = torch.arange(6) // 2
+    (grad,) = torch.autograd.grad(F.sup_con(z, labels), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="similarity: the gradient must not be differentiated again"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match=r"similarity: .* torch.func"):
+        torch.func.grad(lambda x: F.sup_con(x, labels))(z.detach())
+    with pytest.raises(RuntimeError, match="similarity: "):
+        torch.func.jvp(lambda x: F.sup_con(x, labels), (z.detach(),), (z.detach(),))
+
+
+Z = torch.randn(4, 3)
+L = torch.tensor([0, 0, 1, 1])
+REFUSED = [
+    (lambda: F.nt_xent(Z), "nt_xent: labels must be given for one view"),
+    (lambda: F.sup_con(Z), "sup_con: labels must be given for one view"),
+    (lambda: F.sup_con(Z[0], L), r"sup_con: z must have shape \(B, D\) with D >= 1, got \(3,\)"),
+    (lambda: F.sup_con(Z, L[:3]), r"sup_con: labels must have shape \(4,\), .*got \(3,\)"),
+    (lambda: F.sup_con(Z, L.float()), "sup_con: labels must be integers, got torch.float32"),
+    (lambda: F.sup_con(Z[:1], L[:1]), r"sup_con: z must have at least 2 rows .*got \(1, 3\)"),
+    (lambda: F.sup_con(Z, L, 0.0), "sup_con: temperature must be finite and above 0, got 0"),
+    (lambda: F.sup_con(Z, L, torch.tensor(-1.0)), "sup_con: temperature must be .* above 0, got -1"),
+    (lambda: F.sup_con(Z, L, "0.1"), "sup_con: temperature must be a number or a scalar tensor"),
+    (lambda: F.sup_con(Z, L, variant="outer"), "sup_con: variant must be one of out, in, solo, hobbit"),
+    (lambda: F.sup_con(Z, L, reduction="average"), "sup_con: reduction must be one of mean, sum, none"),
+    (lambda: F.sup_con(Z, L, over="rows"), "sup_con: over must be one of anchors, all, pairs"),
+    (lambda: F.sup_con(Z, L, stats="local"), "sup_con: stats must be one of 'global', None, got 'local'"),
+    (lambda: F.sup_con(Z, L, normalise=1), "sup_con: normalise must be True or False, got 1"),
+    (lambda: F.sup_con(Z, L, valid=L), "sup_con: valid must be a bool tensor, got torch.int64"),
+    (lambda: F.sup_con(Z, L, weights=-Z[:, 0].abs()), "sup_con: weights must be at least 0, got -"),
+    (lambda: F.sup_con(Z, L, weights=torch.ones(4, requires_grad=True)), "weights must not require"),
+    (lambda: F.nt_xent(Z, Z[:3]), r"nt_xent: z_b must have the 4 rows of z_a, got \(3, 3\)"),
+    (lambda: F.nt_xent(Z, Z.double()), r"nt_xent: z_b must have the dtype of z_a \(torch.float32\)"),
+    (lambda: F.nt_xent(Z, 0.5), "nt_xent: z_b must be a tensor, got 0.5"),
+    (lambda: F.info_nce(Z, Z[:3]), r"info_nce: key must have the 4 rows of query"),
+    (lambda: F.info_nce(Z, Z, Z[:, :2]), r"info_nce: negatives must have the 3 columns of query"),
+    (lambda: F.info_nce(Z, Z, targets=L + 3), r"info_nce: targets must be rows of key, in \[0, 3\], got 4"),
+    (
+        lambda: F.clip(Z, Z, logit_scale=torch.ones(2)),
+        "clip: logit_scale must be a number or a floating scalar",
+    ),
+    (lambda: F.siglip(Z, Z, bias=math.nan), "siglip: bias must be finite, got nan"),
+]
+
+
+@pytest.mark.parametrize("call, sentence", REFUSED, ids=[sentence[:40] for _, sentence in REFUSED])
+def test_refusals(call, sentence):
+    with pytest.raises((UserError, TypeError), match=sentence):
+        call()
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_rows_that_are_not_finite_are_named(wrong):
+    z = Z.clone()
+    z[2, 1] = wrong
+    with pytest.raises(
+        UserError, match=r"similarity: z must be finite, got 1 NaN or infinite .* row 2, column 1"
+    ):
+        F.sup_con(z, L)
+    with pytest.raises(UserError, match=r"similarity: key must be finite"):
+        F.info_nce(Z, z)
+
+
+def test_variants_are_documented():
+    for function, variants in ((F.nt_xent, NT_XENT_VARIANTS), (F.sup_con, SUP_CON_VARIANTS)):
+        assert all(f"    {name} " in function.__doc__ for name in variants)

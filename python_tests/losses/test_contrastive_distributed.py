@@ -1,0 +1,98 @@
+"""Contrastive losses of the rows of several processes: other data on each, ragged, one of them without rows."""
+
+import pytest
+import torch
+from ranks import Ranks
+
+from mmfast import functional as F
+
+ROWS = [5, 2, 0, 4]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    group = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
+
+
+def data(processes):
+    generator = torch.Generator().manual_seed(3)
+    rows = sum(ROWS[:processes])
+    a, b = (torch.randn(rows, 6, dtype=torch.float64, generator=generator) for _ in range(2))
+    labels = torch.randint(3, (rows,), generator=generator)
+    weights = torch.rand(rows, dtype=torch.float64, generator=generator)
+    return a, b, labels, weights
+
+
+CALLS = {
+    "two views": lambda a, b, labels, weights, t, **o: F.nt_xent(a, b, t, weights=weights, **o),
+    "labels": lambda a, b, labels, weights, t, **o: F.nt_xent(a, None, t, labels=labels, variant="ser", **o),
+    "sup_con": lambda a, b, labels, weights, t, **o: F.sup_con(
+        torch.stack((a, b), 1), labels, t, valid=labels != 1, **o
+    ),
+    "clip": lambda a, b, labels, weights, t, **o: F.clip(a, b, t, ids=labels, weights=weights, **o),
+    "siglip": lambda a, b, labels, weights, t, **o: F.siglip(a, b, t, bias=-t, **o),
+}
+
+
+def losses(inputs, start, stop, convention, group=None):
+    """Of each call its value and gradients by a, b and the temperature; those of this process."""
+    sharing = {"stats": None} if group is None else {"group": group, "grad_convention": convention}
+    found = {}
+    for name, call in CALLS.items():
+        a, b, labels, weights = (x[start:stop].clone() for x in inputs)
+        a.requires_grad_(), b.requires_grad_()
+        t = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+        loss = call(a, b, labels, weights, t, **sharing)
+        (3 * loss).backward()
+        found[name] = (loss.detach(), a.grad, torch.zeros_like(a) if b.grad is None else b.grad, t.grad)
+    return found
+
+
+def on_rank(group, convention):
+    processes, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    start = sum(ROWS[:rank])
+    return losses(data(processes), start, start + ROWS[rank], convention, group)
+
+
+@pytest.mark.parametrize("convention", ["true", "legacy"])
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_processes_have_the_loss_and_gradient_of_all_rows(ranks, processes, convention):
+    expected = losses(data(processes), 0, sum(ROWS[:processes]), convention)
+    found = ranks(on_rank, convention, size=processes)
+    # What DistributedDataParallel, which averages, makes of it.
+    factor = processes if convention == "true" else 1
+    whole = 1 if convention == "true" else processes
+    for name, (loss, grad_a, grad_b, of_t) in expected.items():
+        for values in found:
+            torch.testing.assert_close(values[name][0], loss)
+            torch.testing.assert_close(values[name][3] * whole, of_t)
+        for grad, index in ((grad_a, 1), (grad_b, 2)):
+            together = torch.cat([values[name][index] for values in found])
+            torch.testing.assert_close(together, grad * factor, rtol=1e-9, atol=1e-12)
+
+
+def refused(group):
+    rank = torch.distributed.get_rank(group)
+    sentences = []
+    for call in (
+        lambda: F.nt_xent(torch.ones(3, 4 + rank), torch.ones(3, 4 + rank), group=group),
+        lambda: F.nt_xent(
+            torch.ones(3, 4), torch.ones(3, 4), reduction="mean" if rank else "sum", group=group
+        ),
+        lambda: F.info_nce(torch.ones(3, 4), torch.ones(3, 4), torch.ones(2, 4), group=group),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def test_what_must_be_equal_is_named(ranks):
+    for sentences in ranks(refused, size=2):
+        assert len(sentences) == 3
+        assert "nt_xent: columns must be the same on every rank, got 4, 5" in sentences[0]
+        assert "nt_xent: reduction must be the same on every rank, got sum, mean" in sentences[1]
+        assert "info_nce: stats must be None with targets or negatives" in sentences[2]
