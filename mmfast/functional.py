@@ -10,6 +10,7 @@ from mmfast.losses.contrastive import nt_xent, sup_con
 from mmfast.losses.diagnostics import effective_rank
 from mmfast.losses.multi_view_barlow_twins import multi_view_barlow_twins
 from mmfast.losses.paired import clip, info_nce, siglip
+from mmfast.losses.transfer import directed_pkt, pkt
 
 __all__ = [
     "BARLOW_TWINS_VARIANTS",
@@ -17,10 +18,12 @@ __all__ = [
     "barlow_twins",
     "barlow_twins_components",
     "clip",
+    "directed_pkt",
     "effective_rank",
     "info_nce",
     "multi_view_barlow_twins",
     "nt_xent",
+    "pkt",
     "siglip",
     "sup_con",
 ]

@@ -21,8 +21,15 @@ PROMISED = (
     "BarlowTwinsComponents",
     "barlow_twins",
     "barlow_twins_components",
+    "clip",
+    "directed_pkt",
     "effective_rank",
+    "info_nce",
     "multi_view_barlow_twins",
+    "nt_xent",
+    "pkt",
+    "siglip",
+    "sup_con",
 )
 
 

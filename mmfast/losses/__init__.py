@@ -5,13 +5,16 @@ from mmfast.losses.contrastive import NTXentLoss, SupConLoss
 from mmfast.losses.micro_batches import backward_in_micro_batches
 from mmfast.losses.multi_view_barlow_twins import MultiViewBarlowTwinsLoss
 from mmfast.losses.paired import ClipLoss, InfoNCELoss, SigLipLoss
+from mmfast.losses.transfer import DirectedPKTLoss, PKTLoss
 
 __all__ = [
     "BarlowTwinsLoss",
     "ClipLoss",
+    "DirectedPKTLoss",
     "InfoNCELoss",
     "MultiViewBarlowTwinsLoss",
     "NTXentLoss",
+    "PKTLoss",
     "SigLipLoss",
     "SupConLoss",
     "backward_in_micro_batches",

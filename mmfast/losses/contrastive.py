@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfast.checks import check_bool
 from mmfast.errors import UserError
-from mmfast.losses.similarity import Call, SimilarityLoss, Variant, choice
+from mmfast.losses.similarity import Call, SimilarityLoss, Variant, among_themselves, choice
 from mmfast.ops.similarity.checks import check_rows
 from mmfast.ops.similarity.shared import Sharing
 
@@ -44,22 +44,26 @@ def _twice(x: Tensor | None) -> Tensor | None:
 def _nt_xent(
     z_a, z_b, temperature, labels, ids, valid, weights, normalise, variant, reduction, over, sharing
 ):
-    op = "nt_xent"
-    variant = choice(op, "variant", variant, NT_XENT_VARIANTS)
-    call = Call(op, reduction, over or variant.over, sharing)
-    cosine = check_bool(op, "normalise", normalise)
-    z = _views(op, z_a, z_b)
-    vectors = call.vectors(("z_a", z_a), labels, ids, valid, weights)
-    if z_b is not None:
-        # An id says that two rows are views of one sample: of whole numbers that no other process has.
-        if ids is None and labels is None:
-            vectors[1] = _positions(call.sharing, len(z_a), z.device)
-        elif ids is not None and labels is not None:
-            raise UserError(f"{op}: ids must be None for two views with labels, got both")
-        vectors = [_twice(x) for x in vectors]
-    elif labels is None and ids is None:
-        raise UserError(f"{op}: labels must be given for one view (or ids, or z_b), got None")
-    return call.against_themselves(z, vectors, temperature, variant, cosine)
+    op, sharing = "nt_xent", Sharing("nt_xent", *sharing)
+
+    def checked():
+        chosen = choice(op, "variant", variant, NT_XENT_VARIANTS)
+        call = Call(op, reduction, over or chosen.over, sharing)
+        cosine = check_bool(op, "normalise", normalise)
+        z = _views(op, z_a, z_b)
+        vectors = call.vectors(("z_a", z_a), labels, ids, valid, weights)
+        if z_b is not None:
+            # An id says that two rows are views of one sample: of whole numbers that no other process has.
+            if ids is None and labels is None:
+                vectors[1] = _positions(sharing, len(z_a), z.device)
+            elif ids is not None and labels is not None:
+                raise UserError(f"{op}: ids must be None for two views with labels, got both")
+            vectors = [_twice(x) for x in vectors]
+        elif labels is None and ids is None:
+            raise UserError(f"{op}: labels must be given for one view (or ids, or z_b), got None")
+        return call, z, vectors, call.scale(temperature, ("z_a", z_a)), chosen, cosine
+
+    return among_themselves(*sharing.checked(checked))
 
 
 def _positions(sharing: Sharing, rows: int, device: torch.device) -> Tensor:
@@ -140,27 +144,28 @@ def nt_xent(
 
 
 def _sup_con(z, labels, temperature, ids, valid, weights, normalise, variant, reduction, over, sharing):
-    op = "sup_con"
-    variant = choice(op, "variant", variant, SUP_CON_VARIANTS)
-    call = Call(op, reduction, over or variant.over, sharing)
-    cosine = check_bool(op, "normalise", normalise)
-    views = 1
-    if isinstance(z, Tensor) and z.dim() == 3:
-        views, first = z.shape[1], z[:, 0]
-        z = z.flatten(0, 1)
-    else:
-        first = z
-    check_rows(op, "z", z)
-    vectors = call.vectors(("z", first), labels, ids, valid, weights)
-    if labels is None:
-        if ids is None and views == 1:
-            raise UserError(f"{op}: labels must be given for one view (or ids, or z (B, V, D)), got None")
-        if ids is None:
-            vectors[1] = _positions(call.sharing, len(first), z.device)
-    elif ids is not None and views > 1:
-        raise UserError(f"{op}: ids must be None for several views with labels, got both")
-    vectors = [None if x is None else x.repeat_interleave(views) for x in vectors]
-    return call.against_themselves(z, vectors, temperature, variant, cosine)
+    op, sharing = "sup_con", Sharing("sup_con", *sharing)
+
+    def checked():
+        chosen = choice(op, "variant", variant, SUP_CON_VARIANTS)
+        call = Call(op, reduction, over or chosen.over, sharing)
+        cosine = check_bool(op, "normalise", normalise)
+        rows, views, first = z, 1, z
+        if isinstance(z, Tensor) and z.dim() == 3:
+            rows, views, first = z.flatten(0, 1), z.shape[1], z[:, 0]
+        check_rows(op, "z", rows)
+        vectors = call.vectors(("z", first), labels, ids, valid, weights)
+        if labels is None:
+            if ids is None and views == 1:
+                raise UserError(f"{op}: labels must be given for one view (or ids, or z (B, V, D)), got None")
+            if ids is None:
+                vectors[1] = _positions(sharing, len(first), z.device)
+        elif ids is not None and views > 1:
+            raise UserError(f"{op}: ids must be None for several views with labels, got both")
+        vectors = [None if x is None else x.repeat_interleave(views) for x in vectors]
+        return call, rows, vectors, call.scale(temperature, ("z", rows)), chosen, cosine
+
+    return among_themselves(*sharing.checked(checked))
 
 
 def sup_con(
@@ -237,11 +242,10 @@ class NTXentLoss(SimilarityLoss):
     ):
         super().__init__()
         chosen = choice("nt_xent", "variant", variant, NT_XENT_VARIANTS)
-        Call("nt_xent", reduction, over or chosen.over, (stats, grad_convention, group))
         self._take(
             temperature=temperature, normalise=normalise, variant=variant, reduction=reduction, over=over
         )
-        self._take_sharing(stats, grad_convention, group)
+        self._take_sharing("nt_xent", reduction, over or chosen.over, stats, grad_convention, group)
 
     def forward(
         self,
@@ -278,11 +282,10 @@ class SupConLoss(SimilarityLoss):
     ):
         super().__init__()
         chosen = choice("sup_con", "variant", variant, SUP_CON_VARIANTS)
-        Call("sup_con", reduction, over or chosen.over, (stats, grad_convention, group))
         self._take(
             temperature=temperature, normalise=normalise, variant=variant, reduction=reduction, over=over
         )
-        self._take_sharing(stats, grad_convention, group)
+        self._take_sharing("sup_con", reduction, over or chosen.over, stats, grad_convention, group)
 
     def forward(
         self,

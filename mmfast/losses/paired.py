@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,83 @@ from mmfast.errors import UserError
 from mmfast.losses.similarity import Call, SimilarityLoss
 from mmfast.ops.similarity.checks import check_integers, check_rows, check_scalar
 from mmfast.ops.similarity.op import similarity
+from mmfast.ops.similarity.shared import Sharing
+
+
+class Pairs(NamedTuple):
+    """Checked arguments, which are of this process and then of all."""
+
+    call: Call
+    query: Tensor
+    key: Tensor
+    negatives: Tensor | None
+    targets: Tensor | None
+    ids: Tensor | None
+    weights: Tensor | None
+    cosine: bool
+
+    @classmethod
+    def checked(cls, call, query, key, negatives, targets, ids, weights, normalise) -> Pairs:
+        op = call.op
+        cosine = check_bool(op, "normalise", normalise)
+        rows = "query", check_rows(op, "query", query)
+        check_rows(op, "key", key, rows)
+        if targets is None and len(key) != len(query):
+            raise UserError(
+                f"{op}: key must have the {len(query)} rows of query (or give targets), got {tuple(key.shape)}"
+            )
+        if negatives is not None:
+            check_rows(op, "negatives", negatives, rows)
+        _, ids, _, weights = call.vectors(rows, None, ids, None, weights)
+        if targets is not None:
+            if ids is not None:
+                raise UserError(f"{op}: ids must be None with targets, got both")
+            targets = check_integers(op, "targets", targets, rows)
+            _check_targets(op, targets, len(key))
+        return cls(call, query, key, negatives, targets, ids, weights, cosine)
+
+    def gathered(self) -> Pairs:
+        sharing = self.call.sharing
+        facts = {
+            "normalise": self.cosine,
+            "reduction": self.call.reduction,
+            "keys": "others" if self.targets is not None else "those of the queries",
+            "negatives": self.negatives is not None,
+        }
+        if self.targets is None:
+            (query, key), (ids, weights) = sharing.gather(
+                [self.query, self.key], [self.ids, self.weights], facts
+            )
+            targets = None
+        else:
+            ((key,), _), ids = sharing.gather([self.key], [], facts), None
+            (query,), (targets, weights) = sharing.gather(
+                [self.query], [self.targets + sharing.first, self.weights], {}
+            )
+        negatives = self.negatives
+        if negatives is not None:
+            ((negatives,), _) = sharing.gather([negatives], [], {})
+        if len(key) + (0 if negatives is None else len(negatives)) < 2:
+            raise UserError(
+                f"{self.call.op}: key must have at least 2 rows (a contrast needs two), got {tuple(key.shape)}"
+            )
+        return Pairs(self.call, query, key, negatives, targets, ids, weights, self.cosine)
+
+    def turned(self) -> Pairs:
+        """Keys for queries."""
+        return self._replace(query=self.key, key=self.query)
+
+    def loss(self, scale: Tensor, bias: Tensor | None = None, kind: str = "out") -> tuple[Tensor, Tensor]:
+        """With components, of the gathered ones."""
+        key, ids = self.key, self.ids
+        candidates = key if self.negatives is None else torch.cat((key, self.negatives))
+        place = torch.arange(len(candidates), device=key.device)
+        labels = (place[: len(self.query)] if self.targets is None else self.targets, place)
+        if ids is not None:
+            # Negatives of nobody's id.
+            ids = ids, torch.cat((ids, place[len(key) :] * 0 + torch.iinfo(torch.int64).min))
+        values, counts = similarity(self.query, candidates, labels, ids, None, scale, bias, kind, self.cosine)
+        return self.call.reduced(values, counts, None, self.weights)
 
 
 def _check_targets(op: str, targets: Tensor, keys: int) -> None:
@@ -24,61 +101,16 @@ def _check_targets(op: str, targets: Tensor, keys: int) -> None:
         raise UserError(f"{op}: targets must be rows of key, in [0, {keys - 1}], got {worst}")
 
 
-def _info_nce(
-    op,
-    query,
-    key,
-    negatives,
-    temperature,
-    scale,
-    bias,
-    targets,
-    ids,
-    weights,
-    normalise,
-    reduction,
-    sharing,
-    kind="out",
-):
-    call = Call(op, reduction, "all", sharing)
-    cosine = check_bool(op, "normalise", normalise)
-    query = check_rows(op, "query", query)
-    rows = "query", query
-    key = check_rows(op, "key", key, rows)
-    if targets is None and len(key) != len(query):
-        raise UserError(
-            f"{op}: key must have the {len(query)} rows of query (or give targets), got {tuple(key.shape)}"
-        )
-    if negatives is not None:
-        check_rows(op, "negatives", negatives, rows)
-    _, own_ids, _, weights = call.vectors(rows, None, ids, None, weights)
-    if targets is not None:
-        if ids is not None:
-            raise UserError(f"{op}: ids must be None with targets, got both")
-        targets = check_integers(op, "targets", targets, rows)
-        _check_targets(op, targets, len(key))
-    scale = call.sharing.scalar(scale) if scale is not None else call.scale(temperature, rows)
-    bias = None if bias is None else call.sharing.scalar(bias)
-    if call.sharing.group is not None:
-        if targets is not None or negatives is not None:
-            raise UserError(
-                f"{op}: stats must be None with targets or negatives, got 'global' with several processes"
-            )
-        (query, key), (own_ids, weights) = call.sharing.gather(
-            [query, key], [own_ids, weights], {"reduction": reduction}
-        )
-    candidates = key if negatives is None else torch.cat((key, negatives))
-    if len(candidates) < 2:
-        raise UserError(f"{op}: key must have at least 2 rows (a contrast needs two), got {tuple(key.shape)}")
-    place = torch.arange(len(candidates), device=key.device)
-    labels = (place[: len(query)] if targets is None else targets, place)
-    pair_ids = None
-    if own_ids is not None:
-        # Negatives of nobody's id.
-        extra = place[len(key) :] * 0 + torch.iinfo(torch.int64).min
-        pair_ids = own_ids, torch.cat((own_ids, extra))
-    values, counts = similarity(query, candidates, labels, pair_ids, None, scale, bias, kind, cosine)
-    return call.reduced(values, counts, None, weights)
+def _info_nce(query, key, negatives, temperature, targets, ids, weights, normalise, reduction, sharing):
+    sharing = Sharing("info_nce", *sharing)
+
+    def checked():
+        call = Call("info_nce", reduction, "all", sharing)
+        pairs = Pairs.checked(call, query, key, negatives, targets, ids, weights, normalise)
+        return pairs, call.scale(temperature, ("query", query))
+
+    pairs, scale = sharing.checked(checked)
+    return pairs.gathered().loss(scale)
 
 
 def info_nce(
@@ -108,40 +140,34 @@ def info_nce(
         negatives: (M, D), negatives of all queries.
         targets: (B,) rows of ``key`` that belong to the queries.
         ids: (B,) integers: keys of a query's id, other than its own key, are left out.
-        temperature, weights, normalise, reduction, stats, grad_convention, group: see :func:`nt_xent`; with several
-            processes and "global", ``targets`` and ``negatives`` must be None.
+        temperature, weights, normalise, reduction, stats, grad_convention, group: see :func:`nt_xent`. With several
+            processes and "global" the keys and negatives of all are candidates; ``targets`` are rows of this
+            process's keys.
 
     Returns, Raises:
         As :func:`nt_xent`.
     """
     sharing = stats, grad_convention, group
     return _info_nce(
-        "info_nce",
-        query,
-        key,
-        negatives,
-        temperature,
-        None,
-        None,
-        targets,
-        ids,
-        weights,
-        normalise,
-        reduction,
-        sharing,
+        query, key, negatives, temperature, targets, ids, weights, normalise, reduction, sharing
     )[0]
 
 
 def _clip(query, key, temperature, scale, ids, weights, normalise, reduction, sharing):
-    if scale is not None:
-        scale = check_scalar("clip", "logit_scale", scale, ("query", check_rows("clip", "query", query)))
-    one = [
-        _info_nce(
-            "clip", a, b, None, temperature, scale, None, None, ids, weights, normalise, reduction, sharing
-        )
-        for a, b in ((query, key), (key, query))
-    ]
-    return (one[0][0] + one[1][0]) / 2, (one[0][1] + one[1][1]) / 2
+    op, sharing = "clip", Sharing("clip", *sharing)
+
+    def checked():
+        call = Call(op, reduction, "all", sharing)
+        pairs = Pairs.checked(call, query, key, None, None, ids, weights, normalise)
+        rows = "query", query
+        if scale is None:
+            return pairs, call.scale(temperature, rows)
+        return pairs, sharing.scalar(check_scalar(op, "logit_scale", scale, rows))
+
+    pairs, scale = sharing.checked(checked)
+    pairs = pairs.gathered()
+    one, other = pairs.loss(scale), pairs.turned().loss(scale)
+    return (one[0] + other[0]) / 2, (one[1] + other[1]) / 2
 
 
 def clip(
@@ -174,12 +200,19 @@ def clip(
 
 
 def _siglip(query, key, scale, bias, ids, weights, normalise, reduction, sharing):
-    op = "siglip"
-    rows = "query", check_rows(op, "query", query)
-    scale, bias = (check_scalar(op, name, x, rows) for name, x in (("scale", scale), ("bias", bias)))
-    return _info_nce(
-        op, query, key, None, None, scale, bias, None, ids, weights, normalise, reduction, sharing, "sigmoid"
-    )
+    op, sharing = "siglip", Sharing("siglip", *sharing)
+
+    def checked():
+        pairs = Pairs.checked(
+            Call(op, reduction, "all", sharing), query, key, None, None, ids, weights, normalise
+        )
+        return pairs, *(
+            sharing.scalar(check_scalar(op, name, x, ("query", query)))
+            for name, x in (("scale", scale), ("bias", bias))
+        )
+
+    pairs, scale, bias = sharing.checked(checked)
+    return pairs.gathered().loss(scale, bias, "sigmoid")
 
 
 def siglip(
@@ -233,9 +266,8 @@ class InfoNCELoss(SimilarityLoss):
         group: Any = None,
     ):
         super().__init__()
-        Call("info_nce", reduction, "all", (stats, grad_convention, group))
         self._take(temperature=temperature, normalise=normalise, reduction=reduction)
-        self._take_sharing(stats, grad_convention, group)
+        self._take_sharing("info_nce", reduction, "all", stats, grad_convention, group)
 
     def forward(
         self,
@@ -248,8 +280,7 @@ class InfoNCELoss(SimilarityLoss):
         weights: Tensor | None = None,
     ) -> Tensor:
         options = ids, weights, self.normalise, self.reduction, self._sharing()
-        found = _info_nce("info_nce", query, key, negatives, self.temperature, None, None, targets, *options)
-        return self._kept(found)
+        return self._kept(_info_nce(query, key, negatives, self.temperature, targets, *options))
 
 
 class ClipLoss(SimilarityLoss):
@@ -273,10 +304,9 @@ class ClipLoss(SimilarityLoss):
         group: Any = None,
     ):
         super().__init__()
-        Call("clip", reduction, "all", (stats, grad_convention, group))
         temperature = check_number("clip", "temperature", temperature, 0, ends="(]")
         self._take(temperature=temperature, normalise=normalise, reduction=reduction)
-        self._take_sharing(stats, grad_convention, group)
+        self._take_sharing("clip", reduction, "all", stats, grad_convention, group)
         learnt = check_bool("clip", "learnable", learnable)
         self.log_scale = _parameter(-math.log(temperature)) if learnt else None
 
@@ -317,11 +347,10 @@ class SigLipLoss(SimilarityLoss):
         group: Any = None,
     ):
         super().__init__()
-        Call("siglip", reduction, "all", (stats, grad_convention, group))
         scale = check_number("siglip", "scale", scale, 0, ends="(]")
         bias = check_number("siglip", "bias", bias)
         self._take(scale=scale, normalise=normalise, reduction=reduction)
-        self._take_sharing(stats, grad_convention, group)
+        self._take_sharing("siglip", reduction, "all", stats, grad_convention, group)
         learnt = check_bool("siglip", "learnable", learnable)
         self.log_scale = _parameter(math.log(scale)) if learnt else None
         self.bias = _parameter(bias) if learnt else bias

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmfast.checks import told
 from mmfast.errors import UserError
 from mmfast.ops.similarity.checks import (
     check_integers,
@@ -16,6 +17,7 @@ from mmfast.ops.similarity.checks import (
 )
 from mmfast.ops.similarity.op import similarity
 from mmfast.ops.similarity.shared import Sharing
+from mmfast.wording import one_of
 
 
 class ContrastiveComponents(NamedTuple):
@@ -43,20 +45,17 @@ OVER = ("anchors", "all", "pairs")
 
 def choice(op: str, name: str, value: Any, choices) -> Any:
     if not isinstance(value, str) or value not in choices:
-        raise UserError(f"{op}: {name} must be one of {', '.join(choices)}, got {value!r}")
+        raise UserError(f"{op}: {name} must be {one_of(choices)}, got {told(value)}")
     return choices[value] if isinstance(choices, dict) else value
 
 
 class Call:
     """One call of a loss: arguments that are checked as they come, what they make, and its reduction."""
 
-    def __init__(self, op: str, reduction: str, over: str, sharing: tuple):
-        self.op = op
-        self.reduction, self.over = (
-            choice(op, "reduction", reduction, REDUCTIONS),
-            choice(op, "over", over, OVER),
-        )
-        self.sharing = Sharing(op, *sharing)
+    def __init__(self, op: str, reduction: str, over: str, sharing: Sharing):
+        self.op, self.sharing = op, sharing
+        self.reduction = choice(op, "reduction", reduction, REDUCTIONS)
+        self.over = choice(op, "over", over, OVER)
 
     def vectors(self, rows: tuple[str, Tensor], labels, ids, valid, weights) -> list[Tensor | None]:
         given = (
@@ -89,31 +88,32 @@ class Call:
             return loss, torch.stack((loss.sum(), anchors.sum(), counts.sum()))
 
     def scale(self, temperature: Any, rows: tuple[str, Tensor]) -> Tensor:
+        """1 / temperature, of which each process has its share."""
         temperature = check_scalar(self.op, "temperature", temperature, rows, positive=True)
         return self.sharing.scalar(temperature).reciprocal()
 
-    def against_themselves(self, z, vectors, temperature, variant, cosine) -> tuple[Tensor, Tensor]:
-        """Rows that are each other's candidates; vectors: labels, ids, valid, weights."""
-        scale = self.scale(temperature, ("z", z))
-        facts = {"variant": variant, "cosine": cosine, "reduction": self.reduction, "over": self.over}
-        (z,), (labels, ids, valid, weights) = self.sharing.gather([z], vectors, facts)
-        if len(z) < 2:
-            raise UserError(
-                f"{self.op}: z must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}"
-            )
-        own = ids if labels is None else labels
-        pairs = (
-            (own, own),
-            None if labels is None or ids is None else (ids, ids),
-            None if valid is None else (valid, valid),
+
+def among_themselves(call: Call, z, vectors, scale, variant: Variant, cosine: bool) -> tuple[Tensor, Tensor]:
+    """The loss of rows that are each other's candidates; vectors: labels, ids, valid, weights. With components."""
+    facts = {"variant": variant, "cosine": cosine, "reduction": call.reduction, "over": call.over}
+    (z,), (labels, ids, valid, weights) = call.sharing.gather([z], vectors, facts)
+    if len(z) < 2:
+        raise UserError(
+            f"{call.op}: z must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}"
         )
-        values, counts = similarity(z, None, *pairs, scale, None, variant.kind, cosine)
-        loss, components = self.reduced(values, counts, valid, weights)
-        if variant.base_temperature is not None:
-            factor = 1 / scale / variant.base_temperature
-            loss = loss * factor
-            components = torch.stack((components[0] * factor.detach(), *components[1:]))
-        return loss, components
+    own = ids if labels is None else labels
+    pairs = (
+        (own, own),
+        None if labels is None or ids is None else (ids, ids),
+        None if valid is None else (valid, valid),
+    )
+    values, counts = similarity(z, None, *pairs, scale, None, variant.kind, cosine)
+    loss, components = call.reduced(values, counts, valid, weights)
+    if variant.base_temperature is not None:
+        factor = 1 / scale / variant.base_temperature
+        loss = loss * factor
+        components = torch.stack((components[0] * factor.detach(), *components[1:]))
+    return loss, components
 
 
 class SimilarityLoss(nn.Module):
@@ -129,7 +129,8 @@ class SimilarityLoss(nn.Module):
             setattr(self, name, value)
         self._names = (*getattr(self, "_names", ()), *options)
 
-    def _take_sharing(self, stats, grad_convention, group) -> None:
+    def _take_sharing(self, op: str, reduction, over, stats, grad_convention, group) -> None:
+        Call(op, reduction, over, Sharing(op, stats, grad_convention, group))
         self._take(stats=stats, grad_convention=grad_convention, group=group)
 
     def _sharing(self) -> tuple:

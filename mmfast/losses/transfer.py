@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from mmfast.checks import check_bool, check_number, told
 from mmfast.errors import UserError
-from mmfast.ops.barlow_twins.checks import check_dense, check_views, compute_dtype
-from mmfast.ops.similarity.pkt import check_row_weights
+from mmfast.losses.similarity import choice
+from mmfast.ops.barlow_twins.checks import check_views
+from mmfast.ops.similarity.checks import check_weights
 from mmfast.ops.similarity.pkt import pkt as _pkt
-from mmfast.wording import one_of
+from mmfast.ops.similarity.shared import Sharing
 
 Pair = tuple[str, str]
 
@@ -39,6 +40,9 @@ def pkt(
     exclude_self: bool = False,
     eps: float = 1e-8,
     teacher_grad: bool = True,
+    stats: str | None = "global",
+    grad_convention: str = "true",
+    group: Any = None,
 ) -> Tensor:
     r"""Probabilistic knowledge transfer (PKT) between modalities (Passalis & Tefas, ECCV 2018).
 
@@ -55,8 +59,7 @@ def pkt(
         \frac{1}{B^2} \sum_i g_i \sum_j P^T_{ij} \log \frac{P^T_{ij} + \epsilon}{P^S_{ij} + \epsilon}
 
     Nothing of size B x B is stored, and nearly equal modalities lose no precision (the sum is computed as a Bregman
-    divergence). Runs are bit-for-bit repeatable. The loss is that of this process's rows alone: in an initialised
-    process group each process has its own.
+    divergence). Runs are bit-for-bit repeatable.
 
     Args:
         views: (B, D_m) of each of two or more modalities, B >= 2; D_m may differ. One device, one dtype: float32,
@@ -69,6 +72,7 @@ def pkt(
         exclude_self: leave a row out of its own neighbours: K_ii = 0.
         eps: finite and above 0. Passalis' code has 1e-7.
         teacher_grad: False keeps the gradient from the teachers' side of each pair.
+        stats, grad_convention, group: see :func:`mmfast.functional.nt_xent`.
 
     Returns:
         A scalar, float64 for float64 embeddings, else float32. Gradients have the dtype of the embeddings and are
@@ -81,21 +85,29 @@ def pkt(
             nobody waits for, these are not looked for, and NaN makes the loss NaN.
         TypeError: unequal or unsupported dtypes, tensors that are sparse or nested, options of another type.
     """
-    views = _checked_views("pkt", views)
-    pairs = _checked_pairs("pkt", pairs, views)
-    options = _checked_options("pkt", scale, exclude_self, eps, teacher_grad)
-    named = {}
-    if weights is not None:
-        _check_mapping("pkt", "weights", weights)
-        if wrong := [pair for pair in weights if pair not in pairs] or [p for p in pairs if p not in weights]:
-            raise UserError(
-                f"pkt: weights must have one tensor for each pair (teacher, student), got "
-                f"{'none for' if wrong[0] in pairs else 'one for'} {wrong[0]!r}"
-            )
-        for teacher, student in pairs:
-            name = f"weights[{teacher!r}, {student!r}]"
-            named[name] = _checked_rows("pkt", name, weights[teacher, student], views)
-    return _loss("pkt", views, pairs, named, options)
+    sharing = Sharing("pkt", stats, grad_convention, group)
+
+    def checked():
+        seen = _checked_views("pkt", views)
+        chosen = _checked_pairs("pkt", pairs, seen)
+        options = _checked_options("pkt", scale, exclude_self, eps, teacher_grad)
+        named = {}
+        if weights is not None:
+            _check_mapping("pkt", "weights", weights)
+            wrong = [p for p in weights if p not in chosen] or [p for p in chosen if p not in weights]
+            if wrong:
+                raise UserError(
+                    f"pkt: weights must have one tensor for each pair (teacher, student), got "
+                    f"{'none for' if wrong[0] in chosen else 'one for'} {wrong[0]!r}"
+                )
+            for teacher, student in chosen:
+                name = f"weights[{teacher!r}, {student!r}]"
+                named[name] = check_weights("pkt", name, weights[teacher, student], _first(seen))
+        return seen, chosen, options, named
+
+    seen, chosen, options, named = sharing.checked(checked)
+    seen, named = _gathered(sharing, seen, named, {"pairs": chosen, "options": options})
+    return _loss("pkt", seen, chosen, named, options)
 
 
 def directed_pkt(
@@ -109,6 +121,9 @@ def directed_pkt(
     scale: str = "entry_mean",
     exclude_self: bool = False,
     eps: float = 1e-8,
+    stats: str | None = "global",
+    grad_convention: str = "true",
+    group: Any = None,
 ) -> Tensor:
     r"""The :func:`pkt` of all pairs, each sample directed and weighted by what is known of its modalities.
 
@@ -130,38 +145,39 @@ def directed_pkt(
         orientation: "student" where a larger w says that a modality is to learn (a confidence network's estimate
             that it is misaligned); "teacher" where it says that it is to teach (importance by cross-entropy).
         level, teacher_grad: the preset's if None.
-        scale, exclude_self, eps: as in :func:`pkt`.
+        scale, exclude_self, eps, stats, grad_convention, group: as in :func:`pkt`.
 
     Returns, raises: as :func:`pkt`.
     """
-    op = "directed_pkt"
-    views = _checked_views(op, views)
-    resolved = _resolved(op, preset, orientation, level, teacher_grad)
-    options = _checked_options(op, scale, exclude_self, eps, resolved["teacher_grad"])
-    _check_mapping(op, "confidence", confidence)
-    if wrong := [name for name in confidence if name not in views] or [
-        m for m in views if m not in confidence
-    ]:
-        raise UserError(
-            f"{op}: confidence must have one tensor for each view, got "
-            f"{'none for' if wrong[0] in views else 'one for'} {wrong[0]!r}"
-        )
-    compute = compute_dtype(next(iter(views.values())))
-    levels = {name: _checked_rows(op, f"confidence[{name!r}]", confidence[name], views) for name in views}
-    for name, w in levels.items():
-        # Compiled, and on GPUs, nobody waits.
-        if not (torch.compiler.is_compiling() or w.is_cuda):
-            check_row_weights(op, f"confidence[{name!r}]", w)
+    op, sharing = "directed_pkt", Sharing("directed_pkt", stats, grad_convention, group)
+
+    def checked():
+        seen = _checked_views(op, views)
+        resolved = _resolved(op, preset, orientation, level, teacher_grad)
+        options = _checked_options(op, scale, exclude_self, eps, resolved["teacher_grad"])
+        _check_mapping(op, "confidence", confidence)
+        wrong = [m for m in confidence if m not in seen] or [m for m in seen if m not in confidence]
+        if wrong:
+            raise UserError(
+                f"{op}: confidence must have one tensor for each view, got "
+                f"{'none for' if wrong[0] in seen else 'one for'} {wrong[0]!r}"
+            )
+        levels = {m: check_weights(op, f"confidence[{m!r}]", confidence[m], _first(seen)) for m in seen}
+        return seen, resolved["level"], options, levels
+
+    seen, of, options, levels = sharing.checked(checked)
+    facts = {"options": options, "level": of, "orientation": orientation}
+    seen, levels = _gathered(sharing, seen, levels, facts)
     pairs, named = [], {}
-    for larger, smaller in permutations(views, 2):
+    for larger, smaller in permutations(seen, 2):
         w, other = levels[larger], levels[smaller]
         # What is added shows NaN, which a comparison hides.
-        g = torch.where(w > other, w, 0).to(compute) + 0 * other
-        if resolved["level"] == "batch":
+        g = torch.where(w > other, w, 0) + 0 * other
+        if of == "batch":
             g = g.mean().expand(len(g))
         pairs.append((smaller, larger) if orientation == "student" else (larger, smaller))
         named[f"confidence[{larger!r}] above [{smaller!r}]"] = g
-    return _loss(op, views, pairs, named, options)
+    return _loss(op, seen, pairs, named, options)
 
 
 class PKTLoss(nn.Module):
@@ -179,8 +195,13 @@ class PKTLoss(nn.Module):
         exclude_self: bool = False,
         eps: float = 1e-8,
         teacher_grad: bool = True,
+        stats: str | None = "global",
+        grad_convention: str = "true",
+        group: Any = None,
     ):
         super().__init__()
+        Sharing("pkt", stats, grad_convention, group)
+        self.stats, self.grad_convention, self.group = stats, grad_convention, group
         self.pairs = None if pairs is None else _checked_pairs("pkt", pairs, None)
         self.scale, self.exclude_self, self.eps, self.teacher_grad = _checked_options(
             "pkt", scale, exclude_self, eps, teacher_grad
@@ -195,6 +216,9 @@ class PKTLoss(nn.Module):
             exclude_self=self.exclude_self,
             eps=self.eps,
             teacher_grad=self.teacher_grad,
+            stats=self.stats,
+            grad_convention=self.grad_convention,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
@@ -218,8 +242,13 @@ class DirectedPKTLoss(nn.Module):
         scale: str = "entry_mean",
         exclude_self: bool = False,
         eps: float = 1e-8,
+        stats: str | None = "global",
+        grad_convention: str = "true",
+        group: Any = None,
     ):
         super().__init__()
+        Sharing("directed_pkt", stats, grad_convention, group)
+        self.stats, self.grad_convention, self.group = stats, grad_convention, group
         resolved = _resolved("directed_pkt", preset, orientation, level, teacher_grad)
         self.preset, self.orientation, self.level = preset, orientation, resolved["level"]
         self.scale, self.exclude_self, self.eps, self.teacher_grad = _checked_options(
@@ -237,6 +266,9 @@ class DirectedPKTLoss(nn.Module):
             scale=self.scale,
             exclude_self=self.exclude_self,
             eps=self.eps,
+            stats=self.stats,
+            grad_convention=self.grad_convention,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
@@ -249,8 +281,23 @@ def _options_of(module: nn.Module, *names: str) -> str:
     return ", ".join(f"{name}={getattr(module, name)!r}" for name in names)
 
 
+def _first(views: Mapping[str, Tensor]) -> tuple[str, Tensor]:
+    return next(iter(views.items()))
+
+
+def _gathered(sharing: Sharing, views, vectors, facts) -> tuple[dict, dict]:
+    facts = facts | {"views": [*views], "weights": [*vectors]}
+    rows, found = sharing.gather([*views.values()], [*vectors.values()], facts)
+    return dict(zip(views, rows, strict=True)), dict(zip(vectors, found, strict=True))
+
+
 def _loss(op, views, pairs, weights, options) -> Tensor:
     scale, exclude_self, eps, teacher_grad = options
+    name, z = _first(views)
+    if len(z) < 2:
+        raise UserError(
+            f"{op}: {name} must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}"
+        )
     names = list(views)
     teachers, students = ([names.index(pair[role]) for pair in pairs] for role in (0, 1))
     return _pkt(
@@ -279,9 +326,6 @@ def _checked_views(op: str, views: Any) -> dict[str, Tensor]:
         if not isinstance(name, str):
             raise TypeError(f"{op}: views must have names that are strings, got {told(name)}")
     check_views(views, rows=0, op=op)
-    first = next(iter(views))
-    if (shape := views[first].shape)[0] < 2:
-        raise UserError(f"{op}: {first} must have at least 2 rows (a contrast needs two), got {tuple(shape)}")
     return dict(views)
 
 
@@ -313,7 +357,7 @@ def _checked_pairs(op: str, pairs: Any, views: Mapping[str, Tensor] | None) -> t
 
 
 def _checked_options(op, scale, exclude_self, eps, teacher_grad) -> tuple[str, bool, float, bool]:
-    _check_choice(op, "scale", scale, SCALES)
+    choice(op, "scale", scale, SCALES)
     exclude_self = check_bool(op, "exclude_self", exclude_self)
     # Compiled for any shape, numbers may be symbols, which have no math.isfinite.
     if not (torch.compiler.is_compiling() and isinstance(eps, float) and 0 < eps < math.inf):
@@ -322,32 +366,12 @@ def _checked_options(op, scale, exclude_self, eps, teacher_grad) -> tuple[str, b
 
 
 def _resolved(op, preset, orientation, level, teacher_grad) -> dict[str, Any]:
-    _check_choice(op, "preset", preset, DIRECTED_PKT_PRESETS)
-    _check_choice(op, "orientation", orientation, ORIENTATIONS)
+    choice(op, "preset", preset, DIRECTED_PKT_PRESETS)
+    choice(op, "orientation", orientation, ORIENTATIONS)
     resolved = dict(DIRECTED_PKT_PRESETS[preset])
     if level is not None:
-        _check_choice(op, "level", level, LEVELS)
+        choice(op, "level", level, LEVELS)
         resolved["level"] = level
     if teacher_grad is not None:
         resolved["teacher_grad"] = check_bool(op, "teacher_grad", teacher_grad)
     return resolved
-
-
-def _check_choice(op: str, name: str, value: Any, choices: Iterable[str]) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise UserError(f"{op}: {name} must be {one_of(choices)}, got {told(value)}")
-
-
-def _checked_rows(op: str, name: str, w: Any, views: Mapping[str, Tensor]) -> Tensor:
-    """A (B,) that is no variable, on the device of the views."""
-    z = next(iter(views.values()))
-    check_dense(op, name, w)
-    if not w.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating, got {w.dtype}")
-    if tuple(w.shape) != (z.shape[0],):
-        raise UserError(f"{op}: {name} must have shape {(z.shape[0],)}, got {tuple(w.shape)}")
-    if w.device != z.device:
-        raise UserError(f"{op}: {name} must be on the device of the views ({z.device}), got {w.device}")
-    if w.requires_grad:
-        raise UserError(f"{op}: {name} must not require a gradient, got one that does; detach it")
-    return w

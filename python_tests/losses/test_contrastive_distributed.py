@@ -5,6 +5,7 @@ import torch
 from ranks import Ranks
 
 from mmfast import functional as F
+from mmfast.losses.transfer import directed_pkt, pkt
 
 ROWS = [5, 2, 0, 4]
 
@@ -32,6 +33,15 @@ CALLS = {
         torch.stack((a, b), 1), labels, t, valid=labels != 1, **o
     ),
     "clip": lambda a, b, labels, weights, t, **o: F.clip(a, b, t, ids=labels, weights=weights, **o),
+    "targets": lambda a, b, labels, weights, t, **o: F.info_nce(
+        a, torch.cat((b, a)), b.flip(0), t, targets=torch.arange(len(a)), weights=weights, **o
+    ),
+    "pkt": lambda a, b, labels, weights, t, **o: pkt(
+        {"t": a, "v": b[:, :4]}, {("t", "v"): weights}, pairs=[("t", "v")], scale="row_sum", **o
+    ),
+    "directed_pkt": lambda a, b, labels, weights, t, **o: directed_pkt(
+        {"t": a, "v": b}, {"t": weights, "v": torch.full_like(weights, 0.5)}, preset="released", **o
+    ),
     "siglip": lambda a, b, labels, weights, t, **o: F.siglip(a, b, t, bias=-t, **o),
 }
 
@@ -46,7 +56,7 @@ def losses(inputs, start, stop, convention, group=None):
         t = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
         loss = call(a, b, labels, weights, t, **sharing)
         (3 * loss).backward()
-        found[name] = (loss.detach(), a.grad, torch.zeros_like(a) if b.grad is None else b.grad, t.grad)
+        found[name] = (loss.detach(), *(torch.zeros_like(x) if x.grad is None else x.grad for x in (a, b, t)))
     return found
 
 
@@ -81,7 +91,7 @@ def refused(group):
         lambda: F.nt_xent(
             torch.ones(3, 4), torch.ones(3, 4), reduction="mean" if rank else "sum", group=group
         ),
-        lambda: F.info_nce(torch.ones(3, 4), torch.ones(3, 4), torch.ones(2, 4), group=group),
+        lambda: F.clip(torch.ones(3, 4), torch.ones(3 + rank, 4), group=group),
     ):
         try:
             call()
@@ -95,4 +105,4 @@ def test_what_must_be_equal_is_named(ranks):
         assert len(sentences) == 3
         assert "nt_xent: columns must be the same on every rank, got 4, 5" in sentences[0]
         assert "nt_xent: reduction must be the same on every rank, got sum, mean" in sentences[1]
-        assert "info_nce: stats must be None with targets or negatives" in sentences[2]
+        assert "clip: key must have the 3 rows of query" in sentences[2]

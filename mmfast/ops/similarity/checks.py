@@ -57,16 +57,24 @@ def check_valid(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
 
 
 def check_weights(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
-    """(B,) numbers in the compute type; negative or NaN ones are refused on the CPU."""
+    """(B,) numbers in the compute type; on the CPU those that are not finite and at least 0 are refused."""
     check_dense(op, name, x)
     if not x.dtype.is_floating_point:
         raise TypeError(f"{op}: {name} must be floating, got {x.dtype}")
     if x.requires_grad:
-        raise UserError(f"{op}: {name} must not require a gradient (weights are not differentiated)")
+        raise UserError(f"{op}: {name} must not require a gradient, got one that does; detach it")
     x = _check_vector(op, name, x, rows)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((x >= 0).all()):
-        raise UserError(f"{op}: {name} must be at least 0, got {float(x.min())}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        refuse_weights(op, name, x)
     return x.to(compute_dtype(rows[1]))
+
+
+def refuse_weights(op: str, name: str, x: Tensor) -> None:
+    """Raises for weights that are not finite and at least 0; waits for the device."""
+    wrong = ~(x.isfinite() & (x >= 0))
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise UserError(f"{op}: {name} must be finite and at least 0, got {float(x[row])} in row {row}")
 
 
 def _check_vector(op: str, name: str, x: Tensor, rows: tuple[str, Tensor]) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
 from mmfast.ops.products import matmul, product
+from mmfast.ops.similarity.checks import refuse_weights
 from mmfast.ops.similarity.pkt_reference import SMALLEST_NORM
 
 # Elements of one modality's strip.
@@ -221,15 +221,7 @@ def _check_finite(views, weights, units, names) -> None:
     if not all(bool(unit.u.isfinite().all()) for unit in units):
         raise not_finite(dict(zip(names, views, strict=False)), op)
     for name, w in zip(names[len(views) :], weights, strict=True):
-        check_row_weights(op, name, w)
-
-
-def check_row_weights(op: str, name: str, w: Tensor) -> None:
-    """Refuses what is not finite and at least 0; waits for the device."""
-    wrong = ~(w.isfinite() & (w >= 0))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise UserError(f"{op}: {name} must be finite and at least 0, got {float(w[row])} in row {row}")
+        refuse_weights(op, name, w)
 
 
 def _forward_fake(views, weights, *settings):

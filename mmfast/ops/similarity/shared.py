@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmfast.errors import UserError
 from mmfast.ops.collectives import Ranks, agree, check_group, world
+
+T = TypeVar("T")
 
 
 class Sharing:
@@ -24,17 +27,33 @@ class Sharing:
         check_group(op, group)
         self.op, self.convention = op, grad_convention
         self.group = None if stats is None else world(group)
+        self.first = 0
+        """rows of processes before this one, at the latest :meth:`gather`"""
+
+    def checked(self, checks: Callable[[], T]) -> T:
+        """What ``checks`` return, which look at arguments; what they refuse, all processes refuse.
+
+        Every process calls :meth:`gather` after it.
+        """
+        if self.group is None:
+            return checks()
+        try:
+            return checks()
+        except (TypeError, ValueError) as problem:
+            agree(self.op, self.group, 0, {}, problem)
+            raise
 
     def gather(self, rows: list[Tensor], vectors: list[Tensor | None], facts: dict) -> tuple[list, list]:
         """Rows (n, D) and vectors (n,) of all processes in the order of ranks; None stays None."""
         if self.group is None:
             return rows, vectors
         facts = facts | {
-            "columns": rows[0].shape[1],
+            "columns": ", ".join(str(x.shape[1]) for x in rows),
             "dtype": rows[0].dtype,
             "arguments": [x is not None for x in vectors],
         }
         ranks = agree(self.op, self.group, len(rows[0]), facts, None)
+        self.first = ranks.first
         size = len(ranks.rows)
         factor = size if self.convention == "true" else 1
         rows = [_Gather.apply(x, ranks, factor) for x in rows]
