@@ -4,7 +4,7 @@
 
 namespace mmfast {
 
-// The order of passes.KINDS.
+// The order of NATIVE_KINDS in mmfast/ops/similarity/kernels.py.
 enum SimilarityKind : int { kOut = 0, kIn = 1, kSum = 2, kNegatives = 3, kSigmoid = 4 };
 
 // Who is whose positive, and what a logit is: scale * score + bias. Integers and numbers are int64 and fp64

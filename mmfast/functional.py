@@ -10,6 +10,7 @@ from mmfast.losses.contrastive import nt_xent, sup_con
 from mmfast.losses.diagnostics import effective_rank
 from mmfast.losses.multi_view_barlow_twins import multi_view_barlow_twins
 from mmfast.losses.paired import clip, info_nce, siglip
+from mmfast.losses.ranking import n_pair, pairwise_hinge
 from mmfast.losses.transfer import directed_pkt, pkt
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "effective_rank",
     "info_nce",
     "multi_view_barlow_twins",
+    "n_pair",
     "nt_xent",
+    "pairwise_hinge",
     "pkt",
     "siglip",
     "sup_con",

@@ -5,6 +5,7 @@ from mmfast.losses.contrastive import NTXentLoss, SupConLoss
 from mmfast.losses.micro_batches import backward_in_micro_batches
 from mmfast.losses.multi_view_barlow_twins import MultiViewBarlowTwinsLoss
 from mmfast.losses.paired import ClipLoss, InfoNCELoss, SigLipLoss
+from mmfast.losses.ranking import NPairLoss, PairwiseHingeLoss
 from mmfast.losses.transfer import DirectedPKTLoss, PKTLoss
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "DirectedPKTLoss",
     "InfoNCELoss",
     "MultiViewBarlowTwinsLoss",
+    "NPairLoss",
     "NTXentLoss",
     "PKTLoss",
+    "PairwiseHingeLoss",
     "SigLipLoss",
     "SupConLoss",
     "backward_in_micro_batches",

@@ -18,6 +18,7 @@ NT_XENT_VARIANTS = {
     "simclr": Variant("out"),
     "ser": Variant("negatives"),
     "pml": Variant("negatives", "pairs"),
+    "dcl": Variant("decoupled"),
 }
 SUP_CON_VARIANTS = {
     "out": Variant("out"),
@@ -104,10 +105,12 @@ def nt_xent(
     simclr    all others (= lightly, solo-learn)                           rows
     ser       the negatives alone: -log(e^p / (e^p + sum of negatives))    rows
     pml       the same (= pytorch-metric-learning)                         pairs
+    dcl       the negatives, its own logit left out (Yeh et al. 2022,      rows
+              eq. 6; = lightly 1.6)
     ========  ===========================================================  ===============
 
-    With one positive a row all three are equal. No temperature is too small: nothing overflows, and a loss near zero
-    is as exact as a large one. Memory is that of the embeddings, not of B x B scores.
+    With one positive a row all but the last are equal. No temperature is too small: nothing overflows, and a loss
+    near zero is as exact as a large one. Memory is that of the embeddings, not of B x B scores.
 
     Args:
         z_a, z_b: (B, D) float32, float64, bfloat16 or float16 (computed in float32), of one device. Without ``z_b``

@@ -79,8 +79,10 @@ class Pairs(NamedTuple):
         """Keys for queries."""
         return self._replace(query=self.key, key=self.query)
 
-    def loss(self, scale: Tensor, bias: Tensor | None = None, kind: str = "out") -> tuple[Tensor, Tensor]:
-        """With components, of the gathered ones."""
+    def loss(
+        self, scale: Tensor, bias: Tensor | None = None, kind: str = "out", added: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """With components, of the gathered ones; to the losses of rows (B,) something may be ``added``."""
         key, ids = self.key, self.ids
         candidates = key if self.negatives is None else torch.cat((key, self.negatives))
         place = torch.arange(len(candidates), device=key.device)
@@ -89,6 +91,7 @@ class Pairs(NamedTuple):
             # Negatives of nobody's id.
             ids = ids, torch.cat((ids, place[len(key) :] * 0 + torch.iinfo(torch.int64).min))
         values, counts = similarity(self.query, candidates, labels, ids, None, scale, bias, kind, self.cosine)
+        values = values if added is None else values + added
         return self.call.reduced(values, counts, None, self.weights)
 
 

@@ -144,7 +144,7 @@ def test_with_one_positive_all_definitions_are_one():
     z = torch.randn(12, 5, **DOUBLE)
     labels = torch.arange(6).repeat(2)
     values = [F.sup_con(z, labels, 0.2, variant=v) for v in ("out", "in", "solo")]
-    values += [F.nt_xent(z, None, 0.2, labels=labels, variant=v) for v in NT_XENT_VARIANTS]
+    values += [F.nt_xent(z, None, 0.2, labels=labels, variant=v) for v in NT_XENT_VARIANTS if v != "dcl"]
     values.append(F.nt_xent(z[:6], z[6:], 0.2))
     for value in values:
         torch.testing.assert_close(value, values[0], rtol=1e-12, atol=0)

@@ -42,6 +42,9 @@ CALLS = {
     "directed_pkt": lambda a, b, labels, weights, t, **o: directed_pkt(
         {"t": a, "v": b}, {"t": weights, "v": torch.full_like(weights, 0.5)}, preset="released", **o
     ),
+    "hinge": lambda a, b, labels, weights, t, **o: F.pairwise_hinge(a, b, weights=weights, **o),
+    "n_pair": lambda a, b, labels, weights, t, **o: F.n_pair(a, b, l2=0.1, **o),
+    "dcl": lambda a, b, labels, weights, t, **o: F.nt_xent(a, b, t, variant="dcl", **o),
     "siglip": lambda a, b, labels, weights, t, **o: F.siglip(a, b, t, bias=-t, **o),
 }
 

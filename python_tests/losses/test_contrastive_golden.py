@@ -41,6 +41,16 @@ GOLDEN = {
         (2.610135, 1.524185, None, 22.258539),
     ),
     "pml": (lambda q, k, t: F.nt_xent(q, None, t, labels=Y, variant="pml"), 0.05, (5.708397,)),
+    "dcl": (
+        lambda q, k, t: F.nt_xent(q, None, t, labels=Y, variant="dcl"),
+        0.1,
+        (3.649201, 1.618329, None, 34.324413),
+    ),
+    "dcl views": (
+        lambda q, k, t: F.nt_xent(q, k, t, variant="dcl"),
+        0.1,
+        (0.527535, 0.227318, 11.927190, 6.296452),
+    ),
     "self": (lambda q, k, t: F.nt_xent(q, None, t, ids=PAIRS), 0.1, (0.439856, 0.458078, None, 1.073888)),
     "two views": (lambda q, k, t: F.nt_xent(q, k, t), 0.5, (1.624015, 0.052028, 1.082413, 0.952564)),
     "two views .07": (lambda q, k, t: F.nt_xent(q, k, t), 0.07, (1.024737, 0.213097, 5.423254, 3.514181)),

@@ -8,8 +8,8 @@ import torch
 
 from mmfast import backends
 from mmfast.ops.similarity import op
-from mmfast.ops.similarity.kernels import Cpu, Plain, _codes
-from mmfast.ops.similarity.passes import KINDS, Rule
+from mmfast.ops.similarity.kernels import NATIVE_KINDS, Cpu, Plain, _codes
+from mmfast.ops.similarity.passes import Rule
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "native")
 
@@ -64,7 +64,7 @@ def agree(kind, rule, scores, **options):
 
 
 @SELF
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_every_rule_and_count_of_candidates(kind, itself, every_isa):
     for _ in every_isa():
         for candidates, ids, valid, dtype in itertools.product(COUNTS, (0, 1), (0, 1), DTYPES):
@@ -77,7 +77,7 @@ def test_every_rule_and_count_of_candidates(kind, itself, every_isa):
 
 
 @SELF
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_one_positive(kind, itself):
     for dtype, scale, rows in itertools.product(DTYPES, (1.0, 40.0), (18, 66)):
         rule = rule_of(rows, rows, itself)
@@ -88,7 +88,7 @@ def test_one_positive(kind, itself):
         assert (found[1] == 1).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_a_loss_near_zero_is_as_exact_as_a_large_one(kind):
     scores = torch.full((20, 20), -1.0).fill_diagonal_(1)
     rule = Rule((torch.arange(20),) * 2, None, None, False)
@@ -97,7 +97,7 @@ def test_a_loss_near_zero_is_as_exact_as_a_large_one(kind):
         torch.testing.assert_close(found[i].double(), exact[i], rtol=5e-6, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_strips_of_more_rows(kind):
     """A strip fills its own rows only, and finds their positions among the candidates."""
     for itself, dtype in itertools.product((True, False), DTYPES):
@@ -111,7 +111,7 @@ def test_strips_of_more_rows(kind):
 
 
 @SELF
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_extreme_logits(kind, itself, dtype, every_isa):
     for isa in every_isa():
@@ -131,7 +131,7 @@ def test_extreme_logits(kind, itself, dtype, every_isa):
 
 
 @SELF
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_nan_shows(kind, itself, every_isa):
     """In the loss and the gradient of each row that counts and has such a score, and in no other."""
     for _ in every_isa():
@@ -149,7 +149,7 @@ def test_nan_shows(kind, itself, every_isa):
 
 
 @SELF
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_what_does_not_count_is_not_read(kind, itself):
     for dtype in DTYPES:
         rule = rule_of(19, 19, itself, with_valid=True)
@@ -163,7 +163,7 @@ def test_what_does_not_count_is_not_read(kind, itself):
 
 
 @SELF
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_threads_and_repeats_give_the_same_bits(kind, itself, every_isa):
     before = torch.get_num_threads()
     try:
@@ -182,7 +182,7 @@ def test_threads_and_repeats_give_the_same_bits(kind, itself, every_isa):
 
 
 @SELF
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernels_write_only_their_outputs(kind, itself, dtype, every_isa, monkeypatch):
     """Every output lies between red zones of a sentinel value."""
@@ -222,12 +222,12 @@ def test_labels_of_64_bits_are_told_apart():
             assert torch.equal(alone[0][:, None] == alone[1], labels[:, None] == labels)
             assert own.dtype == (torch.int64 if wide else torch.int32)
         scores = torch.randn(6, 6)
-        for kind in KINDS:
+        for kind in NATIVE_KINDS:
             agree(kind, Rule((labels, labels.flip(0)), (labels + 1, labels), None, False), scores)
 
 
 @SELF
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NATIVE_KINDS)
 def test_the_op_by_both(kind, itself):
     """Whole calls, of embeddings and labels that are slices, with gradients of everything and any upstream."""
     rows, columns = 35, 6

@@ -7,7 +7,10 @@ from torch import Tensor
 
 from mmfast import backends
 from mmfast.ops.similarity import passes
-from mmfast.ops.similarity.passes import KINDS, Rule
+from mmfast.ops.similarity.passes import Rule
+
+# In the order of csrc/similarity.h; of the others, none of which is expensive, the passes are PyTorch's.
+NATIVE_KINDS = ("out", "in", "sum", "negatives", "sigmoid")
 
 
 class Plain:
@@ -81,7 +84,13 @@ class Cpu:
         self.kept = scale, bias, pairs
         addresses = (_address(x) for pair in pairs for x in pair)
         self.native = backends._C.SimilarityRule(
-            wide, KINDS.index(kind), rule.itself, self.candidates, *addresses, _address(scale), _address(bias)
+            wide,
+            NATIVE_KINDS.index(kind),
+            rule.itself,
+            self.candidates,
+            *addresses,
+            _address(scale),
+            _address(bias),
         )
 
     def forward(self, scores, start, values, counts, rows):
@@ -117,6 +126,6 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def passes_for(device: torch.device):
+def passes_for(device: torch.device, kind: str):
     """The passes for tensors on ``device``."""
-    return Cpu if backends.choose("similarity", device) == "cpu" else Plain
+    return Cpu if kind in NATIVE_KINDS and backends.choose("similarity", device) == "cpu" else Plain

@@ -52,6 +52,15 @@ def rows_of(x: Tensor, cosine: bool) -> Rows:
     return Rows(scaled * inverse, torch.ldexp(torch.ldexp(inverse, -half), half - exponent))
 
 
+def unit_rows(x: Tensor, cosine: bool) -> Tensor:
+    """The ``unit`` of :func:`rows_of`, as a function of x that autograd differentiates."""
+    if not cosine:
+        return x.to(compute_dtype(x))
+    y = x.to(compute_dtype(x)) * rows_of(x.detach(), cosine).scale
+    # Of length 1 or 0. So the value is y, and the derivative leaves out what is along y.
+    return y * (1.5 - 0.5 * y.square().sum(1, keepdim=True))
+
+
 def strips(rows: int, candidates: int, dtype: torch.dtype):
     """(start, stop) of strips of about STRIP scores of 4 bytes."""
     step = max(1, STRIP * 4 // (dtype.itemsize * max(1, candidates)))
@@ -81,7 +90,7 @@ def _forward(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bi
         raise not_finite(views, "similarity") or UserError("similarity: rows must have finite lengths")
     values, counts, rows = (unit.new_empty(shape) for shape in ((len(q),), (len(q),), (4, len(q))))
     kept = unit.new_empty((len(q), len(other)) if keep else (0, 0))
-    run = passes_for(q.device)(rule, kind, scale, bias)
+    run = passes_for(q.device, kind)(rule, kind, scale, bias)
     for start, stop in strips(len(q), len(other), unit.dtype):
         scores = product(unit[start:stop], other)
         if keep:
@@ -133,7 +142,7 @@ def _backward(
     grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
     grad_k = torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
-    run = passes_for(q.device)(rule, kind, scale, bias)
+    run = passes_for(q.device, kind)(rule, kind, scale, bias)
     for start, stop in strips(len(q), len(other.unit), own.unit.dtype):
         scores = kept[start:stop] if kept.numel() else product(own.unit[start:stop], other.unit)
         h, sums = run.backward(scores, start, rows, weights, own=not kept.numel())

@@ -7,7 +7,9 @@ and of its logits l the derivative H of the row's loss by them follows in one pa
     out        a e - b
     in, sum    a e - b exp(l - M)
     negatives  -b / (1 + e), and so for all kinds where M = inf: of one positive, nothing nearly equal is subtracted
+    decoupled  -b
     sigmoid    -sigmoid(-l), and for negatives sigmoid(l)
+    relu, top  0, and for negatives 1 where l > 0; top: only for the first of the largest, number L, where a = 1
 
 Rows that do not count have L = M = inf and a = b = 0.
 """
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-KINDS = ("out", "in", "sum", "negatives", "sigmoid")
+KINDS = ("out", "in", "sum", "negatives", "sigmoid", "decoupled", "relu", "top")
 
 
 class Rule(NamedTuple):
@@ -66,10 +68,20 @@ def forward_rows(logits: Tensor, rule: Rule, start: int, kind: str) -> tuple[Ten
         zero = torch.zeros_like(value)
         return value, count, torch.stack((zero, zero + 1, zero, zero + 1))
     infinity = math.inf
+    if kind in ("relu", "top"):
+        above = logits.masked_fill(~negative, 0).clamp(min=0)
+        value, first = (above.sum(1), count) if kind == "relu" else above.max(1)
+        zero = torch.zeros_like(value)
+        return value, count, torch.stack((first.to(value.dtype), (value > 0).to(value.dtype), zero, zero))
     n = count.clamp(min=1)
     of_negatives = logits.masked_fill(~negative, -infinity).logsumexp(1)
     single = count == 1
-    if kind == "negatives":
+    if kind == "decoupled":
+        # Without negatives there is nothing to stand against.
+        count = count.masked_fill(of_negatives == -infinity, 0)
+        value = of_negatives - logits.masked_fill(~positive, 0).sum(1) / n
+        rows = of_negatives, torch.ones_like(n), torch.zeros_like(n), 1 / n
+    elif kind == "negatives":
         excess = (of_negatives[:, None] - logits).masked_fill_(~positive, -infinity)
         value = -logsigmoid(-excess).sum(1) / n
         rows = of_negatives, excess.sigmoid().sum(1) / n, torch.zeros_like(n), 1 / n
@@ -101,20 +113,29 @@ def backward_rows(logits, rule, start, kind, rows, weights, column_rows, column_
     loss by the losses of the rows.
     """
     same, neither = rule.masks(start, start + len(logits))
-    total = _derivative(logits, same, kind, rows[:, :, None], weights[:, None])
+    n, candidates = logits.shape
+    place = torch.arange(candidates, device=logits.device)
+    total = _derivative(logits, same, kind, rows[:, :, None], weights[:, None], place)
     if column_rows is not None:
-        total += _derivative(logits, same, kind, column_rows[:, None], column_weights)
+        place = torch.arange(start, start + n, device=logits.device)[:, None]
+        total += _derivative(logits, same, kind, column_rows[:, None], column_weights, place)
     return total if neither is None else total.masked_fill_(neither, 0)
 
 
-def _derivative(logits, same, kind, rows, weights):
+def _derivative(logits, same, kind, rows, weights, place):
     first, a, second, b = rows
+    if kind == "relu":
+        return weights * ((logits > 0) & ~same)
+    if kind == "top":
+        return weights * a * ((place == first) & ~same)
     if kind == "sigmoid":
         return weights * torch.where(same, -(-logits).sigmoid(), logits.sigmoid())
     e = (logits - first).exp_()
     alone = -b / (1 + e)
     if kind == "negatives":
         positives = alone
+    elif kind == "decoupled":
+        positives = -b
     elif kind == "out":
         positives = torch.where(second == math.inf, alone, a * e - b)
     else:

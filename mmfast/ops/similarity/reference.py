@@ -34,8 +34,14 @@ def values(kind: str, logits: Tensor, positive: Tensor, negative: Tensor) -> Ten
         both, p, n = row[p | n], row[p], row[n]
         if kind == "sigmoid":
             found.append(-logsigmoid(p).sum() - logsigmoid(-n).sum())
-        elif not len(p):
+        elif kind == "relu":
+            found.append(n.clamp(min=0).sum() + row.sum() * 0)
+        elif kind == "top":
+            found.append(n.max().clamp(min=0) if len(n) else row.sum() * 0)
+        elif not len(p) or (kind == "decoupled" and not len(n)):
             found.append(row.sum() * 0)
+        elif kind == "decoupled":
+            found.append(n.logsumexp(0) - p.mean())
         elif kind == "out":
             found.append(both.logsumexp(0) - p.mean())
         elif kind == "in":
