@@ -231,6 +231,22 @@ bool barlow_twins_narrow_backward(Address z_a, int64_t stride_a, Address z_b, in
                                               ptr<void>(grad_a), ptr<void>(grad_b), threads);
 }
 
+using SimilarityRule = mmfast::SimilarityRule;
+
+void similarity_forward_rows(const SimilarityRule& rule, int64_t start, int64_t rows, Address scores,
+                             Address values, Address counts, Address numbers, int64_t stride, int threads) {
+  KERNEL(similarity_forward_rows)(rule, start, rows, ptr<void>(scores), ptr<void>(values), ptr<void>(counts),
+                                  ptr<void>(numbers), stride, threads);
+}
+
+void similarity_backward_rows(const SimilarityRule& rule, int64_t start, int64_t rows, Address scores,
+                              Address numbers, int64_t stride, Address weights, Address column_numbers,
+                              Address column_weights, Address out, Address sums, int threads) {
+  KERNEL(similarity_backward_rows)(rule, start, rows, ptr<void>(scores), ptr<void>(numbers), stride,
+                                   ptr<void>(weights), ptr<void>(column_numbers), ptr<void>(column_weights),
+                                   ptr<void>(out), ptr<void>(sums), threads);
+}
+
 #ifdef MMFAST_WITH_CUDA
 int cuda_barlow_twins_standardise(int dtype, bool narrow, Address z_a, int64_t stride_a, Address z_b,
                                   int64_t stride_b, int64_t rows, int64_t columns,
@@ -294,6 +310,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("fast_bf16", &fast_bf16, "Whether the instruction set multiplies bf16 faster than fp32.");
   m.def("barlow_twins_narrow_forward", &barlow_twins_narrow_forward, no_gil);
   m.def("barlow_twins_narrow_backward", &barlow_twins_narrow_backward, no_gil);
+  py::class_<SimilarityRule>(m, "SimilarityRule")
+      .def(py::init([](bool wide, int kind, bool itself, int64_t candidates, Address labels_q, Address labels_k,
+                       Address ids_q, Address ids_k, Address valid_q, Address valid_k, Address scale,
+                       Address bias) {
+        return SimilarityRule{wide,
+                              kind,
+                              itself,
+                              candidates,
+                              ptr<void>(labels_q),
+                              ptr<void>(labels_k),
+                              ptr<void>(ids_q),
+                              ptr<void>(ids_k),
+                              ptr<void>(valid_q),
+                              ptr<void>(valid_k),
+                              ptr<void>(scale),
+                              ptr<void>(bias)};
+      }));
+  m.def("similarity_forward_rows", &similarity_forward_rows, no_gil);
+  m.def("similarity_backward_rows", &similarity_backward_rows, no_gil);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_augment_draw", &cuda_augment_draw, no_gil);
   m.def("cuda_augment_apply", &cuda_augment_apply, no_gil);

@@ -4,6 +4,7 @@
 // Pointers are addresses of dense host memory; `threads` is the number of threads to use at most.
 #include "../augment.h"
 #include "../barlow_twins.h"
+#include "../similarity.h"
 
 namespace MMFAST_NS {
 
@@ -63,5 +64,19 @@ bool barlow_twins_narrow_backward(bool native, const void* z_a, int64_t stride_a
                                   const void* statistics, const void* upstream, int64_t rows, int64_t columns,
                                   const mmfast::BarlowTwinsDefinition& definition, void* grad_a, void* grad_b,
                                   int threads);
+
+// similarity.cpp: the passes over a strip of scores (rows, candidates), dense, whose first row is row `start` of
+// the rule's. All numbers are of the rule's compute type.
+
+// values (rows), counts (rows): losses and numbers of positives; numbers: L, a, M, b of the rows, `stride` apart.
+void similarity_forward_rows(const mmfast::SimilarityRule& rule, int64_t start, int64_t rows,
+                             const void* scores, void* values, void* counts, void* numbers, int64_t stride,
+                             int threads);
+// out (rows, candidates), which may be scores: H; with column_weights (candidates) plus that of the candidates as
+// rows, whose column_numbers are (4, candidates). sums (rows): of out. weights (rows), numbers: of the rows.
+void similarity_backward_rows(const mmfast::SimilarityRule& rule, int64_t start, int64_t rows,
+                              const void* scores, const void* numbers, int64_t stride, const void* weights,
+                              const void* column_numbers, const void* column_weights, void* out, void* sums,
+                              int threads);
 
 }  // namespace MMFAST_NS

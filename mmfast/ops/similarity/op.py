@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
 from mmfast.ops.products import matmul, product
-from mmfast.ops.similarity import passes
+from mmfast.ops.similarity.kernels import passes_for
 from mmfast.ops.similarity.passes import Rule
 
 # Scores of a strip: so many stay near the processor.
@@ -70,11 +70,6 @@ def _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
     return Rule(pair(labels_q, labels_k), pair(ids_q, ids_k), pair(valid_q, valid_k), itself)
 
 
-def _logits(scores: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    logits = scores * scale
-    return logits if bias is None else logits.add_(bias)
-
-
 def _forward(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, keep):
     rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
     # What is not valid is not read, NaN or not.
@@ -86,12 +81,12 @@ def _forward(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bi
         raise not_finite(views, "similarity") or UserError("similarity: rows must have finite lengths")
     values, counts, rows = (unit.new_empty(shape) for shape in ((len(q),), (len(q),), (4, len(q))))
     kept = unit.new_empty((len(q), len(other)) if keep else (0, 0))
+    run = passes_for(q.device)(rule, kind, scale, bias)
     for start, stop in strips(len(q), len(other), unit.dtype):
         scores = product(unit[start:stop], other)
         if keep:
             kept[start:stop] = scores
-        found = passes.forward_rows(_logits(scores, scale, bias), rule, start, kind)
-        values[start:stop], counts[start:stop], rows[:, start:stop] = found
+        run.forward(scores, start, values, counts, rows)
     return values, counts, rows, kept
 
 
@@ -134,24 +129,16 @@ def _backward(
     own = rows_of(q_read, cosine)
     other = own if k is None else rows_of(k_read, cosine)
     itself = k is None
-    weights = weights.to(own.unit.dtype)
+    weights = weights.to(own.unit.dtype).contiguous()
     grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
     grad_k = torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
+    run = passes_for(q.device)(rule, kind, scale, bias)
     for start, stop in strips(len(q), len(other.unit), own.unit.dtype):
         scores = kept[start:stop] if kept.numel() else product(own.unit[start:stop], other.unit)
-        h = passes.backward_rows(
-            _logits(scores, scale, bias),
-            rule,
-            start,
-            kind,
-            rows[:, start:stop],
-            weights[start:stop],
-            rows if itself else None,
-            weights if itself else None,
-        )
+        h, sums = run.backward(scores, start, rows, weights, own=not kept.numel())
         if need_bias:
-            of_bias += h.sum() / (2 if itself else 1)
+            of_bias += sums.sum() / (2 if itself else 1)
         if grad_q is not None:
             grad_q[start:stop] = matmul(h, other.unit)
         if need_k:

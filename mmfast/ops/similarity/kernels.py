@@ -1,0 +1,122 @@
+"""The passes over strips of scores, bound to the rule of a call: in PyTorch, and in C++ for CPU tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfast import backends
+from mmfast.ops.similarity import passes
+from mmfast.ops.similarity.passes import KINDS, Rule
+
+
+class Plain:
+    """The passes in PyTorch, for any device."""
+
+    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
+        self.rule, self.kind, self.scale, self.bias = rule, kind, scale, bias
+
+    def _logits(self, scores: Tensor) -> Tensor:
+        logits = scores * self.scale
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def forward(self, scores, start, values, counts, rows):
+        """Fills values (B,), counts (B,) and rows (4, B) of all rows from ``start`` on, of their scores (n, C)."""
+        at = slice(start, start + len(scores))
+        found = passes.forward_rows(self._logits(scores), self.rule, start, self.kind)
+        values[at], counts[at], rows[:, at] = found
+
+    def backward(self, scores, start, rows, weights, own):
+        """H (n, C), see :func:`passes.backward_rows`, and its sums by row (n,); of rows (4, B) and weights (B,) of
+        all rows. ``own``: the scores are the caller's, and may be overwritten."""
+        at, itself = slice(start, start + len(scores)), self.rule.itself
+        h = passes.backward_rows(
+            self._logits(scores),
+            self.rule,
+            start,
+            self.kind,
+            rows[:, at],
+            weights[at],
+            rows if itself else None,
+            weights if itself else None,
+        )
+        return h, h.sum(1)
+
+
+def _codes(pair: tuple[Tensor, Tensor], wide: bool) -> tuple[Tensor, Tensor]:
+    """Integers that are equal where those of ``pair`` are, int64 if ``wide``, else int32."""
+    own, other = pair
+    alone = own is other
+    if wide:
+        own = own.contiguous()
+        return own, own if alone else other.contiguous()
+    both = [x for x in ((own,) if alone else pair) if x.numel()]
+    limits = torch.iinfo(torch.int32)
+    if all(low >= limits.min and high <= limits.max for low, high in (_range(x) for x in both)):
+        own = own.to(torch.int32).contiguous()
+        return own, own if alone else other.to(torch.int32).contiguous()
+    names = torch.cat((own,) if alone else pair).unique(return_inverse=True)[1].to(torch.int32)
+    return (names, names) if alone else (names[: len(own)], names[len(own) :])
+
+
+def _range(x: Tensor) -> tuple[int, int]:
+    low, high = x.aminmax()
+    return int(low), int(high)
+
+
+class Cpu:
+    """The passes in C++, for CPU tensors: csrc/cpu/similarity.cpp."""
+
+    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
+        wide = scale.dtype == torch.float64
+        self.itself, self.candidates = rule.itself, len(rule.labels[1])
+        pairs = [_codes(rule.labels, wide), (None, None), (None, None)]
+        if rule.ids is not None:
+            pairs[1] = _codes(rule.ids, wide)
+        if rule.valid is not None:
+            codes = torch.int64 if wide else torch.int32
+            own, other = (x.to(codes).neg_().contiguous() for x in rule.valid)
+            pairs[2] = own, other
+        # Tensors whose addresses the native rule holds live as long as it.
+        self.kept = scale, bias, pairs
+        addresses = (_address(x) for pair in pairs for x in pair)
+        self.native = backends._C.SimilarityRule(
+            wide, KINDS.index(kind), rule.itself, self.candidates, *addresses, _address(scale), _address(bias)
+        )
+
+    def forward(self, scores, start, values, counts, rows):
+        backends._C.similarity_forward_rows(
+            self.native,
+            start,
+            len(scores),
+            scores.data_ptr(),
+            *(x[..., start:].data_ptr() for x in (values, counts, rows)),
+            rows.stride(0),
+            torch.get_num_threads(),
+        )
+
+    def backward(self, scores, start, rows, weights, own):
+        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(len(scores))
+        backends._C.similarity_backward_rows(
+            self.native,
+            start,
+            len(scores),
+            scores.data_ptr(),
+            rows[:, start:].data_ptr(),
+            rows.stride(0),
+            weights[start:].data_ptr(),
+            *((rows.data_ptr(), weights.data_ptr()) if self.itself else (0, 0)),
+            h.data_ptr(),
+            sums.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return h, sums
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def passes_for(device: torch.device):
+    """The passes for tensors on ``device``."""
+    return Cpu if backends.choose("similarity", device) == "cpu" else Plain

@@ -1,0 +1,252 @@
+"""The C++ passes of the similarity losses are those in PyTorch, whatever the rows, the rule and the threads."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from mmfast import backends
+from mmfast.ops.similarity import op
+from mmfast.ops.similarity.kernels import Cpu, Plain, _codes
+from mmfast.ops.similarity.passes import KINDS, Rule
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "native")
+
+DTYPES = [torch.float32, torch.float64]
+TOLERANCE = {torch.float32: {"rtol": 3e-5, "atol": 2e-6}, torch.float64: {"rtol": 1e-11, "atol": 1e-12}}
+COUNTS = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 300, 600]
+SELF = pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
+
+
+def rule_of(rows, candidates, itself, with_ids=False, with_valid=False, classes=4):
+    def pair(make):
+        own = make(rows)
+        return own, own if itself else make(candidates)
+
+    return Rule(
+        pair(lambda n: torch.randint(classes, (n,)) - 1),
+        pair(lambda n: torch.randint(n // 2 + 1, (n,))) if with_ids else None,
+        pair(lambda n: torch.rand(n) > 0.3) if with_valid else None,
+        itself,
+    )
+
+
+def run(passes, kind, rule, scores, scale=3.0, bias=None, start=0, weights=None):
+    """values, counts, rows (4, B) of the whole, and H and its sums, of the scores of the rows from ``start`` on."""
+    rows, dtype = len(rule.labels[0]), scores.dtype
+    bound = passes(
+        rule,
+        kind,
+        torch.tensor(scale, dtype=dtype),
+        None if bias is None else torch.tensor(bias, dtype=dtype),
+    )
+    values, counts, numbers = (scores.new_full(shape, 7.5) for shape in ((rows,), (rows,), (4, rows)))
+    bound.forward(scores, start, values, counts, numbers)
+    if weights is None:
+        weights = torch.linspace(-0.5, 1, rows, dtype=dtype)
+    # A strip alone does not say what its candidates are as rows.
+    filled = numbers if len(scores) == rows or not rule.itself else torch.where(numbers == 7.5, 0.25, numbers)
+    h, sums = bound.backward(scores.clone(), start, filled, weights, own=False)
+    again, _ = bound.backward(scores.clone(), start, filled, weights, own=True)
+    assert torch.equal(h.nan_to_num(), again.nan_to_num())
+    return values, counts, numbers, h, sums
+
+
+def agree(kind, rule, scores, **options):
+    found, wanted = (run(passes, kind, rule, scores, **options) for passes in (Cpu, Plain))
+    for i, (x, y) in enumerate(zip(found, wanted, strict=True)):
+        tolerance = dict(TOLERANCE[scores.dtype])
+        if i == 4:
+            tolerance["atol"] *= 1 + float(wanted[3].abs().sum(1).amax()) if scores.numel() else 1
+        torch.testing.assert_close(x, y, equal_nan=True, **tolerance)
+    return found
+
+
+@SELF
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_rule_and_count_of_candidates(kind, itself, every_isa):
+    for _ in every_isa():
+        for candidates, ids, valid, dtype in itertools.product(COUNTS, (0, 1), (0, 1), DTYPES):
+            rows = candidates if itself else 5
+            if rows > 300:
+                continue
+            rule = rule_of(rows, candidates, itself, ids, valid)
+            scores = torch.randn(rows, candidates, dtype=dtype)
+            agree(kind, rule, scores, bias=-1.0 if kind == "sigmoid" else None)
+
+
+@SELF
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_positive(kind, itself):
+    for dtype, scale, rows in itertools.product(DTYPES, (1.0, 40.0), (18, 66)):
+        rule = rule_of(rows, rows, itself)
+        labels = torch.arange(rows) // 2 if itself else torch.arange(rows)
+        rule = rule._replace(labels=(labels, labels))
+        scores = torch.rand(rows, rows, dtype=dtype) * 2 - 1
+        found = agree(kind, rule, scores, scale=scale)
+        assert (found[1] == 1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_near_zero_is_as_exact_as_a_large_one(kind):
+    scores = torch.full((20, 20), -1.0).fill_diagonal_(1)
+    rule = Rule((torch.arange(20),) * 2, None, None, False)
+    found, exact = run(Cpu, kind, rule, scores, 8.0), run(Plain, kind, rule, scores.double(), 8.0)
+    for i in (0, 2, 3):
+        torch.testing.assert_close(found[i].double(), exact[i], rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strips_of_more_rows(kind):
+    """A strip fills its own rows only, and finds their positions among the candidates."""
+    for itself, dtype in itertools.product((True, False), DTYPES):
+        rule = rule_of(37, 37, itself, True, True)
+        scores = torch.randn(37, 37, dtype=dtype)
+        for start, stop in ((0, 0), (5, 5), (0, 9), (9, 36), (36, 37), (37, 37)):
+            values, counts, numbers, *_ = agree(kind, rule, scores[start:stop], start=start)
+            beside = torch.ones(37, dtype=torch.bool).index_fill_(0, torch.arange(start, stop), False)
+            for x in (values, counts, *numbers):
+                assert (x[beside] == 7.5).all()
+
+
+@SELF
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_logits(kind, itself, dtype, every_isa):
+    for isa in every_isa():
+        for scale in (1000.0, 1e-30, 0.0, -1000.0):
+            scores = torch.rand(33, 33, dtype=dtype)
+            for scores in (scores + scores.T - 1, torch.ones(33, 33, dtype=dtype)):
+                rule = rule_of(33, 33, itself)
+                found, exact = (
+                    run(Cpu, kind, rule, scores, scale),
+                    run(Plain, kind, rule, scores.double(), scale),
+                )
+                assert all(x.isfinite().all() for x in (found[0], found[3], found[4])), isa
+                if abs(scale) < 1:
+                    torch.testing.assert_close(found[3].double(), exact[3], **TOLERANCE[dtype])
+                eps = torch.finfo(dtype).eps * max(1.0, abs(scale))
+                torch.testing.assert_close(found[0].double(), exact[0], rtol=30 * eps, atol=30 * eps)
+
+
+@SELF
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_shows(kind, itself, every_isa):
+    """In the loss and the gradient of each row that counts and has such a score, and in no other."""
+    for _ in every_isa():
+        for dtype, column, bad in itertools.product(DTYPES, (0, 7, 18), (math.nan, -math.nan)):
+            labels = torch.arange(19) % 3
+            rule = Rule((labels, labels), None, None, itself)
+            scores = torch.randn(19, 19, dtype=dtype)
+            scores[4, column] = bad
+            values, _, _, h, sums = run(Cpu, kind, rule, scores)
+            others = torch.arange(19) != 4
+            assert values[others].isfinite().all()
+            assert values[4].isnan() and sums[4].isnan() and h[4, column].isnan()
+            if not itself:
+                assert h[others].isfinite().all()
+
+
+@SELF
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_does_not_count_is_not_read(kind, itself):
+    for dtype in DTYPES:
+        rule = rule_of(19, 19, itself, with_valid=True)
+        valid_q, valid_k = rule.valid
+        scores = torch.randn(19, 19, dtype=dtype)
+        spoiled = scores.masked_fill(~(valid_q[:, None] & valid_k), math.nan)
+        if itself:
+            spoiled.fill_diagonal_(math.nan)
+        for x, y in zip(run(Cpu, kind, rule, spoiled), run(Cpu, kind, rule, scores), strict=True):
+            assert torch.equal(x, y)
+
+
+@SELF
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_and_repeats_give_the_same_bits(kind, itself, every_isa):
+    before = torch.get_num_threads()
+    try:
+        for _ in every_isa():
+            for dtype, general in itertools.product(DTYPES, (0, 1)):
+                rule = rule_of(301, 301, itself, general, general)
+                scores = torch.randn(301, 301, dtype=dtype)
+                results = []
+                for threads in (1, 2, 3, 2):
+                    torch.set_num_threads(threads)
+                    results.append(run(Cpu, kind, rule, scores))
+                for result in results[1:]:
+                    assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@SELF
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_write_only_their_outputs(kind, itself, dtype, every_isa, monkeypatch):
+    """Every output lies between red zones of a sentinel value."""
+    zone, buffers = 64, []
+
+    def guarded(*shape, like=None):
+        buffers.append(torch.full((math.prod(shape) + 2 * zone,), 7.5, dtype=dtype))
+        return buffers[-1][zone : zone + math.prod(shape)].view(shape)
+
+    for _, candidates in itertools.product(every_isa(), (3, 19, 64)):
+        buffers.clear()
+        rule = rule_of(candidates, candidates, itself, True, True)
+        bound = Cpu(rule, kind, torch.tensor(2.0, dtype=dtype), None)
+        values, counts, rows = guarded(candidates), guarded(candidates), guarded(4, candidates)
+        scores = guarded(candidates, candidates)
+        scores.copy_(torch.randn(scores.shape))
+        kept = scores.clone()
+        bound.forward(scores, 0, values, counts, rows)
+        assert torch.equal(scores, kept)
+        h, _ = bound.backward(scores, 0, rows, torch.ones(candidates, dtype=dtype), own=True)
+        assert h is scores and not torch.equal(h, kept)
+        assert (counts != 7.5).all()
+        for buffer in buffers:
+            assert (buffer[:zone] == 7.5).all() and (buffer[-zone:] == 7.5).all()
+
+
+def test_labels_of_64_bits_are_told_apart():
+    low = torch.tensor([1, 1, 5, 5, 0, -1])
+    high = torch.tensor([0, 1, 0, 0, -(2**31), 2**31 - 1]) * 2**32
+    for labels in (low, low + high, low * 2**31, low.int().long()):
+        for wide in (True, False):
+            own, other = _codes((labels, labels.flip(0)), wide)
+            same = labels[:, None] == labels.flip(0)
+            assert torch.equal(own[:, None] == other, same)
+            alone = _codes((labels, labels), wide)
+            assert alone[0] is alone[1]
+            assert torch.equal(alone[0][:, None] == alone[1], labels[:, None] == labels)
+            assert own.dtype == (torch.int64 if wide else torch.int32)
+        scores = torch.randn(6, 6)
+        for kind in KINDS:
+            agree(kind, Rule((labels, labels.flip(0)), (labels + 1, labels), None, False), scores)
+
+
+@SELF
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_op_by_both(kind, itself):
+    """Whole calls, of embeddings and labels that are slices, with gradients of everything and any upstream."""
+    rows, columns = 35, 6
+    for kept in (False, True):
+        columns = 80 if kept else 6
+        q = torch.randn(2 * rows, columns + 3)[::2, 1:-2]
+        k = None if itself else torch.randn(40, columns)
+        labels = torch.randint(4, (2 * rows,))[::2]
+        other = labels if itself else torch.randint(4, (40,))
+        results = []
+        for name in ("cpu", "reference"):
+            given = [None if x is None else x.clone().requires_grad_() for x in (q, k)]
+            scale, bias = (torch.tensor(x, requires_grad=True) for x in (4.0, -1.0))
+            with backends.backend(name):
+                values, counts = op.similarity(*given, (labels, other), None, None, scale, bias, kind, True)
+                wanted = [x for x in (*given, scale, bias) if x is not None]
+                for upstream in (torch.ones(()).expand(rows), torch.linspace(-1, 2, 2 * rows)[::2]):
+                    grads = torch.autograd.grad(values, wanted, upstream, retain_graph=True)
+                    results.append((values, counts, *grads))
+        for found, want in zip(results[:2], results[2:], strict=True):
+            for x, y in zip(found, want, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
