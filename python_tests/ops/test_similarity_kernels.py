@@ -116,8 +116,8 @@ def test_strips_of_more_rows(kind):
 def test_extreme_logits(kind, itself, dtype, every_isa):
     for isa in every_isa():
         for scale in (1000.0, 1e-30, 0.0, -1000.0):
-            scores = torch.rand(33, 33, dtype=dtype)
-            for scores in (scores + scores.T - 1, torch.ones(33, 33, dtype=dtype)):
+            some = torch.rand(33, 33, dtype=dtype)
+            for scores in (some + some.T - 1, torch.ones(33, 33, dtype=dtype)):
                 rule = rule_of(33, 33, itself)
                 found, exact = (
                     run(Cpu, kind, rule, scores, scale),
