@@ -10,46 +10,18 @@ The losses of the rows are differentiable; what is made of them (means, weights)
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
-from mmfast.ops.products import matmul, product
+from mmfast.ops.products import product
 from mmfast.ops.similarity.kernels import passes_for
 from mmfast.ops.similarity.passes import Rule
+from mmfast.ops.similarity.rows import rows_of, to_rows
 
 # Scores of a strip: so many stay near the processor.
 STRIP = 2**19
-# A shorter row has no direction: its scores and its gradient are zero.
-SHORTEST = 1e-12
-
-
-class Rows(NamedTuple):
-    """What is known of embeddings (n, D): their directions u in the compute type, and 1 / length, 0 for none."""
-
-    unit: Tensor
-    scale: Tensor | None
-
-
-def rows_of(x: Tensor, cosine: bool) -> Rows:
-    x = x.to(compute_dtype(x)).contiguous()
-    if not cosine:
-        return Rows(x, None)
-    # By a power of two, which rounds nothing: squares neither overflow nor vanish.
-    largest = x.abs().amax(1, keepdim=True)
-    exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0)
-    # In two steps, as 2^-exponent may be no number.
-    half = exponent // 2
-    scaled = torch.ldexp(torch.ldexp(x, -half), half - exponent)
-    length = scaled.square().sum(1, keepdim=True).sqrt()
-    # Compared where it cannot overflow; NaN stays.
-    void = (torch.ldexp(length, exponent.clamp(max=0)) < SHORTEST) & (exponent <= 0) | (largest == 0)
-    inverse = torch.where(void, 0, 1 / length)
-    return Rows(scaled * inverse, torch.ldexp(torch.ldexp(inverse, -half), half - exponent))
 
 
 def strips(rows: int, candidates: int, dtype: torch.dtype):
@@ -72,20 +44,18 @@ def _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
 
 def _forward(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, keep):
     rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
-    # What is not valid is not read, NaN or not.
-    q, k = _without(q, valid_q), None if k is None else _without(k, valid_k)
-    unit = rows_of(q, cosine).unit
-    other = unit if k is None else rows_of(k, cosine).unit
-    if q.device.type == "cpu" and not (unit.isfinite().all() and other.isfinite().all()):
+    own = rows_of(q, cosine, valid_q)
+    others = own if k is None else rows_of(k, cosine, valid_k)
+    if not (own.finite and others.finite):
+        q, k = _without(q, valid_q), None if k is None else _without(k, valid_k)
         views = {"query" if k is not None else "z": q} | ({} if k is None else {"key": k})
-        raise not_finite(views, "similarity") or UserError("similarity: rows must have finite lengths")
+        raise not_finite(views, "similarity")
+    unit, other = own.unit, others.unit
     values, counts, rows = (unit.new_empty(shape) for shape in ((len(q),), (len(q),), (4, len(q))))
     kept = unit.new_empty((len(q), len(other)) if keep else (0, 0))
     run = passes_for(q.device)(rule, kind, scale, bias)
     for start, stop in strips(len(q), len(other), unit.dtype):
-        scores = product(unit[start:stop], other)
-        if keep:
-            kept[start:stop] = scores
+        scores = product(unit[start:stop], other, out=kept[start:stop] if keep else None)
         run.forward(scores, start, values, counts, rows)
     return values, counts, rows, kept
 
@@ -125,9 +95,8 @@ def _backward(
 ):
     need_q, need_k, need_scale, need_bias = needs
     rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
-    q_read, k_read = _without(q, valid_q), None if k is None else _without(k, valid_k)
-    own = rows_of(q_read, cosine)
-    other = own if k is None else rows_of(k_read, cosine)
+    own = rows_of(q, cosine, valid_q)
+    other = own if k is None else rows_of(k, cosine, valid_k)
     itself = k is None
     weights = weights.to(own.unit.dtype).contiguous()
     grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
@@ -140,24 +109,16 @@ def _backward(
         if need_bias:
             of_bias += sums.sum() / (2 if itself else 1)
         if grad_q is not None:
-            grad_q[start:stop] = matmul(h, other.unit)
+            torch.mm(h, other.unit, out=grad_q[start:stop])
         if need_k:
-            grad_k += matmul(h.t(), own.unit[start:stop])
-    if need_scale:
-        of_scale = (own.unit * grad_q).sum() / (2 if itself else 1)
-    results = [
-        _to_rows(grad, one, scale, x.dtype) if needed else q.new_empty(0)
-        for grad, one, x, needed in ((grad_q, own, q, need_q), (grad_k, other, q if itself else k, need_k))
-    ]
-    return (*results, of_scale, of_bias)
-
-
-def _to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient by the embeddings, of that by u that lacks the factor ``scale``."""
-    grad = grad * scale
-    if rows.scale is not None:
-        grad = (grad - rows.unit * (grad * rows.unit).sum(1, keepdim=True)) * rows.scale
-    return grad.to(dtype)
+            torch.addmm(grad_k, h.t(), own.unit[start:stop], out=grad_k)
+    result_q, result_k = q.new_empty(0), q.new_empty(0)
+    if grad_q is not None:
+        result_q, along = to_rows(grad_q, own, scale, q.dtype)
+        of_scale = along / (2 if itself else 1)
+    if need_k:
+        result_k, _ = to_rows(grad_k, other, scale, k.dtype)
+    return result_q if need_q else q.new_empty(0), result_k, of_scale, of_bias
 
 
 def _backward_fake(weights, q, k, *rest):
