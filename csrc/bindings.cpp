@@ -261,6 +261,10 @@ void similarity_row_gradients(int dtype, Address grad, Address unit, Address inv
                                    threads);
 }
 
+bool similarity_codes(Address x, int64_t n, Address codes) {
+  return KERNEL(similarity_codes)(ptr<int64_t>(x), n, ptr<int32_t>(codes));
+}
+
 #ifdef MMFAST_WITH_CUDA
 int cuda_barlow_twins_standardise(int dtype, bool narrow, Address z_a, int64_t stride_a, Address z_b,
                                   int64_t stride_b, int64_t rows, int64_t columns,
@@ -345,6 +349,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("similarity_backward_rows", &similarity_backward_rows, no_gil);
   m.def("similarity_units", &similarity_units, no_gil);
   m.def("similarity_row_gradients", &similarity_row_gradients, no_gil);
+  m.def("similarity_codes", &similarity_codes, no_gil);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_augment_draw", &cuda_augment_draw, no_gil);
   m.def("cuda_augment_apply", &cuda_augment_apply, no_gil);

@@ -90,4 +90,7 @@ void similarity_row_gradients(int dtype, const void* grad, const void* unit, con
                               const void* scale, int64_t rows, int64_t columns, bool cosine, void* out,
                               void* dots, int threads);
 
+// codes (n): x, if all of them fit, which it returns.
+bool similarity_codes(const int64_t* x, int64_t n, int32_t* codes);
+
 }  // namespace MMFAST_NS

@@ -149,4 +149,14 @@ void similarity_row_gradients(int dtype, const void* grad, const void* unit, con
   });
 }
 
+bool similarity_codes(const int64_t* x, int64_t n, int32_t* codes) {
+  // Branch-free, so that it is vectorised: what does not fit comes back different.
+  uint64_t lost = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    codes[i] = (int32_t)x[i];
+    lost |= (uint64_t)(x[i] ^ (int64_t)codes[i]);
+  }
+  return !lost;
+}
+
 }  // namespace MMFAST_NS

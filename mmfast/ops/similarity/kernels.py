@@ -47,21 +47,20 @@ def _codes(pair: tuple[Tensor, Tensor], wide: bool) -> tuple[Tensor, Tensor]:
     """Integers that are equal where those of ``pair`` are, int64 if ``wide``, else int32."""
     own, other = pair
     alone = own is other
+    own = own.contiguous()
+    other = own if alone else other.contiguous()
     if wide:
-        own = own.contiguous()
-        return own, own if alone else other.contiguous()
-    both = [x for x in ((own,) if alone else pair) if x.numel()]
-    limits = torch.iinfo(torch.int32)
-    if all(low >= limits.min and high <= limits.max for low, high in (_range(x) for x in both)):
-        own = own.to(torch.int32).contiguous()
-        return own, own if alone else other.to(torch.int32).contiguous()
-    names = torch.cat((own,) if alone else pair).unique(return_inverse=True)[1].to(torch.int32)
-    return (names, names) if alone else (names[: len(own)], names[len(own) :])
-
-
-def _range(x: Tensor) -> tuple[int, int]:
-    low, high = x.aminmax()
-    return int(low), int(high)
+        return own, other
+    narrow = [x.new_empty(x.shape, dtype=torch.int32) for x in ((own,) if alone else (own, other))]
+    if all(
+        [
+            backends._C.similarity_codes(x.data_ptr(), x.numel(), y.data_ptr())
+            for x, y in zip((own, other), narrow, strict=False)
+        ]
+    ):
+        return narrow[0], narrow[-1]
+    names = torch.cat((own,) if alone else (own, other)).unique(return_inverse=True)[1].to(torch.int32)
+    return (names, names) if alone else (names[: own.numel()], names[own.numel() :])
 
 
 class Cpu:
@@ -69,7 +68,7 @@ class Cpu:
 
     def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
         wide = scale.dtype == torch.float64
-        self.itself, self.candidates = rule.itself, len(rule.labels[1])
+        self.itself = rule.itself
         pairs = [_codes(rule.labels, wide), (None, None), (None, None)]
         if rule.ids is not None:
             pairs[1] = _codes(rule.ids, wide)
@@ -79,32 +78,39 @@ class Cpu:
             pairs[2] = own, other
         # Tensors whose addresses the native rule holds live as long as it.
         self.kept = scale, bias, pairs
-        addresses = (_address(x) for pair in pairs for x in pair)
+        addresses = [_address(x) for pair in pairs for x in pair]
         self.native = backends._C.SimilarityRule(
-            wide, KINDS.index(kind), rule.itself, self.candidates, *addresses, _address(scale), _address(bias)
+            wide,
+            KINDS.index(kind),
+            rule.itself,
+            rule.labels[1].numel(),
+            *addresses,
+            _address(scale),
+            _address(bias),
         )
 
     def forward(self, scores, start, values, counts, rows):
         backends._C.similarity_forward_rows(
             self.native,
             start,
-            len(scores),
+            scores.shape[0],
             scores.data_ptr(),
-            *(x[..., start:].data_ptr() for x in (values, counts, rows)),
+            *(x.data_ptr() + start * x.element_size() for x in (values, counts, rows)),
             rows.stride(0),
             torch.get_num_threads(),
         )
 
     def backward(self, scores, start, rows, weights, own):
-        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(len(scores))
+        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(scores.shape[0])
+        offset = start * rows.element_size()
         backends._C.similarity_backward_rows(
             self.native,
             start,
-            len(scores),
+            scores.shape[0],
             scores.data_ptr(),
-            rows[:, start:].data_ptr(),
+            rows.data_ptr() + offset,
             rows.stride(0),
-            weights[start:].data_ptr(),
+            weights.data_ptr() + offset,
             *((rows.data_ptr(), weights.data_ptr()) if self.itself else (0, 0)),
             h.data_ptr(),
             sums.data_ptr(),
@@ -117,6 +123,6 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def passes_for(device: torch.device):
-    """The passes for tensors on ``device``."""
-    return Cpu if backends.choose("similarity", device) == "cpu" else Plain
+def native(device: torch.device) -> bool:
+    """Whether C++ serves tensors on ``device``."""
+    return backends.choose("similarity", device) == "cpu"

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
 from mmfast.ops.products import product
-from mmfast.ops.similarity.kernels import passes_for
+from mmfast.ops.similarity.kernels import Cpu, Plain, native
 from mmfast.ops.similarity.passes import Rule
 from mmfast.ops.similarity.rows import rows_of, to_rows
 
@@ -44,17 +44,19 @@ def _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
 
 def _forward(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, keep):
     rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
-    own = rows_of(q, cosine, valid_q)
-    others = own if k is None else rows_of(k, cosine, valid_k)
+    cpu = native(q.device)
+    own = rows_of(q, cosine, valid_q, cpu)
+    others = own if k is None else rows_of(k, cosine, valid_k, cpu)
     if not (own.finite and others.finite):
         q, k = _without(q, valid_q), None if k is None else _without(k, valid_k)
         views = {"query" if k is not None else "z": q} | ({} if k is None else {"key": k})
         raise not_finite(views, "similarity")
     unit, other = own.unit, others.unit
-    values, counts, rows = (unit.new_empty(shape) for shape in ((len(q),), (len(q),), (4, len(q))))
-    kept = unit.new_empty((len(q), len(other)) if keep else (0, 0))
-    run = passes_for(q.device)(rule, kind, scale, bias)
-    for start, stop in strips(len(q), len(other), unit.dtype):
+    n, candidates = unit.shape[0], other.shape[0]
+    values, counts, rows = unit.new_empty(n), unit.new_empty(n), unit.new_empty(4, n)
+    kept = unit.new_empty((n, candidates) if keep else (0, 0))
+    run = (Cpu if cpu else Plain)(rule, kind, scale, bias)
+    for start, stop in strips(n, candidates, unit.dtype):
         scores = product(unit[start:stop], other, out=kept[start:stop] if keep else None)
         run.forward(scores, start, values, counts, rows)
     return values, counts, rows, kept
@@ -95,15 +97,15 @@ def _backward(
 ):
     need_q, need_k, need_scale, need_bias = needs
     rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
-    own = rows_of(q, cosine, valid_q)
-    other = own if k is None else rows_of(k, cosine, valid_k)
-    itself = k is None
+    cpu, itself = native(q.device), k is None
+    own = rows_of(q, cosine, valid_q, cpu)
+    other = own if itself else rows_of(k, cosine, valid_k, cpu)
     weights = weights.to(own.unit.dtype).contiguous()
     grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
     grad_k = torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
-    run = passes_for(q.device)(rule, kind, scale, bias)
-    for start, stop in strips(len(q), len(other.unit), own.unit.dtype):
+    run = (Cpu if cpu else Plain)(rule, kind, scale, bias)
+    for start, stop in strips(own.unit.shape[0], other.unit.shape[0], own.unit.dtype):
         scores = kept[start:stop] if kept.numel() else product(own.unit[start:stop], other.unit)
         h, sums = run.backward(scores, start, rows, weights, own=not kept.numel())
         if need_bias:
@@ -114,10 +116,11 @@ def _backward(
             torch.addmm(grad_k, h.t(), own.unit[start:stop], out=grad_k)
     result_q, result_k = q.new_empty(0), q.new_empty(0)
     if grad_q is not None:
-        result_q, along = to_rows(grad_q, own, scale, q.dtype)
-        of_scale = along / (2 if itself else 1)
+        result_q, along = to_rows(grad_q, own, scale, q.dtype, cpu)
+        if need_scale:
+            of_scale = along.sum() / (2 if itself else 1)
     if need_k:
-        result_k, _ = to_rows(grad_k, other, scale, k.dtype)
+        result_k, _ = to_rows(grad_k, other, scale, k.dtype, cpu)
     return result_q if need_q else q.new_empty(0), result_k, of_scale, of_bias
 
 

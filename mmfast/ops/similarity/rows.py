@@ -25,9 +25,12 @@ class Rows(NamedTuple):
     """Whether what is valid is; always True on devices, where nobody waits for it."""
 
 
-def rows_of(x: Tensor, cosine: bool, valid: Tensor | None) -> Rows:
-    """Of embeddings (n, D); those that are not ``valid`` (n,) are not read, NaN or not, and are zero."""
-    if backends.choose("similarity", x.device) == "cpu":
+def rows_of(x: Tensor, cosine: bool, valid: Tensor | None, native: bool) -> Rows:
+    """Of embeddings (n, D); those that are not ``valid`` (n,) are not read, NaN or not, and are zero.
+
+    native: in C++, see ``kernels.native``.
+    """
+    if native:
         return _native_rows_of(x, cosine, valid)
     if valid is not None:
         x = x.where(valid[:, None], torch.zeros((), dtype=x.dtype, device=x.device))
@@ -53,7 +56,7 @@ def _native_rows_of(x: Tensor, cosine: bool, valid: Tensor | None) -> Rows:
         x = x.contiguous()
     valid = None if valid is None else valid.contiguous()
     unit = torch.empty(x.shape, dtype=compute_dtype(x), device=x.device)
-    inverse = unit.new_empty(len(x), 1)
+    inverse = unit.new_empty(x.shape[0], 1)
     finite = backends._C.similarity_units(
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
@@ -68,23 +71,25 @@ def _native_rows_of(x: Tensor, cosine: bool, valid: Tensor | None) -> Rows:
     return Rows(unit, inverse if cosine else None, finite)
 
 
-def to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradient by the embeddings, of that by u that lacks the factor ``scale``, and ``(grad * u).sum()``.
+def to_rows(
+    grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype, native: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient by the embeddings, of that by u that lacks the factor ``scale``, and (n,) grad . u.
 
     ``grad`` may be overwritten.
     """
-    if backends.choose("similarity", grad.device) == "cpu":
+    if native:
         return _native_to_rows(grad, rows, scale, dtype)
     along = (grad * rows.unit).sum(1, keepdim=True)
     result = grad * scale
     if rows.scale is not None:
         result = (result - rows.unit * (along * scale)) * rows.scale
-    return result.to(dtype), along.sum()
+    return result.to(dtype), along[:, 0]
 
 
 def _native_to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     out = grad if dtype == grad.dtype else torch.empty_like(grad, dtype=dtype)
-    dots = grad.new_empty(len(grad))
+    dots = grad.new_empty(grad.shape[0])
     backends._C.similarity_row_gradients(
         DTYPE_CODES[dtype],
         grad.data_ptr(),
@@ -97,4 +102,4 @@ def _native_to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype)
         dots.data_ptr(),
         torch.get_num_threads(),
     )
-    return out, dots.sum()
+    return out, dots
