@@ -247,6 +247,24 @@ void similarity_backward_rows(const SimilarityRule& rule, int64_t start, int64_t
                                    ptr<void>(out), ptr<void>(sums), threads);
 }
 
+bool similarity_units(int dtype, Address x, int64_t stride, int64_t rows, int64_t columns, Address valid,
+                      bool cosine, Address unit, Address inverse, int threads) {
+  return KERNEL(similarity_units)(dtype, ptr<void>(x), stride, rows, columns, ptr<bool>(valid), cosine,
+                                  ptr<void>(unit), ptr<void>(inverse), threads);
+}
+
+void similarity_row_gradients(int dtype, Address grad, Address unit, Address inverse, Address scale,
+                              int64_t rows, int64_t columns, bool cosine, Address out, Address dots,
+                              int threads) {
+  KERNEL(similarity_row_gradients)(dtype, ptr<void>(grad), ptr<void>(unit), ptr<void>(inverse),
+                                   ptr<void>(scale), rows, columns, cosine, ptr<void>(out), ptr<void>(dots),
+                                   threads);
+}
+
+bool similarity_codes(Address x, int64_t n, Address codes) {
+  return KERNEL(similarity_codes)(ptr<int64_t>(x), n, ptr<int32_t>(codes));
+}
+
 #ifdef MMFAST_WITH_CUDA
 int cuda_barlow_twins_standardise(int dtype, bool narrow, Address z_a, int64_t stride_a, Address z_b,
                                   int64_t stride_b, int64_t rows, int64_t columns,
@@ -329,6 +347,9 @@ PYBIND11_MODULE(_C, m) {
       }));
   m.def("similarity_forward_rows", &similarity_forward_rows, no_gil);
   m.def("similarity_backward_rows", &similarity_backward_rows, no_gil);
+  m.def("similarity_units", &similarity_units, no_gil);
+  m.def("similarity_row_gradients", &similarity_row_gradients, no_gil);
+  m.def("similarity_codes", &similarity_codes, no_gil);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_augment_draw", &cuda_augment_draw, no_gil);
   m.def("cuda_augment_apply", &cuda_augment_apply, no_gil);

@@ -12,6 +12,8 @@ from mmfast.losses.multi_view_barlow_twins import multi_view_barlow_twins
 from mmfast.losses.paired import clip, info_nce, siglip
 from mmfast.losses.ranking import n_pair, pairwise_hinge
 from mmfast.losses.transfer import directed_pkt, pkt
+from mmfast.losses.triplet import smooth_triplet, triplet_margin
+from mmfast.losses.vicreg import vicreg
 
 __all__ = [
     "BARLOW_TWINS_VARIANTS",
@@ -28,5 +30,8 @@ __all__ = [
     "pairwise_hinge",
     "pkt",
     "siglip",
+    "smooth_triplet",
     "sup_con",
+    "triplet_margin",
+    "vicreg",
 ]

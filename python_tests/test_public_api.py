@@ -31,7 +31,10 @@ PROMISED = (
     "pairwise_hinge",
     "pkt",
     "siglip",
+    "smooth_triplet",
     "sup_con",
+    "triplet_margin",
+    "vicreg",
 )
 
 

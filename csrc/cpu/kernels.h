@@ -79,4 +79,18 @@ void similarity_backward_rows(const mmfast::SimilarityRule& rule, int64_t start,
                               const void* column_numbers, const void* column_weights, void* out, void* sums,
                               int threads);
 
+// similarity_rows.cpp: x (rows, columns) of type `dtype`, with unit column stride; all else is dense and of the
+// compute type. unit (rows, columns): x, or with `cosine` its rows divided by their lengths, 0 where there is no
+// direction or not valid (null: all are); inverse (rows): 1 / length, or 0. False if what is valid is not finite.
+bool similarity_units(int dtype, const void* x, int64_t stride, int64_t rows, int64_t columns,
+                      const bool* valid, bool cosine, void* unit, void* inverse, int threads);
+// out (rows, columns) of type `dtype`, which may be grad: the gradient by x of `grad`, that by unit without the
+// factor scale. dots (rows): grad . unit.
+void similarity_row_gradients(int dtype, const void* grad, const void* unit, const void* inverse,
+                              const void* scale, int64_t rows, int64_t columns, bool cosine, void* out,
+                              void* dots, int threads);
+
+// codes (n): x, if all of them fit, which it returns.
+bool similarity_codes(const int64_t* x, int64_t n, int32_t* codes);
+
 }  // namespace MMFAST_NS

@@ -2,6 +2,9 @@
 #pragma once
 #include "rows.h"
 
+// Of a lambda: what it captures stays in registers.
+#define MMFAST_INLINED __attribute__((always_inline))
+
 namespace MMFAST_NS {
 
 template <class C>

@@ -151,7 +151,7 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
   Codes<C> counted = {};
   double sum_n = 0, sum_p = 0, sum_l = 0;
   Numbers<C> run_n = {}, run_p = {}, run_l = {};
-  const auto flush = [&] {
+  const auto flush = [&]() MMFAST_INLINED {
     sum_n += sum_of<C>(run_n);
     sum_p += sum_of<C>(run_p);
     sum_l += sum_of<C>(run_l);
@@ -166,7 +166,7 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
   if constexpr (kKind == kSigmoid) {
     for_candidates(
         of, n, own,
-        [&](const Candidates<C>& at, int64_t j, const auto& place) {
+        [&](const Candidates<C>& at, int64_t j, const auto& place) MMFAST_INLINED {
           const Numbers<C> l = judge.logits(at, j);
           const Codes<C> same = judge.same(at, j), active = judge.active(at, j, place);
           Numbers<C> sigmoid;
@@ -180,7 +180,7 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
   Numbers<C> top_n = nothing, top_p = nothing;
   for_candidates(
       of, n, own,
-      [&](const Candidates<C>& at, int64_t j, const auto& place) {
+      [&](const Candidates<C>& at, int64_t j, const auto& place) MMFAST_INLINED {
         const Numbers<C> l = judge.logits(at, j);
         const Codes<C> same = judge.same(at, j), active = judge.active(at, j, place);
         top_n = larger<C>(select<C>(active & ~same, l, nothing), top_n);
@@ -193,7 +193,7 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
   const C shift_n = shift_of(largest_of<C>(top_n)), shift_p = shift_of(largest_of<C>(top_p));
   for_candidates(
       of, n, own,
-      [&](const Candidates<C>& at, int64_t j, const auto& place) {
+      [&](const Candidates<C>& at, int64_t j, const auto& place) MMFAST_INLINED {
         const Numbers<C> l = judge.logits(at, j);
         const Codes<C> same = judge.same(at, j), active = judge.active(at, j, place);
         const Numbers<C> e = exponential<C>(l - select<C>(same, every<C>(shift_p), every<C>(shift_n)));
@@ -211,7 +211,7 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
     sum_p = sum_l = 0;
     for_candidates(
         of, n, own,
-        [&](const Candidates<C>& at, int64_t j, const auto& place) {
+        [&](const Candidates<C>& at, int64_t j, const auto& place) MMFAST_INLINED {
           const Codes<C> same = judge.same(at, j);
           if (!any<C>(same)) return;
           const Codes<C> positive = same & judge.active(at, j, place);
@@ -274,7 +274,7 @@ C backward_row(const SimilarityRule& rule, int64_t row, const Candidates<C>& of,
   Numbers<C> run = {};
   for_candidates(
       of, rule.candidates, own_position(rule, row),
-      [&](const Candidates<C>& at, int64_t j, const auto& place) {
+      [&](const Candidates<C>& at, int64_t j, const auto& place) MMFAST_INLINED {
         const Numbers<C> l = judge.logits(at, j);
         const Codes<C> same = judge.same(at, j);
         Numbers<C> h;
@@ -297,7 +297,7 @@ C backward_row(const SimilarityRule& rule, int64_t row, const Candidates<C>& of,
         put<C>(h, at.out + j);
         run += h;
       },
-      [&] {
+      [&]() MMFAST_INLINED {
         sum += sum_of<C>(run);
         run = Numbers<C>{};
       });

@@ -7,6 +7,8 @@ from mmfast.losses.multi_view_barlow_twins import MultiViewBarlowTwinsLoss
 from mmfast.losses.paired import ClipLoss, InfoNCELoss, SigLipLoss
 from mmfast.losses.ranking import NPairLoss, PairwiseHingeLoss
 from mmfast.losses.transfer import DirectedPKTLoss, PKTLoss
+from mmfast.losses.triplet import SmoothTripletLoss, TripletMarginLoss
+from mmfast.losses.vicreg import VICRegLoss
 
 __all__ = [
     "BarlowTwinsLoss",
@@ -19,6 +21,9 @@ __all__ = [
     "PKTLoss",
     "PairwiseHingeLoss",
     "SigLipLoss",
+    "SmoothTripletLoss",
     "SupConLoss",
+    "TripletMarginLoss",
+    "VICRegLoss",
     "backward_in_micro_batches",
 ]

@@ -12,7 +12,7 @@ from mmfast.losses.paired import Pairs
 from mmfast.losses.similarity import Call, SimilarityLoss
 from mmfast.ops.barlow_twins.checks import not_finite
 from mmfast.ops.similarity.checks import check_scalar
-from mmfast.ops.similarity.op import rows_of, unit_rows
+from mmfast.ops.similarity.rows import rows_of, unit_rows
 from mmfast.ops.similarity.shared import Sharing
 
 

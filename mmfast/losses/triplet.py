@@ -12,6 +12,7 @@ from mmfast.errors import UserError
 from mmfast.losses.similarity import REDUCTIONS, Call, SimilarityLoss, choice
 from mmfast.ops.similarity import triplet_passes as passes
 from mmfast.ops.similarity.checks import check_rows
+from mmfast.ops.similarity.shared import Sharing
 from mmfast.ops.similarity.triplet import triplets
 from mmfast.ops.similarity.triplet_scores import OF_ITSELF, SCORES
 
@@ -47,20 +48,26 @@ class _Call:
         if options.lone and score not in OF_ITSELF:
             raise UserError(f"{op}: score must be a cosine or a distance for anchors 'st', got {score!r}")
         self.over = choice(op, "over", over, OVER)
-        # It checks the rest; what it says about ``over`` is for other losses.
+        # What it says about ``over`` is for other losses.
         self.call = Call(op, choice(op, "reduction", reduction, REDUCTIONS), "all", sharing)
 
     def __call__(self, z, labels, ids, valid, weights) -> tuple[Tensor, Tensor]:
         op, call, options = self.op, self.call, self.options
-        z = check_rows(op, "z", z)
-        if labels is None:
-            raise UserError(f"{op}: labels must be given, got None")
-        vectors = call.vectors(("z", z), labels, ids, valid, weights)
+
+        def checked():
+            check_rows(op, "z", z)
+            if labels is None:
+                raise UserError(f"{op}: labels must be given, got None")
+            return call.vectors(("z", z), labels, ids, valid, weights)
+
+        vectors = call.sharing.checked(checked)
         facts = options._asdict() | {"score": self.score, "reduction": call.reduction, "over": self.over}
-        (z,), (labels, ids, valid, weights) = call.sharing.gather([z], vectors, facts)
-        if len(z) < 2:
-            raise UserError(f"{op}: z must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}")
-        values, counts = triplets(z, labels, ids, valid, self.score, options)
+        (rows,), (labels, ids, valid, weights) = call.sharing.gather([z], vectors, facts)
+        if len(rows) < 2:
+            raise UserError(
+                f"{op}: z must have at least 2 rows (a contrast needs two), got {tuple(rows.shape)}"
+            )
+        values, counts = triplets(rows, labels, ids, valid, self.score, options)
         return self._reduced(values, counts, valid, weights)
 
     def _reduced(self, values, counts, valid, weights) -> tuple[Tensor, Tensor]:
@@ -189,8 +196,9 @@ def triplet_margin(
             rows with NaN or infinity (elsewhere they make the loss NaN), negative weights.
         TypeError: other dtypes, options of another type.
     """
-    sharing = stats, grad_convention, group
-    call = _margin_call(margin, score, mining, ties, over, soft, anchors, reduction, sharing)
+    sharing = Sharing("triplet_margin", stats, grad_convention, group)
+    options = margin, score, mining, ties, over, soft, anchors, reduction
+    call = sharing.checked(lambda: _margin_call(*options, sharing))
     return call(z, labels, ids, valid, weights)[0]
 
 
@@ -234,15 +242,37 @@ def smooth_triplet(
     Raises:
         As :func:`triplet_margin`.
     """
-    call = _smooth_call(temperature, score, over, reduction, (stats, grad_convention, group))
+    sharing = Sharing("smooth_triplet", stats, grad_convention, group)
+    call = sharing.checked(lambda: _smooth_call(temperature, score, over, reduction, sharing))
     return call(z, labels, ids, valid, weights)[0]
 
 
 class _TripletLoss(SimilarityLoss):
+    op: str
+
+    def _options(self, sharing: Sharing) -> _Call:
+        raise NotImplementedError
+
+    def _checked(self) -> None:
+        self._options(Sharing(self.op, *self._sharing()))
+
     @property
     def last(self) -> TripletComponents | None:
         """Components of the latest call (None before the first), already computed, without its graph."""
         return None if self._last is None else TripletComponents(*self._last.unbind())
+
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        *,
+        ids: Tensor | None = None,
+        valid: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        sharing = Sharing(self.op, *self._sharing())
+        call = sharing.checked(lambda: self._options(sharing))
+        return self._kept(call(z, labels, ids, valid, weights))
 
 
 class TripletMarginLoss(_TripletLoss):
@@ -256,6 +286,8 @@ class TripletMarginLoss(_TripletLoss):
     ``mining`` may also be "semihard_then_hard": semi-hard for the first 80 % of the epochs, and until
     :meth:`set_progress` is called, then hard.
     """
+
+    op = "triplet_margin"
 
     def __init__(
         self,
@@ -274,10 +306,10 @@ class TripletMarginLoss(_TripletLoss):
     ):
         super().__init__()
         self._take(margin=margin, score=score, mining=mining, ties=ties, over=over, soft=soft)
-        self._take(anchors=anchors, reduction=reduction)
-        self._take_sharing(stats, grad_convention, group)
+        self._take(anchors=anchors, reduction=reduction, stats=stats, grad_convention=grad_convention)
+        self._take(group=group)
         self._late = False
-        self._call()
+        self._checked()
 
     def set_progress(self, epoch: int, epochs: int) -> None:
         """Tells scheduled mining that ``epoch``, from 1 to ``epochs``, begins; other mining stays as it is."""
@@ -285,22 +317,11 @@ class TripletMarginLoss(_TripletLoss):
         epoch = check_integer("TripletMarginLoss", "epoch", epoch, 1, epochs)
         self._late = epoch > SEMIHARD_SHARE * epochs
 
-    def _call(self) -> _Call:
+    def _options(self, sharing: Sharing) -> _Call:
         choice("TripletMarginLoss", "mining", self.mining, (*MININGS, SCHEDULED))
         mining = ("hard" if self._late else "semihard") if self.mining == SCHEDULED else self.mining
         options = self.score, mining, self.ties, self.over, self.soft, self.anchors, self.reduction
-        return _margin_call(self.margin, *options, self._sharing())
-
-    def forward(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        *,
-        ids: Tensor | None = None,
-        valid: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        return self._kept(self._call()(z, labels, ids, valid, weights))
+        return _margin_call(self.margin, *options, sharing)
 
 
 class SmoothTripletLoss(_TripletLoss):
@@ -309,6 +330,8 @@ class SmoothTripletLoss(_TripletLoss):
     >>> loss = SmoothTripletLoss(temperature=0.5)
     >>> loss(z, labels).backward()
     """
+
+    op = "smooth_triplet"
 
     def __init__(
         self,
@@ -323,19 +346,8 @@ class SmoothTripletLoss(_TripletLoss):
     ):
         super().__init__()
         self._take(temperature=temperature, score=score, over=over, reduction=reduction)
-        self._take_sharing(stats, grad_convention, group)
-        self._call()
+        self._take(stats=stats, grad_convention=grad_convention, group=group)
+        self._checked()
 
-    def _call(self) -> _Call:
-        return _smooth_call(self.temperature, self.score, self.over, self.reduction, self._sharing())
-
-    def forward(
-        self,
-        z: Tensor,
-        labels: Tensor,
-        *,
-        ids: Tensor | None = None,
-        valid: Tensor | None = None,
-        weights: Tensor | None = None,
-    ) -> Tensor:
-        return self._kept(self._call()(z, labels, ids, valid, weights))
+    def _options(self, sharing: Sharing) -> _Call:
+        return _smooth_call(self.temperature, self.score, self.over, self.reduction, sharing)

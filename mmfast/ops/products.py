@@ -57,8 +57,11 @@ def matmul(x: Tensor, y: Tensor) -> Tensor:
     return torch.mm(x, y, out_dtype=torch.float32, out=out)
 
 
-def product(x: Tensor, y: Tensor) -> Tensor:
-    """``x @ y.T`` of (m, k) and (n, k), in their precision whatever autocast says; half types give fp32."""
+def product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """``x @ y.T`` of (m, k) and (n, k), in their precision whatever autocast says; half types give fp32.
+
+    ``out`` (m, n): where it goes, of operands that are not of a half type.
+    """
     if x.dtype in _HALF and not x.is_cuda:
         x, y = x.float(), y.float()
     (m, k), n = x.shape, y.shape[0]
@@ -69,5 +72,6 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         and m * n * k >= _SMALL
         and (linear := _onednn_linear())
     ):
-        return linear(x, y, None, "none", [], "")
-    return matmul(x, y.t())
+        result = linear(x, y, None, "none", [], "")
+        return result if out is None else out.copy_(result)
+    return matmul(x, y.t()) if out is None else torch.mm(x, y.t(), out=out)

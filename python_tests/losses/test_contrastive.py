@@ -1,7 +1,6 @@
 """Contrastive losses and losses of pairs: gradients against the definition, edge cases, precision, refusals."""
 
 import copy
-import itertools
 import math
 
 import pytest
@@ -12,7 +11,6 @@ import mmfast
 from mmfast import functional as F
 from mmfast.errors import UserError
 from mmfast.losses.contrastive import NT_XENT_VARIANTS, SUP_CON_VARIANTS
-from mmfast.ops.similarity import op, passes, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -57,54 +55,6 @@ def test_a_loss_near_zero_is_as_exact_as_a_large_one():
     assert exact.item() < 1e-4
     assert loss.item() == pytest.approx(exact.item(), rel=2e-5)
     assert (grad - exact_grad).norm() < 2e-5 * exact_grad.norm()
-
-
-def case(rows, candidates, columns, kind, itself, with_ids, with_valid, dtype=torch.float64):
-    def pair(make):
-        first = make(rows)
-        return first, first if itself else make(candidates)
-
-    inputs = [torch.randn(rows, columns, dtype=dtype, requires_grad=True), None]
-    if not itself:
-        inputs[1] = torch.randn(candidates, columns, dtype=dtype, requires_grad=True)
-    labels = pair(lambda n: torch.randint(4, (n,)))
-    ids = pair(lambda n: torch.randint(6, (n,))) if with_ids else None
-    valid = pair(lambda n: torch.rand(n) > 0.3) if with_valid else None
-    scale = torch.tensor(3.0, dtype=dtype, requires_grad=True)
-    bias = torch.tensor(-1.0, dtype=dtype, requires_grad=True) if kind == "sigmoid" else None
-    return *inputs, labels, ids, valid, scale, bias
-
-
-@pytest.mark.parametrize("kind", passes.KINDS)
-@pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
-@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
-def test_the_op_is_its_reference(kind, itself, cosine, monkeypatch):
-    for with_ids, with_valid, strip, columns in itertools.product((0, 1), (0, 1), (2**19, 20), (1, 5, 40)):
-        monkeypatch.setattr(op, "STRIP", strip)
-        arguments = case(11, 9, columns, kind, itself, with_ids, with_valid)
-        wanted = [x for x in (arguments[0], arguments[1], *arguments[5:]) if x is not None]
-        values, _ = op.similarity(*arguments, kind, cosine)
-        expected = reference.similarity(*arguments, kind, cosine)
-        torch.testing.assert_close(values, expected, rtol=1e-10, atol=1e-11)
-        upstream = torch.randn(11, **DOUBLE)
-        grads = torch.autograd.grad(values, wanted, upstream)
-        exact = torch.autograd.grad(expected, wanted, upstream, materialize_grads=True)
-        for grad, want in zip(grads, exact, strict=True):
-            torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("kind", passes.KINDS)
-@pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
-def test_gradcheck(kind, itself):
-    q, k, labels, ids, valid, scale, bias = case(6, 5, 3, kind, itself, True, True)
-    inputs = [x for x in (q, k, scale, bias) if x is not None]
-
-    def function(*given):
-        given = iter(given)
-        args = [next(given) if x is not None else None for x in (q, k, scale, bias)]
-        return op.similarity(*args[:2], labels, ids, valid, *args[2:], kind, True)[0]
-
-    assert torch.autograd.gradcheck(function, inputs)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 17, 63, 65])
@@ -316,20 +266,6 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
     mmfast.backward_in_micro_batches(lambda z: loss(z, labels), model, x.split([5, 2, 9]))
     for p, want in zip((*model.parameters(), *loss.parameters()), whole, strict=True):
         torch.testing.assert_close(p.grad, want)
-
-
-@pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
-def test_opcheck(itself):
-    q, k, labels, ids, valid, scale, bias = case(6, 5, 3, "out", itself, True, True, torch.float32)
-    pairs = [x for own, other in (labels, ids, valid) for x in (own, None if itself else other)]
-    detached = [None if x is None else x.detach() for x in (q, k, *pairs, scale, bias)]
-    arguments = (*detached, "out", True, True)
-    ops = torch.ops.mmfast
-    torch.library.opcheck(ops.similarity_forward, arguments)
-    _, _, rows, kept = ops.similarity_forward(*arguments)
-    for needs in ([True, not itself, True, False], [False, False, True, False]):
-        given = (torch.ones(6), *detached, rows, kept, "out", True, needs)
-        torch.library.opcheck(ops.similarity_backward, given)
 
 
 LOSSES = {

@@ -9,7 +9,7 @@ from contrastive_golden import DOUBLE, K, Q
 import mmfast
 from mmfast import functional as F
 from mmfast.errors import UserError
-from mmfast.ops.similarity.op import unit_rows
+from mmfast.ops.similarity.rows import unit_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

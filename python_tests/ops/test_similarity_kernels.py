@@ -10,6 +10,7 @@ from mmfast import backends
 from mmfast.ops.similarity import op
 from mmfast.ops.similarity.kernels import NATIVE_KINDS, Cpu, Plain, _codes
 from mmfast.ops.similarity.passes import Rule
+from mmfast.ops.similarity.rows import rows_of, to_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "native")
 
@@ -40,6 +41,7 @@ def run(passes, kind, rule, scores, scale=3.0, bias=None, start=0, weights=None)
         kind,
         torch.tensor(scale, dtype=dtype),
         None if bias is None else torch.tensor(bias, dtype=dtype),
+        rule.itself,
     )
     values, counts, numbers = (scores.new_full(shape, 7.5) for shape in ((rows,), (rows,), (4, rows)))
     bound.forward(scores, start, values, counts, numbers)
@@ -195,7 +197,7 @@ def test_kernels_write_only_their_outputs(kind, itself, dtype, every_isa, monkey
     for _, candidates in itertools.product(every_isa(), (3, 19, 64)):
         buffers.clear()
         rule = rule_of(candidates, candidates, itself, True, True)
-        bound = Cpu(rule, kind, torch.tensor(2.0, dtype=dtype), None)
+        bound = Cpu(rule, kind, torch.tensor(2.0, dtype=dtype), None, itself)
         values, counts, rows = guarded(candidates), guarded(candidates), guarded(4, candidates)
         scores = guarded(candidates, candidates)
         scores.copy_(torch.randn(scores.shape))
@@ -250,3 +252,48 @@ def test_the_op_by_both(kind, itself):
         for found, want in zip(results[:2], results[2:], strict=True):
             for x, y in zip(found, want, strict=True):
                 torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cosine", [True, False], ids=["cosine", "dot"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16, torch.float16], ids=str)
+def test_directions_and_the_gradient_back(dtype, cosine, every_isa):
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    for _ in every_isa():
+        for rows, columns in ((0, 3), (1, 1), (5, 2), (4, 15), (3, 16), (3, 17), (7, 65), (6, 600)):
+            x = torch.randn(2 * rows, columns + 2)[::2, 1:-1]
+            sizes = (
+                [1e-30, 1e30, 0, 1e-11, 1e-13, 1e-38, 1] if compute == dtype else [1, 1e-4, 0, 1e3, 1, 1, 1]
+            )
+            x = (x * torch.tensor(sizes)[:rows, None]).to(dtype)
+            valid = torch.rand(rows) > 0.3
+            grad, scale = torch.randn(rows, columns, dtype=compute), torch.tensor(3.0, dtype=compute)
+            for given, some in ((x, None), (x.masked_fill(~valid[:, None], math.nan), valid)):
+                results = []
+                for native in (True, False):
+                    found = rows_of(given, cosine, some, native)
+                    assert found.finite and found.unit.dtype == compute
+                    back, along = to_rows(grad.clone(), found, scale, dtype, native)
+                    results.append((found.unit, back, along, found.scale))
+                tolerance = (
+                    {"rtol": 1e-12, "atol": 1e-14}
+                    if compute == torch.float64
+                    else {"rtol": 1e-5, "atol": 1e-6}
+                )
+                for found, wanted in zip(*results, strict=True):
+                    if found is not None:
+                        loose = dtype != compute and found.dtype == dtype
+                        torch.testing.assert_close(
+                            found, wanted, **({"rtol": 1e-2, "atol": 1e-4} if loose else tolerance)
+                        )
+
+
+def test_rows_that_are_not_finite_are_found_and_stay():
+    for dtype, bad in itertools.product(DTYPES, (math.nan, -math.nan, math.inf, -math.inf)):
+        for row, column in ((0, 0), (3, 18), (4, 7)):
+            x = torch.randn(5, 19, dtype=dtype)
+            x[row, column] = bad
+            for cosine in (True, False):
+                found = rows_of(x, cosine, None, True)
+                assert not found.finite and not found.unit[row, column].isfinite()
+                assert found.unit[torch.arange(5) != row].isfinite().all()
+            assert rows_of(x, True, torch.arange(5) != row, True).finite

@@ -16,8 +16,9 @@ NATIVE_KINDS = ("out", "in", "sum", "negatives", "sigmoid")
 class Plain:
     """The passes in PyTorch, for any device."""
 
-    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
-        self.rule, self.kind, self.scale, self.bias = rule, kind, scale, bias
+    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None, both: bool):
+        """both: the candidates are the rows, so that each derivative has a second part, as a column's."""
+        self.rule, self.kind, self.scale, self.bias, self.both = rule, kind, scale, bias, both
 
     def _logits(self, scores: Tensor) -> Tensor:
         logits = scores * self.scale
@@ -32,7 +33,7 @@ class Plain:
     def backward(self, scores, start, rows, weights, own):
         """H (n, C), see :func:`passes.backward_rows`, and its sums by row (n,); of rows (4, B) and weights (B,) of
         all rows. ``own``: the scores are the caller's, and may be overwritten."""
-        at, itself = slice(start, start + len(scores)), self.rule.itself
+        at = slice(start, start + len(scores))
         h = passes.backward_rows(
             self._logits(scores),
             self.rule,
@@ -40,8 +41,8 @@ class Plain:
             self.kind,
             rows[:, at],
             weights[at],
-            rows if itself else None,
-            weights if itself else None,
+            rows if self.both else None,
+            weights if self.both else None,
         )
         return h, h.sum(1)
 
@@ -50,29 +51,28 @@ def _codes(pair: tuple[Tensor, Tensor], wide: bool) -> tuple[Tensor, Tensor]:
     """Integers that are equal where those of ``pair`` are, int64 if ``wide``, else int32."""
     own, other = pair
     alone = own is other
+    own = own.contiguous()
+    other = own if alone else other.contiguous()
     if wide:
-        own = own.contiguous()
-        return own, own if alone else other.contiguous()
-    both = [x for x in ((own,) if alone else pair) if x.numel()]
-    limits = torch.iinfo(torch.int32)
-    if all(low >= limits.min and high <= limits.max for low, high in (_range(x) for x in both)):
-        own = own.to(torch.int32).contiguous()
-        return own, own if alone else other.to(torch.int32).contiguous()
-    names = torch.cat((own,) if alone else pair).unique(return_inverse=True)[1].to(torch.int32)
-    return (names, names) if alone else (names[: len(own)], names[len(own) :])
-
-
-def _range(x: Tensor) -> tuple[int, int]:
-    low, high = x.aminmax()
-    return int(low), int(high)
+        return own, other
+    narrow = [x.new_empty(x.shape, dtype=torch.int32) for x in ((own,) if alone else (own, other))]
+    if all(
+        [
+            backends._C.similarity_codes(x.data_ptr(), x.numel(), y.data_ptr())
+            for x, y in zip((own, other), narrow, strict=False)
+        ]
+    ):
+        return narrow[0], narrow[-1]
+    names = torch.cat((own,) if alone else (own, other)).unique(return_inverse=True)[1].to(torch.int32)
+    return (names, names) if alone else (names[: own.numel()], names[own.numel() :])
 
 
 class Cpu:
     """The passes in C++, for CPU tensors: csrc/cpu/similarity.cpp."""
 
-    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
+    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None, both: bool):
         wide = scale.dtype == torch.float64
-        self.itself, self.candidates = rule.itself, len(rule.labels[1])
+        self.both = both
         pairs = [_codes(rule.labels, wide), (None, None), (None, None)]
         if rule.ids is not None:
             pairs[1] = _codes(rule.ids, wide)
@@ -82,12 +82,12 @@ class Cpu:
             pairs[2] = own, other
         # Tensors whose addresses the native rule holds live as long as it.
         self.kept = scale, bias, pairs
-        addresses = (_address(x) for pair in pairs for x in pair)
+        addresses = [_address(x) for pair in pairs for x in pair]
         self.native = backends._C.SimilarityRule(
             wide,
             NATIVE_KINDS.index(kind),
             rule.itself,
-            self.candidates,
+            rule.labels[1].numel(),
             *addresses,
             _address(scale),
             _address(bias),
@@ -97,24 +97,25 @@ class Cpu:
         backends._C.similarity_forward_rows(
             self.native,
             start,
-            len(scores),
+            scores.shape[0],
             scores.data_ptr(),
-            *(x[..., start:].data_ptr() for x in (values, counts, rows)),
+            *(x.data_ptr() + start * x.element_size() for x in (values, counts, rows)),
             rows.stride(0),
             torch.get_num_threads(),
         )
 
     def backward(self, scores, start, rows, weights, own):
-        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(len(scores))
+        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(scores.shape[0])
+        offset = start * rows.element_size()
         backends._C.similarity_backward_rows(
             self.native,
             start,
-            len(scores),
+            scores.shape[0],
             scores.data_ptr(),
-            rows[:, start:].data_ptr(),
+            rows.data_ptr() + offset,
             rows.stride(0),
-            weights[start:].data_ptr(),
-            *((rows.data_ptr(), weights.data_ptr()) if self.itself else (0, 0)),
+            weights.data_ptr() + offset,
+            *((rows.data_ptr(), weights.data_ptr()) if self.both else (0, 0)),
             h.data_ptr(),
             sums.data_ptr(),
             torch.get_num_threads(),
@@ -126,6 +127,11 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def passes_for(device: torch.device, kind: str):
-    """The passes for tensors on ``device``."""
-    return Cpu if kind in NATIVE_KINDS and backends.choose("similarity", device) == "cpu" else Plain
+def native(device: torch.device) -> bool:
+    """Whether C++ serves tensors on ``device``."""
+    return backends.choose("similarity", device) == "cpu"
+
+
+def passes_for(kind: str, cpu: bool):
+    """The passes of a kind, in C++ if there are any and the tensors are :func:`native`."""
+    return Cpu if cpu and kind in NATIVE_KINDS else Plain

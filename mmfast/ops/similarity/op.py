@@ -10,55 +10,18 @@ The losses of the rows are differentiable; what is made of them (means, weights)
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
-from mmfast.ops.products import matmul, product
-from mmfast.ops.similarity.kernels import passes_for
+from mmfast.ops.products import product
+from mmfast.ops.similarity.kernels import native, passes_for
 from mmfast.ops.similarity.passes import Rule
+from mmfast.ops.similarity.rows import rows_of, to_rows
 
 # Scores of a strip: so many stay near the processor.
 STRIP = 2**19
-# A shorter row has no direction: its scores and its gradient are zero.
-SHORTEST = 1e-12
-
-
-class Rows(NamedTuple):
-    """What is known of embeddings (n, D): their directions u in the compute type, and 1 / length, 0 for none."""
-
-    unit: Tensor
-    scale: Tensor | None
-
-
-def rows_of(x: Tensor, cosine: bool) -> Rows:
-    x = x.to(compute_dtype(x)).contiguous()
-    if not cosine:
-        return Rows(x, None)
-    # By a power of two, which rounds nothing: squares neither overflow nor vanish.
-    largest = x.abs().amax(1, keepdim=True)
-    exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0)
-    # In two steps, as 2^-exponent may be no number.
-    half = exponent // 2
-    scaled = torch.ldexp(torch.ldexp(x, -half), half - exponent)
-    length = scaled.square().sum(1, keepdim=True).sqrt()
-    # Compared where it cannot overflow; NaN stays.
-    void = (torch.ldexp(length, exponent.clamp(max=0)) < SHORTEST) & (exponent <= 0) | (largest == 0)
-    inverse = torch.where(void, 0, 1 / length)
-    return Rows(scaled * inverse, torch.ldexp(torch.ldexp(inverse, -half), half - exponent))
-
-
-def unit_rows(x: Tensor, cosine: bool) -> Tensor:
-    """The ``unit`` of :func:`rows_of`, as a function of x that autograd differentiates."""
-    if not cosine:
-        return x.to(compute_dtype(x))
-    y = x.to(compute_dtype(x)) * rows_of(x.detach(), cosine).scale
-    # Of length 1 or 0. So the value is y, and the derivative leaves out what is along y.
-    return y * (1.5 - 0.5 * y.square().sum(1, keepdim=True))
 
 
 def strips(rows: int, candidates: int, dtype: torch.dtype):
@@ -74,27 +37,29 @@ def keeps_scores(rows: int, candidates: int, columns: int, itself: bool) -> bool
 
 def _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
     def pair(own, other):
-        return None if own is None else (own, own if itself else other)
+        return None if own is None else (own, own if other is None else other)
 
     return Rule(pair(labels_q, labels_k), pair(ids_q, ids_k), pair(valid_q, valid_k), itself)
 
 
-def _forward(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, keep):
-    rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
-    # What is not valid is not read, NaN or not.
-    q, k = _without(q, valid_q), None if k is None else _without(k, valid_k)
-    unit = rows_of(q, cosine).unit
-    other = unit if k is None else rows_of(k, cosine).unit
-    if q.device.type == "cpu" and not (unit.isfinite().all() and other.isfinite().all()):
+def _forward(
+    q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, itself, keep
+):
+    rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
+    cpu = native(q.device)
+    own = rows_of(q, cosine, valid_q, cpu)
+    others = own if k is None else rows_of(k, cosine, valid_k, cpu)
+    if not (own.finite and others.finite):
+        q, k = _without(q, valid_q), None if k is None else _without(k, valid_k)
         views = {"query" if k is not None else "z": q} | ({} if k is None else {"key": k})
-        raise not_finite(views, "similarity") or UserError("similarity: rows must have finite lengths")
-    values, counts, rows = (unit.new_empty(shape) for shape in ((len(q),), (len(q),), (4, len(q))))
-    kept = unit.new_empty((len(q), len(other)) if keep else (0, 0))
-    run = passes_for(q.device, kind)(rule, kind, scale, bias)
-    for start, stop in strips(len(q), len(other), unit.dtype):
-        scores = product(unit[start:stop], other)
-        if keep:
-            kept[start:stop] = scores
+        raise not_finite(views, "similarity")
+    unit, other = own.unit, others.unit
+    n, candidates = unit.shape[0], other.shape[0]
+    values, counts, rows = unit.new_empty(n), unit.new_empty(n), unit.new_empty(4, n)
+    kept = unit.new_empty((n, candidates) if keep else (0, 0))
+    run = passes_for(kind, cpu)(rule, kind, scale, bias, k is None)
+    for start, stop in strips(n, candidates, unit.dtype):
+        scores = product(unit[start:stop], other, out=kept[start:stop] if keep else None)
         run.forward(scores, start, values, counts, rows)
     return values, counts, rows, kept
 
@@ -103,7 +68,9 @@ def _without(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else x.where(valid[:, None], torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _forward_fake(q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, keep):
+def _forward_fake(
+    q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, itself, keep
+):
     dtype = compute_dtype(q)
     candidates = len(q) if k is None else len(k)
     return (
@@ -130,47 +97,40 @@ def _backward(
     kept,
     kind,
     cosine,
+    itself,
     needs,
 ):
     need_q, need_k, need_scale, need_bias = needs
-    rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, k is None)
-    q_read, k_read = _without(q, valid_q), None if k is None else _without(k, valid_k)
-    own = rows_of(q_read, cosine)
-    other = own if k is None else rows_of(k_read, cosine)
-    itself = k is None
+    rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
+    cpu, both = native(q.device), k is None
+    own = rows_of(q, cosine, valid_q, cpu)
+    other = own if both else rows_of(k, cosine, valid_k, cpu)
     weights = weights.to(own.unit.dtype).contiguous()
     grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
     grad_k = torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
-    run = passes_for(q.device, kind)(rule, kind, scale, bias)
-    for start, stop in strips(len(q), len(other.unit), own.unit.dtype):
+    run = passes_for(kind, cpu)(rule, kind, scale, bias, k is None)
+    for start, stop in strips(own.unit.shape[0], other.unit.shape[0], own.unit.dtype):
         scores = kept[start:stop] if kept.numel() else product(own.unit[start:stop], other.unit)
         h, sums = run.backward(scores, start, rows, weights, own=not kept.numel())
         if need_bias:
-            of_bias += sums.sum() / (2 if itself else 1)
+            of_bias += sums.sum() / (2 if both else 1)
         if grad_q is not None:
-            grad_q[start:stop] = matmul(h, other.unit)
+            torch.mm(h, other.unit, out=grad_q[start:stop])
         if need_k:
-            grad_k += matmul(h.t(), own.unit[start:stop])
-    if need_scale:
-        of_scale = (own.unit * grad_q).sum() / (2 if itself else 1)
-    results = [
-        _to_rows(grad, one, scale, x.dtype) if needed else q.new_empty(0)
-        for grad, one, x, needed in ((grad_q, own, q, need_q), (grad_k, other, q if itself else k, need_k))
-    ]
-    return (*results, of_scale, of_bias)
-
-
-def _to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient by the embeddings, of that by u that lacks the factor ``scale``."""
-    grad = grad * scale
-    if rows.scale is not None:
-        grad = (grad - rows.unit * (grad * rows.unit).sum(1, keepdim=True)) * rows.scale
-    return grad.to(dtype)
+            torch.addmm(grad_k, h.t(), own.unit[start:stop], out=grad_k)
+    result_q, result_k = q.new_empty(0), q.new_empty(0)
+    if grad_q is not None:
+        result_q, along = to_rows(grad_q, own, scale, q.dtype, cpu)
+        if need_scale:
+            of_scale = along.sum() / (2 if both else 1)
+    if need_k:
+        result_k, _ = to_rows(grad_k, other, scale, k.dtype, cpu)
+    return result_q if need_q else q.new_empty(0), result_k, of_scale, of_bias
 
 
 def _backward_fake(weights, q, k, *rest):
-    *_, rows, _kept, _kind, _cosine, needs = rest
+    *_, rows, _kept, _kind, _cosine, _itself, needs = rest
     return (
         q.new_empty(q.shape if needs[0] else 0),
         q.new_empty(k.shape if needs[1] else 0),
@@ -185,9 +145,10 @@ _inputs = (
     "Tensor? valid_k, Tensor scale, Tensor? bias"
 )
 _ops = {
-    f"similarity_forward({_inputs}, str kind, bool cosine, bool keep)"
+    f"similarity_forward({_inputs}, str kind, bool cosine, bool itself, bool keep)"
     " -> (Tensor values, Tensor counts, Tensor rows, Tensor kept)": (_forward, _forward_fake),
-    f"similarity_backward(Tensor weights, {_inputs}, Tensor rows, Tensor kept, str kind, bool cosine, bool[] needs)"
+    f"similarity_backward(Tensor weights, {_inputs}, Tensor rows, Tensor kept, str kind, bool cosine, "
+    "bool itself, bool[] needs)"
     " -> (Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_bias)": (_backward, _backward_fake),
 }
 for _schema, (_kernel, _fake) in _ops.items():
@@ -219,13 +180,15 @@ class _FinalGradient(torch.autograd.Function):
 
 class _Similarity(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine):
+    def forward(
+        ctx, q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, itself
+    ):
         inputs = q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias
-        ctx.options = kind, cosine
+        ctx.options = kind, cosine, itself
         keep = any(ctx.needs_input_grad) and keeps_scores(
             len(q), len(q) if k is None else len(k), q.shape[1], k is None
         )
-        values, counts, rows, kept = _forward_op(*inputs, kind, cosine, keep)
+        values, counts, rows, kept = _forward_op(*inputs, *ctx.options, keep)
         ctx.save_for_backward(*inputs, rows, kept)
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
@@ -234,12 +197,12 @@ class _Similarity(torch.autograd.Function):
     @staticmethod
     def backward(ctx, weights, _counts):
         if weights is None:
-            return (None,) * 12
+            return (None,) * 13
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 8, 9)]
         gradient = _FinalGradient.apply if torch.is_grad_enabled() else _backward_op
         found = gradient(weights, *ctx.saved_tensors, *ctx.options, needs)
         grads = [grad if needed else None for grad, needed in zip(found, needs, strict=True)]
-        return grads[0], grads[1], *(None,) * 6, grads[2], grads[3], None, None
+        return grads[0], grads[1], *(None,) * 6, grads[2], grads[3], *(None,) * 3
 
 
 def similarity(
@@ -252,11 +215,13 @@ def similarity(
     bias: Tensor | None,
     kind: str,
     cosine: bool,
+    itself: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(B,) the losses of the rows of q (B, D), and their numbers of positives, in the compute type.
 
     k: candidates (C, D), None for q itself. labels, ids, valid: of the rows and of the candidates. scale, bias:
     scalars of the compute type; logits are scale * scores + bias. kind: one of ``passes.KINDS``.
+    itself: row i is candidate i, and none of its own; always so without k.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(DIFFERENTIATED_AGAIN)
@@ -266,4 +231,4 @@ def similarity(
         for pair in (labels, ids, valid)
         for x in ((None, None) if pair is None else pair if k is not None else (pair[0], None))
     )
-    return _Similarity.apply(q, k, *pairs, scale, bias, kind, cosine)
+    return _Similarity.apply(q, k, *pairs, scale, bias, kind, cosine, itself or k is None)

@@ -55,10 +55,10 @@ def values(kind: str, logits: Tensor, positive: Tensor, negative: Tensor) -> Ten
     return torch.stack(found)
 
 
-def similarity(q, k, labels, ids, valid, scale, bias, kind, cosine) -> Tensor:
+def similarity(q, k, labels, ids, valid, scale, bias, kind, cosine, itself=False) -> Tensor:
     """What :func:`mmfast.ops.similarity.op.similarity` gives for the same arguments; ``k``: None for q itself."""
-    itself = k is None
-    k = q if itself else k
+    itself = itself or k is None
+    k = q if k is None else k
     if cosine:
         q, k = unit_rows(q), unit_rows(k)
     logits = q @ k.T * scale + (0 if bias is None else bias)

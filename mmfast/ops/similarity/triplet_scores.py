@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast.ops.products import matmul, product
-from mmfast.ops.similarity.op import Rows, _to_rows, _without, rows_of
+from mmfast.ops.similarity.rows import Rows, rows_of, to_rows
 
 SCORES = ("cosine", "dot", "euclidean", "sqeuclidean", "unit_euclidean")
 # What a row scores with itself; an inner product has no such number.
@@ -29,7 +29,7 @@ class Scored(NamedTuple):
 
     @classmethod
     def of(cls, z: Tensor, valid: Tensor | None, score: str) -> Scored:
-        rows = rows_of(_without(z, valid), score in ("cosine", "unit_euclidean"))
+        rows = rows_of(z, score in ("cosine", "unit_euclidean"), valid)
         if score in ("cosine", "dot"):
             return cls(rows, rows.unit, None, score)
         x = _centred(rows.unit, valid)
@@ -101,7 +101,7 @@ class Scored(NamedTuple):
         add_rows(grad, other, -moved)
 
     def to_rows(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
-        return _to_rows(grad, self.rows, 1, dtype)
+        return to_rows(grad, self.rows, grad.new_ones(()), dtype)[0]
 
 
 def add_rows(grad: Tensor, index: Tensor, rows: Tensor) -> None:

@@ -1,0 +1,114 @@
+"""Embeddings as the products of the similarity losses take them, and the gradient back to embeddings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mmfast import backends
+from mmfast.ops.barlow_twins.checks import compute_dtype
+from mmfast.ops.native import DTYPE_CODES
+
+# A shorter row has no direction: its scores and its gradient are zero.
+SHORTEST = 1e-12
+
+
+class Rows(NamedTuple):
+    """What is known of embeddings (n, D): their directions u in the compute type, and 1 / length, 0 for none."""
+
+    unit: Tensor
+    scale: Tensor | None
+    """(n, 1); None: unit are the embeddings themselves."""
+    finite: bool
+    """Whether what is valid is; always True on devices, where nobody waits for it."""
+
+
+def rows_of(x: Tensor, cosine: bool, valid: Tensor | None = None, native: bool = False) -> Rows:
+    """Of embeddings (n, D); those that are not ``valid`` (n,) are not read, NaN or not, and are zero.
+
+    native: in C++, see ``kernels.native``.
+    """
+    if native:
+        return _native_rows_of(x, cosine, valid)
+    if valid is not None:
+        x = x.where(valid[:, None], torch.zeros((), dtype=x.dtype, device=x.device))
+    x = x.to(compute_dtype(x)).contiguous()
+    finite = x.device.type != "cpu" or bool(x.isfinite().all())
+    if not cosine:
+        return Rows(x, None, finite)
+    # By a power of two, which rounds nothing: squares neither overflow nor vanish.
+    largest = x.abs().amax(1, keepdim=True)
+    exponent = torch.where(largest > 0, torch.frexp(largest)[1], 0)
+    # In two steps, as 2^-exponent may be no number.
+    half = exponent // 2
+    scaled = torch.ldexp(torch.ldexp(x, -half), half - exponent)
+    length = scaled.square().sum(1, keepdim=True).sqrt()
+    # Compared where it cannot overflow; NaN stays.
+    void = (torch.ldexp(length, exponent.clamp(max=0)) < SHORTEST) & (exponent <= 0) | (largest == 0)
+    inverse = torch.where(void, 0, 1 / length)
+    return Rows(scaled * inverse, torch.ldexp(torch.ldexp(inverse, -half), half - exponent), finite)
+
+
+def _native_rows_of(x: Tensor, cosine: bool, valid: Tensor | None) -> Rows:
+    if x.shape[1] > 1 and x.stride(1) != 1:
+        x = x.contiguous()
+    valid = None if valid is None else valid.contiguous()
+    unit = torch.empty(x.shape, dtype=compute_dtype(x), device=x.device)
+    inverse = unit.new_empty(x.shape[0], 1)
+    finite = backends._C.similarity_units(
+        DTYPE_CODES[x.dtype],
+        x.data_ptr(),
+        x.stride(0),
+        *x.shape,
+        0 if valid is None else valid.data_ptr(),
+        cosine,
+        unit.data_ptr(),
+        inverse.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return Rows(unit, inverse if cosine else None, finite)
+
+
+def unit_rows(x: Tensor, cosine: bool) -> Tensor:
+    """The ``unit`` of :func:`rows_of`, as a function of x that autograd differentiates."""
+    if not cosine:
+        return x.to(compute_dtype(x))
+    y = x.to(compute_dtype(x)) * rows_of(x.detach(), cosine).scale
+    # Of length 1 or 0. So the value is y, and the derivative leaves out what is along y.
+    return y * (1.5 - 0.5 * y.square().sum(1, keepdim=True))
+
+
+def to_rows(
+    grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype, native: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The gradient by the embeddings, of that by u that lacks the factor ``scale``, and (n,) grad . u.
+
+    ``grad`` may be overwritten.
+    """
+    if native:
+        return _native_to_rows(grad, rows, scale, dtype)
+    along = (grad * rows.unit).sum(1, keepdim=True)
+    result = grad * scale
+    if rows.scale is not None:
+        result = (result - rows.unit * (along * scale)) * rows.scale
+    return result.to(dtype), along[:, 0]
+
+
+def _native_to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out = grad if dtype == grad.dtype else torch.empty_like(grad, dtype=dtype)
+    dots = grad.new_empty(grad.shape[0])
+    backends._C.similarity_row_gradients(
+        DTYPE_CODES[dtype],
+        grad.data_ptr(),
+        rows.unit.data_ptr(),
+        0 if rows.scale is None else rows.scale.data_ptr(),
+        scale.data_ptr(),
+        *grad.shape,
+        rows.scale is not None,
+        out.data_ptr(),
+        dots.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out, dots
