@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import mmfast
-from mmfast import functional, metrics, models
+from mmfast import functional, losses, metrics, models
 from mmfast.losses.barlow_twins import Options
 from mmfast.models.layers import attention, masking
 from mmfast.models.layers import recurrent as rnn
@@ -13,6 +13,7 @@ from mmfast.models.layers import recurrent as rnn
 PUBLIC = [
     mmfast.BarlowTwinsLoss,
     mmfast.MultiViewBarlowTwinsLoss,
+    *(f for name in losses.__all__ if inspect.isclass(f := getattr(losses, name)) and "BarlowTwins" not in name),
     mmfast.backward_in_micro_batches,
     mmfast.plot_cross_correlation,
     *(f for name in functional.__all__ if inspect.isfunction(f := getattr(functional, name))),

@@ -151,10 +151,10 @@ class VICRegLoss(KeepsVICReg):
 
     def __init__(
         self,
+        *,
         invariance: float = 25.0,
         variance: float = 25.0,
         covariance: float = 1.0,
-        *,
         eps: float = 1e-4,
         variant: str = "official",
         stats: str | None = "global",

@@ -232,7 +232,7 @@ AGAIN = (
 def test_second_derivatives_are_refused():
     a, b = (z.requires_grad_() for z in draw(6, 4))
     for only in (1.0, 0.0):
-        loss = VICRegLoss(25.0, only, only)
+        loss = VICRegLoss(variance=only, covariance=only)
         grad, _ = torch.autograd.grad(loss(a, b), (a, b), create_graph=True)
         torch.testing.assert_close(grad.detach(), gradients(loss, a, b, 1.0)[1])
         with pytest.raises(RuntimeError) as caught:
@@ -271,7 +271,7 @@ INVALID = [
     (lambda: vicreg(Z, Z, variant="pml"), "vicreg: variant must be one of official, solo, got 'pml'"),
     (lambda: vicreg(Z, Z, stats="local"), "vicreg: stats must be one of 'global', None, got 'local'"),
     (lambda: VICRegLoss(variant=None), "vicreg: variant must be one of official, solo, got None"),
-    (lambda: VICRegLoss(25.0, -1.0), "vicreg: variance must be finite and at least 0, got -1.0"),
+    (lambda: VICRegLoss(variance=-1.0), "vicreg: variance must be finite and at least 0, got -1.0"),
     (lambda: VICRegLoss(grad_convention="mean"),
      "vicreg: grad_convention must be one of 'true', 'legacy', got 'mean'"),
 ]  # fmt: skip
