@@ -4,6 +4,7 @@
 // Pointers are addresses of dense host memory; `threads` is the number of threads to use at most.
 #include "../augment.h"
 #include "../barlow_twins.h"
+#include "../triplets.h"
 
 namespace MMFAST_NS {
 
@@ -63,5 +64,19 @@ bool barlow_twins_narrow_backward(bool native, const void* z_a, int64_t stride_a
                                   const void* statistics, const void* upstream, int64_t rows, int64_t columns,
                                   const mmfast::BarlowTwinsDefinition& definition, void* grad_a, void* grad_b,
                                   int threads);
+
+// triplets.cpp. scores (rows, columns) of a strip, dense, fp64 if `wide`, else fp32, as values (rows), g (rows,
+// columns) and weights (rows) are. counts (6, rows) and numbers and places (2, rows) have rows `stride` apart. scratch:
+// `bytes` for each thread, a multiple of 8: see mmfast/ops/similarity/triplet_kernels.py.
+
+// Either values and counts, or g, the derivative by the scores times the row's weight, are null. most: the largest
+// number of positives.
+void triplet_strip(bool wide, const mmfast::TripletStrip& strip, const void* scores, int kind, double margin,
+                   bool ties, void* values, int64_t* counts, int64_t stride, void* g, const void* weights,
+                   int64_t most, void* scratch, int64_t bytes, int threads);
+// The least score of a positive and the largest of a negative (infinite where there is none), whose they are, the
+// first of equals, and the numbers of positives and negatives.
+void triplet_hardest(bool wide, const mmfast::TripletStrip& strip, const void* scores, void* near, void* far,
+                     int32_t* places, int64_t* numbers, int64_t stride, void* scratch, int64_t bytes, int threads);
 
 }  // namespace MMFAST_NS

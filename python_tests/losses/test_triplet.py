@@ -6,6 +6,7 @@ import pytest
 import torch
 from triplet_help import DOUBLE, X, Y, Z
 
+from mmfast.backends import backend
 from mmfast.errors import UserError
 from mmfast.losses.triplet import (
     MININGS,
@@ -56,6 +57,8 @@ def test_definition(options, score, monkeypatch):
     for rows, columns, classes in ((2, 3, 2), (17, 1, 4), (17, 7, 3), (23, 5, 40)):
         z, labels = drawn(rows, columns, classes)
         compared(z, labels, score, options)
+        with backend("reference"):
+            compared(z, labels, score, options)
     ids, valid = torch.arange(23) // 2, torch.arange(23) % 5 != 2
     z, labels = drawn(23, 5, 4)
     compared(z, labels, score, options, ids=ids)
