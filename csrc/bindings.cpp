@@ -265,6 +265,34 @@ bool similarity_codes(Address x, int64_t n, Address codes) {
   return KERNEL(similarity_codes)(ptr<int64_t>(x), n, ptr<int32_t>(codes));
 }
 
+mmfast::TripletStrip triplet_rows(int64_t rows, int64_t columns, int64_t start, Address order, Address first,
+                                  Address last, Address ids, Address valid) {
+  return {rows,
+          columns,
+          start,
+          ptr<const int32_t>(order),
+          ptr<const int32_t>(first),
+          ptr<const int32_t>(last),
+          ptr<const int64_t>(ids),
+          ptr<const uint8_t>(valid)};
+}
+
+void triplet_strip(bool wide, const mmfast::TripletStrip& strip, Address scores, int kind, double margin,
+                   bool ties, Address values, Address counts, int64_t stride, Address g, Address weights,
+                   int64_t most, Address scratch, int64_t bytes, int threads) {
+  KERNEL(triplet_strip)(wide, strip, ptr<void>(scores), kind, margin, ties, ptr<void>(values),
+                        ptr<int64_t>(counts), stride, ptr<void>(g), ptr<void>(weights), most,
+                        ptr<void>(scratch), bytes, threads);
+}
+
+void triplet_hardest(bool wide, const mmfast::TripletStrip& strip, Address scores, Address near, Address far,
+                     Address places, Address numbers, int64_t stride, Address scratch, int64_t bytes,
+                     int threads) {
+  KERNEL(triplet_hardest)(wide, strip, ptr<void>(scores), ptr<void>(near), ptr<void>(far),
+                          ptr<int32_t>(places), ptr<int64_t>(numbers), stride, ptr<void>(scratch), bytes,
+                          threads);
+}
+
 #ifdef MMFAST_WITH_CUDA
 int cuda_barlow_twins_standardise(int dtype, bool narrow, Address z_a, int64_t stride_a, Address z_b,
                                   int64_t stride_b, int64_t rows, int64_t columns,
@@ -350,6 +378,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("similarity_units", &similarity_units, no_gil);
   m.def("similarity_row_gradients", &similarity_row_gradients, no_gil);
   m.def("similarity_codes", &similarity_codes, no_gil);
+  py::class_<mmfast::TripletStrip>(m, "TripletStrip").def(py::init(&triplet_rows));
+  m.def("triplet_strip", &triplet_strip, no_gil);
+  m.def("triplet_hardest", &triplet_hardest, no_gil);
 #ifdef MMFAST_WITH_CUDA
   m.def("cuda_augment_draw", &cuda_augment_draw, no_gil);
   m.def("cuda_augment_apply", &cuda_augment_apply, no_gil);

@@ -5,6 +5,7 @@
 #include "../augment.h"
 #include "../barlow_twins.h"
 #include "../similarity.h"
+#include "../triplets.h"
 
 namespace MMFAST_NS {
 
@@ -92,5 +93,19 @@ void similarity_row_gradients(int dtype, const void* grad, const void* unit, con
 
 // codes (n): x, if all of them fit, which it returns.
 bool similarity_codes(const int64_t* x, int64_t n, int32_t* codes);
+
+// triplets.cpp. scores (rows, columns) of a strip, dense, fp64 if `wide`, else fp32, as values (rows), g (rows,
+// columns) and weights (rows) are. counts (6, rows) and numbers and places (2, rows) have rows `stride` apart. scratch:
+// `bytes` for each thread, a multiple of 8: see mmfast/ops/similarity/triplet_kernels.py.
+
+// Either values and counts, or g, the derivative by the scores times the row's weight, are null. most: the largest
+// number of positives.
+void triplet_strip(bool wide, const mmfast::TripletStrip& strip, const void* scores, int kind, double margin,
+                   bool ties, void* values, int64_t* counts, int64_t stride, void* g, const void* weights,
+                   int64_t most, void* scratch, int64_t bytes, int threads);
+// The least score of a positive and the largest of a negative (infinite where there is none), whose they are, the
+// first of equals, and the numbers of positives and negatives.
+void triplet_hardest(bool wide, const mmfast::TripletStrip& strip, const void* scores, void* near, void* far,
+                     int32_t* places, int64_t* numbers, int64_t stride, void* scratch, int64_t bytes, int threads);
 
 }  // namespace MMFAST_NS

@@ -1,11 +1,10 @@
 """Triplet losses: gradients against the definition, edge cases, precision, memory, refusals."""
 
-import itertools
-
 import pytest
 import torch
 from triplet_help import DOUBLE, X, Y, Z
 
+from mmfast.backends import backend
 from mmfast.errors import UserError
 from mmfast.losses.triplet import (
     MININGS,
@@ -53,12 +52,13 @@ def test_definition(options, score, monkeypatch):
     if options.lone and score == "dot":
         return
     monkeypatch.setattr("mmfast.ops.similarity.op.STRIP", 60)
-    for rows, columns, classes in ((2, 3, 2), (17, 1, 4), (17, 7, 3), (23, 5, 40)):
+    for rows, columns, classes in ((2, 3, 2), (11, 2, 4), (13, 7, 3), (14, 5, 20)):
         z, labels = drawn(rows, columns, classes)
         compared(z, labels, score, options)
-    ids, valid = torch.arange(23) // 2, torch.arange(23) % 5 != 2
-    z, labels = drawn(23, 5, 4)
-    compared(z, labels, score, options, ids=ids)
+        with backend("reference"):
+            compared(z, labels, score, options)
+    ids, valid = torch.arange(17) // 2, torch.arange(17) % 5 != 2
+    z, labels = drawn(17, 5, 4)
     compared(z, labels, score, options, ids=ids, valid=valid)
 
 
@@ -354,5 +354,5 @@ def test_two_losses_before_one_backward_and_reruns_are_equal():
     assert torch.equal(*found)
     together = sum(torch.autograd.grad(call(z, labels), z)[0] for call in LOSSES.values())
     torch.testing.assert_close(found[0], together)
-    combined = itertools.chain([TripletMarginLoss()], [SmoothTripletLoss()])
-    assert all("group" not in repr(loss) and "cosine" in repr(loss) for loss in combined)
+    for loss in (TripletMarginLoss(), SmoothTripletLoss()):
+        assert "group" not in repr(loss) and "cosine" in repr(loss)

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
 from mmfast.ops.similarity import triplet_passes as passes
 from mmfast.ops.similarity.op import _without, strips
 from mmfast.ops.similarity.passes import Rule
+from mmfast.ops.similarity.triplet_kernels import Cpu
 from mmfast.ops.similarity.triplet_passes import Options
 from mmfast.ops.similarity.triplet_scores import OF_ITSELF, Scored
 
@@ -30,6 +32,12 @@ def _rule(labels, ids, valid) -> Rule:
     return Rule(*pairs, True)
 
 
+def _engine(rule: Rule, kind: str) -> passes.Plain:
+    # Exponentials are PyTorch's.
+    native = kind != "smooth" and backends.choose(OP, rule.labels[0].device) == "cpu"
+    return (Cpu if native else passes.Plain)(rule)
+
+
 def _forward(z, labels, ids, valid, kind, margin, ties, soft, lone, score):
     options, rule = _options(kind, margin, ties, soft, lone, score), _rule(labels, ids, valid)
     scored = Scored.of(z, valid, score)
@@ -40,15 +48,16 @@ def _forward(z, labels, ids, valid, kind, margin, ties, soft, lone, score):
     values, slopes = scored.x.new_empty(rows), scored.x.new_empty((2, rows if pairs else 0))
     counts = torch.empty((6, rows), dtype=torch.long, device=z.device)
     places = torch.empty((2, rows if pairs else 0), dtype=torch.int32, device=z.device)
-    classes = None if pairs else passes.Classes.of(labels)
+    engine = _engine(rule, kind)
     for start, stop in strips(rows, rows, values.dtype):
         scores, part = scored.scores(start, stop), slice(start, stop)
         if pairs:
-            values[part], counts[:, part], places[:, part], slopes[:, part] = passes.hardest(
-                scores, rule, start, options
-            )
+            found = engine.extremes(scores, start)
+            places[:, part] = found.places
+            own = None if valid is None else valid[part]
+            values[part], counts[:, part], slopes[:, part] = passes.hardest(found, own, options)
         else:
-            values[part], counts[:, part], _ = passes.strip(scores, rule, classes, start, options, False)
+            values[part], counts[:, part] = engine.strip(scores, start, options)
     if z.device.type != "cpu":
         # Comparisons hide NaN.
         values += 0 * scored.x.sum()
@@ -74,11 +83,10 @@ def _backward(weights, z, labels, ids, valid, places, slopes, kind, margin, ties
         for place, slope in zip(places.long(), slopes, strict=True):
             scored.pull_pairs(grad, place, slope * weights)
     else:
-        classes = passes.Classes.of(labels)
+        engine = _engine(rule, kind)
         for start, stop in strips(len(z), len(z), grad.dtype):
             scores = scored.scores(start, stop)
-            g = passes.strip(scores, rule, classes, start, options, True)[2]
-            scored.pull(grad, g.mul_(weights[start:stop, None]), start)
+            scored.pull(grad, engine.slopes(scores, start, options, weights[start:stop]), start)
     if z.device.type != "cpu":
         grad += 0 * scored.x.sum()
     grad = scored.to_rows(grad, z.dtype)

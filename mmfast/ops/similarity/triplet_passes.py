@@ -65,8 +65,39 @@ def masks(rule: Rule, start: int, stop: int) -> tuple[Tensor, Tensor]:
     return same & ~neither, ~(same | neither)
 
 
-def strip(scores: Tensor, rule: Rule, classes: Classes, start: int, options: Options, gradient: bool):
-    """(n,) sums of the terms of rows, (6, n) counts, and, for ``gradient``, their derivative by the scores (n, C)."""
+class Extremes(NamedTuple):
+    """Of rows: the least score of a positive and the largest of a negative, infinite where there is none, and whose
+    they are (2, n), the first of equals; and the numbers (2, n) of positives and of negatives."""
+
+    near: Tensor
+    far: Tensor
+    places: Tensor
+    numbers: Tensor
+
+
+class Plain:
+    """The passes of strips of scores (n, C), the rows from ``start`` on, for any device."""
+
+    def __init__(self, rule: Rule):
+        self.rule, self.classes = rule, Classes.of(rule.labels[0])
+
+    def strip(self, scores: Tensor, start: int, options: Options) -> tuple[Tensor, Tensor]:
+        """(n,) sums of the terms of rows, and (6, n) counts."""
+        return _strip(scores, self.rule, self.classes, start, options, False)[:2]
+
+    def slopes(self, scores: Tensor, start: int, options: Options, weights: Tensor) -> Tensor:
+        """(n, C) the derivative of the sums by the scores, times the (n,) weights."""
+        g = _strip(scores, self.rule, self.classes, start, options, True)[2]
+        return g.mul_(weights[:, None])
+
+    def extremes(self, scores: Tensor, start: int) -> Extremes:
+        positive, negative = masks(self.rule, start, start + len(scores))
+        near, p = scores.masked_fill(~positive, math.inf).min(1)
+        far, n = scores.masked_fill(~negative, -math.inf).max(1)
+        return Extremes(near, far, torch.stack((p, n)), torch.stack((positive.sum(1), negative.sum(1))))
+
+
+def _strip(scores: Tensor, rule: Rule, classes: Classes, start: int, options: Options, gradient: bool):
     positive, negative = masks(rule, start, start + len(scores))
     index, there = classes.positives(start, positive)
     counts = torch.zeros((6, len(scores)), dtype=torch.long, device=scores.device)
@@ -152,30 +183,24 @@ def _nearest(scores, negative, ordered, index, up_to, counts, margin, gradient):
     return term.sum(1), counts, g
 
 
-def hardest(scores: Tensor, rule: Rule, start: int, options: Options):
-    """(n,) terms, (6, n) counts, (2, n) the hardest positive and negative, (2, n) derivatives by their scores."""
-    positive, negative = masks(rule, start, start + len(scores))
-    near, p = scores.masked_fill(~positive, math.inf).min(1)
-    far, n = scores.masked_fill(~negative, -math.inf).max(1)
-    has = near < math.inf
-    counted = far > -math.inf
+def hardest(found: Extremes, valid: Tensor | None, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """(n,) terms, (6, n) counts, (2, n) derivatives by the scores of the hardest positive and negative."""
+    near, far, _, numbers = found
+    has, counted = near < math.inf, far > -math.inf
     if options.lone:
         near = torch.where(has, near, options.of_itself)
-        if rule.valid is not None:
-            counted &= rule.valid[0][start : start + len(scores)]
+        counted = counted if valid is None else counted & valid
     else:
-        counted &= has
+        counted = counted & has
     x = torch.where(counted, far - near, -math.inf)
     if options.soft:
         values, slope = -logsigmoid(-x), x.sigmoid()
     else:
         values = (x + options.margin).clamp(min=0)
-        slope = (values > 0).to(scores.dtype)
+        slope = (values > 0).to(x.dtype)
     is_hard = x >= 0 if options.ties and (options.margin > 0 or options.soft) else x > 0
     is_easy = counted & (x + options.margin <= 0)
     is_semihard = (x + options.margin > 0) & (x < 0)
-    counts = torch.stack(
-        (values > 0, is_easy, is_semihard, is_hard & counted, positive.sum(1), negative.sum(1))
-    )
+    counts = torch.stack((values > 0, is_easy, is_semihard, is_hard)).long()
     slopes = torch.stack((torch.where(has, -slope, 0), slope))
-    return values, counts.long(), torch.stack((p, n)), slopes
+    return values, torch.cat((counts, numbers)), slopes
