@@ -61,10 +61,28 @@ template <class C>
 MMFAST_HD Numbers<C> where(const Codes<C>& mask, const Numbers<C>& x) {
   return (Numbers<C>)(mask & (Codes<C>)x);
 }
-// y where x is NaN.
+// y where either is NaN, as the instructions have it, of which compilers make no use for vectors.
 template <class C>
 MMFAST_HD Numbers<C> larger(const Numbers<C>& x, const Numbers<C>& y) {
+#if MMFAST_VECTOR_BYTES == 32
+  if constexpr (sizeof(C) == 4)
+    return __builtin_ia32_maxps256(x, y);
+  else
+    return __builtin_ia32_maxpd256(x, y);
+#else
   return x > y ? x : y;
+#endif
+}
+template <class C>
+MMFAST_HD Numbers<C> smaller(const Numbers<C>& x, const Numbers<C>& y) {
+#if MMFAST_VECTOR_BYTES == 32
+  if constexpr (sizeof(C) == 4)
+    return __builtin_ia32_minps256(x, y);
+  else
+    return __builtin_ia32_minpd256(x, y);
+#else
+  return x < y ? x : y;
+#endif
 }
 template <class C>
 MMFAST_HD Numbers<C> magnitude(const Numbers<C>& x) {
@@ -125,8 +143,7 @@ MMFAST_HD Numbers<C> exponential(Numbers<C> x) {
   constexpr double inverse[] = {1,           1. / 2,       1. / 6,         1. / 24,        1. / 120,
                                 1. / 720,    1. / 5040,    1. / 40320,     1. / 362880,    1. / 3628800,
                                 1. / 39916800, 1. / 479001600, 1. / 6227020800};
-  x = x < E::lowest ? every<C>(E::lowest) : x;
-  x = x > E::highest ? every<C>(E::highest) : x;
+  x = smaller<C>(every<C>(E::highest), larger<C>(every<C>(E::lowest), x));
   const Numbers<C> moved = x * (C)1.4426950408889634 + E::magic;
   const Numbers<C> n = moved - E::magic;
   const Codes<C> power = (Codes<C>)moved - (Codes<C>)every<C>(E::magic) + (Code<C>)E::offset;

@@ -68,13 +68,10 @@ class Call:
 
     def reduced(self, values, counts, valid, weights) -> tuple[Tensor, Tensor]:
         """The loss, and detached (3,) the :class:`ContrastiveComponents`."""
-        anchors = (counts > 0).to(values.dtype)
+        with torch.no_grad():
+            anchors = (counts > 0).sum(dtype=values.dtype)
+            pairs = counts.sum()
         weighted = values if weights is None else values * weights
-        total = {
-            "anchors": anchors,
-            "pairs": counts,
-            "all": torch.ones_like(values) if valid is None else valid.to(values.dtype),
-        }[self.over]
         if self.over == "pairs" and self.reduction == "mean":
             weighted = weighted * counts
         if self.reduction == "none":
@@ -82,10 +79,19 @@ class Call:
         elif self.reduction == "sum":
             loss = weighted.sum()
         else:
-            divisor = (total if weights is None else total * weights).sum()
+            divisor = {"anchors": anchors, "pairs": pairs}.get(self.over)
+            if weights is not None or divisor is None:
+                divisor = self._divisor(values, counts, valid, weights)
             loss = weighted.sum() / torch.where(divisor > 0, divisor, 1)
         with torch.no_grad():
-            return loss, torch.stack((loss.sum(), anchors.sum(), counts.sum()))
+            return loss, torch.stack((loss.sum(), anchors, pairs))
+
+    def _divisor(self, values, counts, valid, weights) -> Tensor:
+        if self.over == "all":
+            total = torch.ones_like(values) if valid is None else valid.to(values.dtype)
+        else:
+            total = counts if self.over == "pairs" else (counts > 0).to(values.dtype)
+        return (total if weights is None else total * weights).sum()
 
     def scale(self, temperature: Any, rows: tuple[str, Tensor]) -> Tensor:
         """1 / temperature, of which each process has its share."""

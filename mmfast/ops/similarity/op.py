@@ -30,6 +30,15 @@ def strips(rows: int, candidates: int, dtype: torch.dtype):
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
+def _places(kept: Tensor, unit: Tensor, candidates: int):
+    """(start, stop, where the scores are) of strips: in ``kept``, or else one after the other in the same memory."""
+    parts = strips(unit.shape[0], candidates, unit.dtype)
+    if kept.numel() or not parts:
+        return [(start, stop, kept[start:stop]) for start, stop in parts]
+    memory = unit.new_empty(parts[0][1], candidates)
+    return [(start, stop, memory[: stop - start]) for start, stop in parts]
+
+
 def keeps_scores(rows: int, candidates: int, columns: int, itself: bool) -> bool:
     """Whether the scores are no larger than the embeddings, so that they are kept."""
     return 2 * rows * candidates <= (rows if itself else rows + candidates) * columns * (2 if itself else 1)
@@ -58,9 +67,8 @@ def _forward(
     values, counts, rows = unit.new_empty(n), unit.new_empty(n), unit.new_empty(4, n)
     kept = unit.new_empty((n, candidates) if keep else (0, 0))
     run = passes_for(kind, cpu)(rule, kind, scale, bias, k is None)
-    for start, stop in strips(n, candidates, unit.dtype):
-        scores = product(unit[start:stop], other, out=kept[start:stop] if keep else None)
-        run.forward(scores, start, values, counts, rows)
+    for start, stop, place in _places(kept, unit, candidates):
+        run.forward(product(unit[start:stop], other, out=place), start, values, counts, rows)
     return values, counts, rows, kept
 
 
@@ -110,8 +118,8 @@ def _backward(
     grad_k = torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
     run = passes_for(kind, cpu)(rule, kind, scale, bias, k is None)
-    for start, stop in strips(own.unit.shape[0], other.unit.shape[0], own.unit.dtype):
-        scores = kept[start:stop] if kept.numel() else product(own.unit[start:stop], other.unit)
+    for start, stop, place in _places(kept, own.unit, other.unit.shape[0]):
+        scores = place if kept.numel() else product(own.unit[start:stop], other.unit, out=place)
         h, sums = run.backward(scores, start, rows, weights, own=not kept.numel())
         if need_bias:
             of_bias += sums.sum() / (2 if both else 1)
