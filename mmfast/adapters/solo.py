@@ -1,4 +1,4 @@
-"""``from solo.losses import barlow_loss_func`` becomes ``from mmfast.adapters.solo import barlow_loss_func``."""
+"""``from solo.losses import barlow_loss_func, simclr_loss_func``: the same from ``mmfast.adapters.solo``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from torch import Tensor
 
 from mmfast.checks import check_number
 from mmfast.losses.barlow_twins import Options, evaluate_barlow_twins
+from mmfast.losses.similarity import Call, Variant
+from mmfast.ops.similarity.checks import check_integers, check_rows
 
 OP = "solo.barlow_loss_func"
+SIMCLR = "solo.simclr_loss_func"
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
@@ -19,3 +22,16 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
     lambd, scale = check_number(OP, "lamb", lamb, 0), check_number(OP, "scale_loss", scale_loss, 0)
     options = Options(lambd, variant="solo", scale=scale, stats="local", grad_convention="legacy")
     return evaluate_barlow_twins(z1, z2, options.request(), op=OP, names=("z1", "z2"))[0]
+
+
+def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Tensor:
+    """solo-learn's SimCLR loss: log of all but the row itself over its positives, mean over the rows.
+
+    z: (V B, D), rows of all views. indexes: (V B,) integers, equal for views of one sample (or for one label).
+    Rows without a positive, which make solo-learn's loss infinite, have no loss; no temperature is too small.
+    With several processes the loss is that of all rows, and its gradient the true one.
+    """
+    check_rows(SIMCLR, "z", z)
+    indexes = check_integers(SIMCLR, "indexes", indexes, ("z", z))
+    call = Call(SIMCLR, "mean", "anchors", ("global", "true", None))
+    return call.against_themselves(z, [indexes, None, None, None], temperature, Variant("sum"), True)[0]
