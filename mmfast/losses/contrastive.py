@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmfast.checks import check_bool
 from mmfast.errors import UserError
+from mmfast.losses.queue import EmbeddingQueue, check_queue, memory
 from mmfast.losses.similarity import Call, SimilarityLoss, Variant, choice
 from mmfast.ops.similarity.checks import check_rows
 from mmfast.ops.similarity.shared import Sharing
@@ -42,7 +43,19 @@ def _twice(x: Tensor | None) -> Tensor | None:
 
 
 def _nt_xent(
-    z_a, z_b, temperature, labels, ids, valid, weights, normalise, variant, reduction, over, sharing
+    z_a,
+    z_b,
+    temperature,
+    labels,
+    ids,
+    valid,
+    weights,
+    normalise,
+    variant,
+    reduction,
+    over,
+    sharing,
+    feeding=(None, None, False),
 ):
     op = "nt_xent"
     variant = choice(op, "variant", variant, NT_XENT_VARIANTS)
@@ -50,6 +63,7 @@ def _nt_xent(
     cosine = check_bool(op, "normalise", normalise)
     z = _views(op, z_a, z_b)
     vectors = call.vectors(("z_a", z_a), labels, ids, valid, weights)
+    kept = memory(op, feeding[0], feeding[1], ("z_a", z_a), feeding[2], labels is not None or ids is not None)
     if z_b is not None:
         # An id says that two rows are views of one sample: of whole numbers that no other process has.
         if ids is None and labels is None:
@@ -57,9 +71,10 @@ def _nt_xent(
         elif ids is not None and labels is not None:
             raise UserError(f"{op}: ids must be None for two views with labels, got both")
         vectors = [_twice(x) for x in vectors]
+        kept = kept and kept._replace(mask=_twice(kept.mask))
     elif labels is None and ids is None:
         raise UserError(f"{op}: labels must be given for one view (or ids, or z_b), got None")
-    return call.against_themselves(z, vectors, temperature, variant, cosine)
+    return call.against_themselves(z, vectors, temperature, variant, cosine, kept)
 
 
 def _positions(sharing: Sharing, rows: int, device: torch.device) -> Tensor:
@@ -139,7 +154,20 @@ def nt_xent(
     )[0]
 
 
-def _sup_con(z, labels, temperature, ids, valid, weights, normalise, variant, reduction, over, sharing):
+def _sup_con(
+    z,
+    labels,
+    temperature,
+    ids,
+    valid,
+    weights,
+    normalise,
+    variant,
+    reduction,
+    over,
+    sharing,
+    feeding=(None, None, False),
+):
     op = "sup_con"
     variant = choice(op, "variant", variant, SUP_CON_VARIANTS)
     call = Call(op, reduction, over or variant.over, sharing)
@@ -152,6 +180,7 @@ def _sup_con(z, labels, temperature, ids, valid, weights, normalise, variant, re
         first = z
     check_rows(op, "z", z)
     vectors = call.vectors(("z", first), labels, ids, valid, weights)
+    kept = memory(op, feeding[0], feeding[1], ("z", first), feeding[2], labels is not None or ids is not None)
     if labels is None:
         if ids is None and views == 1:
             raise UserError(f"{op}: labels must be given for one view (or ids, or z (B, V, D)), got None")
@@ -160,7 +189,9 @@ def _sup_con(z, labels, temperature, ids, valid, weights, normalise, variant, re
     elif ids is not None and views > 1:
         raise UserError(f"{op}: ids must be None for several views with labels, got both")
     vectors = [None if x is None else x.repeat_interleave(views) for x in vectors]
-    return call.against_themselves(z, vectors, temperature, variant, cosine)
+    if kept is not None and kept.mask is not None:
+        kept = kept._replace(mask=kept.mask.repeat_interleave(views))
+    return call.against_themselves(z, vectors, temperature, variant, cosine, kept)
 
 
 def sup_con(
@@ -220,7 +251,8 @@ class NTXentLoss(SimilarityLoss):
     >>> loss(z, labels=labels).backward()
     >>> loss.last.anchors
 
-    A ``torch.nn.Parameter`` for the temperature is learnt.
+    A ``torch.nn.Parameter`` for the temperature is learnt. With a ``queue`` its rows are candidates, too; of the
+    batch it takes those of ``enqueue_mask`` (B,), or all.
     """
 
     def __init__(
@@ -231,6 +263,7 @@ class NTXentLoss(SimilarityLoss):
         variant: str = "simclr",
         reduction: str = "mean",
         over: str | None = None,
+        queue: EmbeddingQueue | None = None,
         stats: str | None = "global",
         grad_convention: str = "true",
         group: Any = None,
@@ -242,6 +275,7 @@ class NTXentLoss(SimilarityLoss):
             temperature=temperature, normalise=normalise, variant=variant, reduction=reduction, over=over
         )
         self._take_sharing(stats, grad_convention, group)
+        self.queue = check_queue("nt_xent", queue)
 
     def forward(
         self,
@@ -252,9 +286,13 @@ class NTXentLoss(SimilarityLoss):
         ids: Tensor | None = None,
         valid: Tensor | None = None,
         weights: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Tensor:
         options = self.normalise, self.variant, self.reduction, self.over, self._sharing()
-        return self._kept(_nt_xent(z_a, z_b, self.temperature, labels, ids, valid, weights, *options))
+        feeding = self.queue, enqueue_mask, self.training
+        return self._kept(
+            _nt_xent(z_a, z_b, self.temperature, labels, ids, valid, weights, *options, feeding)
+        )
 
 
 class SupConLoss(SimilarityLoss):
@@ -262,6 +300,8 @@ class SupConLoss(SimilarityLoss):
 
     >>> loss = SupConLoss()
     >>> loss(z, labels).backward()  # z (B, D), or (B, V, D) for V views
+
+    With a ``queue`` its rows are candidates, too; of the batch it takes those of ``enqueue_mask`` (B,), or all.
     """
 
     def __init__(
@@ -272,6 +312,7 @@ class SupConLoss(SimilarityLoss):
         variant: str = "out",
         reduction: str = "mean",
         over: str | None = None,
+        queue: EmbeddingQueue | None = None,
         stats: str | None = "global",
         grad_convention: str = "true",
         group: Any = None,
@@ -283,6 +324,7 @@ class SupConLoss(SimilarityLoss):
             temperature=temperature, normalise=normalise, variant=variant, reduction=reduction, over=over
         )
         self._take_sharing(stats, grad_convention, group)
+        self.queue = check_queue("sup_con", queue)
 
     def forward(
         self,
@@ -292,6 +334,8 @@ class SupConLoss(SimilarityLoss):
         ids: Tensor | None = None,
         valid: Tensor | None = None,
         weights: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Tensor:
         options = self.normalise, self.variant, self.reduction, self.over, self._sharing()
-        return self._kept(_sup_con(z, labels, self.temperature, ids, valid, weights, *options))
+        feeding = self.queue, enqueue_mask, self.training
+        return self._kept(_sup_con(z, labels, self.temperature, ids, valid, weights, *options, feeding))

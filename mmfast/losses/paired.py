@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from mmfast.checks import check_bool, check_number
 from mmfast.errors import UserError
+from mmfast.losses.queue import EmbeddingQueue, check_queue, memory
 from mmfast.losses.similarity import Call, SimilarityLoss
+from mmfast.ops.barlow_twins.checks import compute_dtype
 from mmfast.ops.similarity.checks import check_integers, check_rows, check_scalar
 from mmfast.ops.similarity.op import similarity
 
@@ -39,6 +41,7 @@ def _info_nce(
     reduction,
     sharing,
     kind="out",
+    feeding=(None, None, False),
 ):
     call = Call(op, reduction, "all", sharing)
     cosine = check_bool(op, "normalise", normalise)
@@ -59,16 +62,19 @@ def _info_nce(
         _check_targets(op, targets, len(key))
     scale = call.sharing.scalar(scale) if scale is not None else call.scale(temperature, rows)
     bias = None if bias is None else call.sharing.scalar(bias)
+    kept = memory(op, feeding[0], feeding[1], ("key", key), feeding[2])
+    mask = None if kept is None else kept.mask
     if call.sharing.group is not None:
         if targets is not None or negatives is not None:
             raise UserError(
                 f"{op}: stats must be None with targets or negatives, got 'global' with several processes"
             )
-        (query, key), (own_ids, weights) = call.sharing.gather(
-            [query, key], [own_ids, weights], {"reduction": reduction}
+        facts = {"reduction": reduction, "queue": 0 if kept is None else kept.queue.size}
+        (query, key), (own_ids, weights, mask) = call.sharing.gather(
+            [query, key], [own_ids, weights, mask], facts
         )
     candidates = key if negatives is None else torch.cat((key, negatives))
-    if len(candidates) < 2:
+    if len(candidates) < 2 and kept is None:
         raise UserError(f"{op}: key must have at least 2 rows (a contrast needs two), got {tuple(key.shape)}")
     place = torch.arange(len(candidates), device=key.device)
     labels = (place[: len(query)] if targets is None else targets, place)
@@ -77,8 +83,23 @@ def _info_nce(
         # Negatives of nobody's id.
         extra = place[len(key) :] * 0 + torch.iinfo(torch.int64).min
         pair_ids = own_ids, torch.cat((own_ids, extra))
-    values, counts = similarity(query, candidates, labels, pair_ids, None, scale, bias, kind, cosine)
+    valid = None
+    if kept is not None:
+        query, candidates = (x.to(compute_dtype(query)) for x in (query, candidates))
+        labels, pair_ids, valid, candidates = _with_queue(kept.queue, query, candidates, labels, pair_ids)
+    values, counts = similarity(query, candidates, labels, pair_ids, valid, scale, bias, kind, cosine)
+    if kept is not None:
+        kept.feed(key, None, own_ids, None, mask, cosine)
     return call.reduced(values, counts, None, weights)
+
+
+def _with_queue(queue: EmbeddingQueue, query, candidates, labels, ids) -> tuple:
+    there = [torch.ones(len(x), dtype=torch.bool, device=query.device) for x in (query, candidates)]
+    labels, ids, valid = (
+        None if x is None else (x[0], torch.cat((x[1], other)))
+        for x, other in ((labels, queue.labels), (ids, queue.ids), (there, queue.valid))
+    )
+    return labels, ids, valid, torch.cat((candidates, queue.rows.to(candidates.dtype)))
 
 
 def info_nce(
@@ -220,6 +241,8 @@ class InfoNCELoss(SimilarityLoss):
 
     >>> loss = InfoNCELoss()
     >>> loss(query, key).backward()
+
+    With a ``queue`` its rows are negatives, too; of the keys it takes those of ``enqueue_mask`` (B,), or all.
     """
 
     def __init__(
@@ -228,6 +251,7 @@ class InfoNCELoss(SimilarityLoss):
         *,
         normalise: bool = True,
         reduction: str = "mean",
+        queue: EmbeddingQueue | None = None,
         stats: str | None = "global",
         grad_convention: str = "true",
         group: Any = None,
@@ -236,6 +260,7 @@ class InfoNCELoss(SimilarityLoss):
         Call("info_nce", reduction, "all", (stats, grad_convention, group))
         self._take(temperature=temperature, normalise=normalise, reduction=reduction)
         self._take_sharing(stats, grad_convention, group)
+        self.queue = check_queue("info_nce", queue)
 
     def forward(
         self,
@@ -246,9 +271,12 @@ class InfoNCELoss(SimilarityLoss):
         targets: Tensor | None = None,
         ids: Tensor | None = None,
         weights: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Tensor:
         options = ids, weights, self.normalise, self.reduction, self._sharing()
-        found = _info_nce("info_nce", query, key, negatives, self.temperature, None, None, targets, *options)
+        feeding = self.queue, enqueue_mask, self.training
+        rows = query, key, negatives
+        found = _info_nce("info_nce", *rows, self.temperature, None, None, targets, *options, "out", feeding)
         return self._kept(found)
 
 

@@ -92,22 +92,28 @@ class Call:
         temperature = check_scalar(self.op, "temperature", temperature, rows, positive=True)
         return self.sharing.scalar(temperature).reciprocal()
 
-    def against_themselves(self, z, vectors, temperature, variant, cosine) -> tuple[Tensor, Tensor]:
-        """Rows that are each other's candidates; vectors: labels, ids, valid, weights."""
+    def against_themselves(
+        self, z, vectors, temperature, variant, cosine, memory=None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows that are each other's candidates, beside those of a memory; vectors: labels, ids, valid, weights."""
         scale = self.scale(temperature, ("z", z))
         facts = {"variant": variant, "cosine": cosine, "reduction": self.reduction, "over": self.over}
-        (z,), (labels, ids, valid, weights) = self.sharing.gather([z], vectors, facts)
-        if len(z) < 2:
+        if memory is not None:
+            facts["queue"] = memory.queue.size
+        mask = None if memory is None else memory.mask
+        (z,), (labels, ids, valid, weights, mask) = self.sharing.gather([z], [*vectors, mask], facts)
+        if len(z) < 2 and memory is None:
             raise UserError(
                 f"{self.op}: z must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}"
             )
         own = ids if labels is None else labels
-        pairs = (
-            (own, own),
-            None if labels is None or ids is None else (ids, ids),
-            None if valid is None else (valid, valid),
-        )
-        values, counts = similarity(z, None, *pairs, scale, None, variant.kind, cosine)
+        others = None if labels is None else ids
+        if memory is None:
+            pairs = (None if x is None else (x, x) for x in (own, others, valid))
+            values, counts = similarity(z, None, *pairs, scale, None, variant.kind, cosine)
+        else:
+            values, counts = memory.similarity(z, own, others, valid, scale, variant.kind, cosine)
+            memory.feed(z, own, others, valid, mask, cosine)
         loss, components = self.reduced(values, counts, valid, weights)
         if variant.base_temperature is not None:
             factor = 1 / scale / variant.base_temperature

@@ -1,4 +1,4 @@
-"""Contrastive adapters on two processes: after DistributedDataParallel's mean the gradient is that of their projects."""
+"""Contrastive adapters on two processes: gradients after DistributedDataParallel's mean are those of the peers."""
 
 import os
 
