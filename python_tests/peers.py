@@ -61,7 +61,13 @@ def theirs(module, *, whole=(), instead=None):
 
 
 def lightly_nt_xent():
-    return theirs("lightly.loss.ntx_ent_loss", instead={"lightly.models.utils": {}}).NTXentLoss
+    def concat_all_gather(x):
+        every = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(every, x)
+        return torch.cat(every)
+
+    instead = {"lightly.models.utils": {"concat_all_gather": concat_all_gather}}
+    return theirs("lightly.loss.ntx_ent_loss", instead=instead).NTXentLoss
 
 
 def metric_learning(name):

@@ -99,6 +99,23 @@ def test_lightly(ranks, gather):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
+def bank_of(group, module):
+    code = lightly.NTXentLoss if module == "ours" else lightly_nt_xent()
+    loss = code(0.2, (16, 5), gather_distributed=True).double()
+    bank = loss.bank.rows if module == "ours" else loss.memory_bank.bank
+    bank.copy_(torch.nn.functional.normalize(rows(16, 5, seed=7)))
+    found = [gradients(loss, own(A) + step, own(B) - step) for step in range(3)]
+    return *(x for one in found for x in one), loss.bank.rows if module == "ours" else loss.memory_bank.bank
+
+
+def test_lightly_with_a_memory_bank(ranks):
+    path = str(folder_of("lightly").parent)
+    found = ranks(with_path, path, bank_of, "ours")
+    for ours, truth in zip(found, ranks(with_path, path, bank_of, "theirs"), strict=True):
+        for x, y in zip(ours, truth, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
 def simclr_of(group):
     return gradients(lambda z: solo.simclr_loss_func(z, own(IDS)), own(A), upstream=1.0)
 

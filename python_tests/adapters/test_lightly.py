@@ -30,6 +30,36 @@ def test_lightly_itself():
         same(NTXentLoss(**options), theirs(**options), *inputs)
 
 
+def moco(a, b, bank, temperature):
+    a, b = normalize(a), normalize(b)
+    logits = torch.cat(((a * b).sum(1, keepdim=True), a @ bank.T), 1) / temperature
+    return cross_entropy(logits, torch.zeros(len(a), dtype=torch.int64))
+
+
+def test_a_memory_bank():
+    loss = NTXentLoss(0.2, (6, 5)).double()
+    torch.testing.assert_close(loss.bank.rows.float().norm(dim=1), torch.ones(6))
+    bank = normalize(loss.bank.rows)
+    for step in range(4):
+        a, b = rows(3, 5, seed=step), rows(3, 5, seed=step + 9)
+        with torch.no_grad():
+            loss(a, b)  # looks, and takes nothing
+        before = bank.clone()
+        same(loss, lambda a, b, k=before: moco(a, b, k, 0.2), a, b, tolerance=1e-6)
+        bank[3 * (step % 2) :][:3] = normalize(b)
+        torch.testing.assert_close(loss.bank.rows, bank, rtol=0, atol=1e-6)
+    assert set(loss.state_dict()) == {f"bank.{x}" for x in ("rows", "labels", "ids", "head", "filled")}
+
+
+def test_lightly_itself_with_a_memory_bank():
+    ours, theirs = NTXentLoss(0.2, (12, 5)).double(), lightly_nt_xent()(0.2, (12, 5)).double()
+    theirs.memory_bank.bank.copy_(normalize(theirs.memory_bank.bank))
+    ours.bank.rows.copy_(theirs.memory_bank.bank)
+    for step in range(7):
+        same(ours, theirs, rows(4, 5, seed=step), rows(4, 5, seed=step + 9))
+    torch.testing.assert_close(ours.bank.rows, theirs.memory_bank.bank)
+
+
 def test_golden_values():
     golden(NTXentLoss(), 1.624015, (0.052028, 1.082413), Q, K)
     golden(NTXentLoss(0.07), 1.024737, (0.213097, 5.423254), Q, K)
@@ -78,10 +108,14 @@ A = torch.ones(3, 4)
 INVALID = [
     (lambda: NTXentLoss(0.0), "lightly.NTXentLoss: temperature must be finite and above 0, got 0.0"),
     (lambda: NTXentLoss(-0.5), "lightly.NTXentLoss: temperature must be finite and above 0, got -0.5"),
-    (lambda: NTXentLoss(memory_bank_size=(64, 4)), "lightly.NTXentLoss: memory_bank_size must be 0 "
-     "(mmfast.InfoNCELoss takes a queue), got (64, 4)"),
+    (lambda: NTXentLoss(memory_bank_size=64),
+     "lightly.NTXentLoss: memory_bank_size must be 0 or (rows, columns), got 64"),
     (lambda: NTXentLoss(memory_bank_size="0"),
-     "lightly.NTXentLoss: memory_bank_size must be 0, got '0'"),
+     "lightly.NTXentLoss: memory_bank_size must be 0 or (rows, columns), got '0'"),
+    (lambda: NTXentLoss(memory_bank_size=(64, 0)),
+     "lightly.NTXentLoss: memory_bank_size[1] must be at least 1, got 0"),
+    (lambda: NTXentLoss(memory_bank_size=(64, 3))(A, A),
+     "lightly.NTXentLoss: key must have the 3 columns of the queue, got (3, 4)"),
     (lambda: NTXentLoss()(A, A[:2]), "lightly.NTXentLoss: out1 must have the 3 rows of out0, got (2, 4)"),
     (lambda: NTXentLoss()(A, A[:, :3]), "lightly.NTXentLoss: out1 must have the 4 columns of out0, got (3, 3)"),
     (lambda: NTXentLoss()(None, A), "lightly.NTXentLoss: out0 must be a tensor, got None"),

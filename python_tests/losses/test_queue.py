@@ -7,6 +7,7 @@ import torch
 from ranks import Ranks
 from similarity_rows import DOUBLE, Q, Y, Z, gradients, rows, same
 
+from mmfast import backward_in_micro_batches
 from mmfast import functional as F
 from mmfast.errors import UserError
 from mmfast.losses import InfoNCELoss, NTXentLoss, SupConLoss
@@ -206,6 +207,36 @@ def test_half_types_and_float32_queues():
     value.backward()
     assert value.dtype == torch.float32 and z.grad.dtype == torch.bfloat16 and z.grad.isfinite().all()
     assert loss.queue.rows.dtype == torch.float32
+
+
+def test_micro_batches_feed_it_once():
+    net = torch.nn.Linear(5, 4).double()
+    x, old = rows(6, 5), rows(3, 4)
+    losses = [InfoNCELoss(queue=filled(16, old)) for _ in "ab"]
+    losses[0](net(x), net(x.square())).backward()
+    expected = net.weight.grad.clone()
+    net.zero_grad()
+    backward_in_micro_batches(losses[1], lambda part: (net(part), net(part.square())), [x[:4], x[4:]])
+    torch.testing.assert_close(net.weight.grad, expected)
+    assert int(losses[1].queue.filled) == 9
+    torch.testing.assert_close(losses[1].queue.rows, losses[0].queue.rows)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiled_whole(masked):
+    def step(loss, z, labels, mask):
+        return loss(z, labels, enqueue_mask=mask)
+
+    found = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = SupConLoss(queue=EmbeddingQueue(8, 6).double())
+        for seed in range(3):
+            z = rows(5, 6, seed=seed).requires_grad_()
+            value = run(loss, z, LABELS, VALID if masked else None)
+            value.backward()
+            found.append((value.detach(), z.grad, loss.queue.rows.clone()))
+    for ours, compiled in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(compiled, ours)
 
 
 ROWS = [3, 1, 2]
