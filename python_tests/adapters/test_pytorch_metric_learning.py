@@ -266,6 +266,36 @@ def test_small_temperatures_and_half_types(name, dtype):
         assert (found[1] - exact[1]).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * exact[1].norm()
 
 
+X = torch.tensor(
+    [[1, 2, 0], [0.3, 1.1, 1.2], [2.1, 0.7, 0.4], [1.2, -0.5, 3.1], [2.4, 1.9, 1.3], [-0.2, 2.8, 0.9],
+     [0.6, 1.4, 1], [3.2, -0.1, 2.2]], dtype=torch.float64,
+)  # fmt: skip
+
+
+def test_golden_values_of_n_pairs():
+    raw = distances.DotProductSimilarity(normalize_embeddings=False)
+    golden(lambda x: losses.NPairsLoss(distance=raw)(x, Y), 1.859310, (1.845066,), X)
+    golden(lambda x: losses.NPairsLoss()(x, Y), 1.113115, (0.179033,), X)
+
+
+@pytest.mark.parametrize("labels", [*LABELS.values(), [2, 0, 2, 1, 0, 0, 1, 3]], ids=str)
+@pytest.mark.parametrize("reducer", [None, *REDUCERS])
+def test_n_pairs(labels, reducer):
+    labels = torch.tensor(labels)
+    ours, theirs = both("NPairsLoss", reducer)
+    same(lambda z: ours(z, labels), lambda z: theirs(z, labels), rows(8, 5))
+    indices = tuple(torch.tensor(x) for x in ([1, 3, 0, 1], [0, 5, 2, 3], [0], [7]))
+    same(lambda z: ours(z, labels, indices), lambda z: theirs(z, labels, indices), rows(8, 5))
+
+
+def test_n_pairs_that_are_not_reduced():
+    ours, theirs = both("NPairsLoss", "DoNothingReducer")
+    labels = torch.tensor([2, 0, 2, 1, 0, 0, 1, 3])
+    found, truth = (x(rows(8, 5), labels)["loss"] for x in (ours, theirs))
+    torch.testing.assert_close(found["losses"], truth["losses"])
+    assert torch.equal(found["indices"], truth["indices"]) and ours.last.anchors == 3
+
+
 EXAMPLES = {
     "self supervised": """
 loss_func = losses.SelfSupervisedLoss(losses.NTXentLoss())
@@ -347,6 +377,9 @@ INVALID = [
      "AvgNonZeroReducer, MeanReducer, SumReducer, DoNothingReducer, got ThresholdReducer"),
     (lambda: losses.SupConLoss(embedding_regularizer=LpDistance()),
      P + "SupConLoss: embedding_regularizer must be None, got a regularizer"),
+    (lambda: losses.NPairsLoss()(A, Y[:3], None, A),
+     P + "NPairsLoss: ref_emb and ref_labels must be None, got references"),
+    (lambda: losses.NPairsLoss()(A, None), P + "NPairsLoss: labels must be a tensor, got None"),
     (lambda: losses.SelfSupervisedLoss(torch.nn.MSELoss()),
      P + "SelfSupervisedLoss: loss must be NTXentLoss or SupConLoss of here, got MSELoss"),
     (lambda: losses.SelfSupervisedLoss(LOSS)(A, A[:2]),

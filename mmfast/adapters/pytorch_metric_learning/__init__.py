@@ -4,6 +4,7 @@ from mmfast.adapters.pytorch_metric_learning import distances, losses, reducers
 from mmfast.adapters.pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity
 from mmfast.adapters.pytorch_metric_learning.losses import (
     CrossBatchMemory,
+    NPairsLoss,
     NTXentLoss,
     SelfSupervisedLoss,
     SupConLoss,
@@ -22,6 +23,7 @@ __all__ = [
     "DoNothingReducer",
     "DotProductSimilarity",
     "MeanReducer",
+    "NPairsLoss",
     "NTXentLoss",
     "SelfSupervisedLoss",
     "SumReducer",
