@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from metric_learning import Formula, both, ours_of, theirs_of
 from peers import metric_learning
 from similarity_rows import K, Q, Y, golden, gradients, rows, same
-from torch.nn.functional import normalize
 
 from mmfast import functional as F
 from mmfast.adapters import pytorch_metric_learning as pml
@@ -22,21 +22,13 @@ LABELS = {
 }
 
 
-def both(name, reducer=None, distance=None, **options):
-    """Ours and theirs."""
-    theirs = metric_learning(f"losses.{name}")
-    made = []
-    for code, find in ((getattr(losses, name), None), (theirs, metric_learning)):
-        given = dict(options)
-        if reducer is not None:
-            given["reducer"] = (getattr(reducers, reducer) if find is None else find(f"reducers.{reducer}"))()
-        if distance is not None:
-            kind, more = distance
-            given["distance"] = (getattr(distances, kind) if find is None else find(f"distances.{kind}"))(
-                **more
-            )
-        made.append(code(**given))
-    return made
+@pytest.mark.parametrize("name", [*LOSSES, "NPairsLoss"])
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("reducer", [None, *REDUCERS])
+def test_the_formulas_are_theirs(name, labels, reducer):
+    labels = torch.tensor(LABELS[labels])
+    formula, theirs = Formula(name, reducer), theirs_of(name, reducer)
+    same(lambda z: formula(z, labels), lambda z: theirs(z, labels), rows(8, 5))
 
 
 def test_golden_values():
@@ -129,7 +121,7 @@ def test_distances(name, distance):
 @pytest.mark.parametrize("labels", LABELS)
 def test_nothing_is_reduced(name, labels):
     labels = torch.tensor(LABELS[labels])
-    ours, theirs = both(name, "DoNothingReducer")
+    ours, theirs = (make(name, "DoNothingReducer") for make in (ours_of, theirs_of))
     z = rows(8, 5)
     found, truth = (x(z, labels)["loss"] for x in (ours, theirs))
     if torch.is_tensor(truth["losses"]):
@@ -154,77 +146,27 @@ def test_reducers_and_distances_of_theirs_do():
 def test_self_supervised(name, symmetric):
     ours, theirs = both(name)
     ours = losses.SelfSupervisedLoss(ours, symmetric=symmetric)
-    wrapper = metric_learning("losses.SelfSupervisedLoss")(theirs, symmetric=symmetric)
+    labels = torch.arange(6)
+
+    def truth(a, b):
+        if symmetric:
+            return theirs(torch.cat((a, b)), labels.repeat(2))
+        return theirs(a, labels, None, b, labels.clone())
+
+    same(ours, truth, rows(6, 5), rows(6, 5, seed=2))
+
+
+@every_loss
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_their_self_supervision(name, symmetric):
+    wrapper = metric_learning("losses.SelfSupervisedLoss")(theirs_of(name), symmetric=symmetric)
+    ours = losses.SelfSupervisedLoss(ours_of(name), symmetric=symmetric)
     same(ours, wrapper, rows(6, 5), rows(6, 5, seed=2))
 
 
 def test_two_views_are_simclr():
     loss = losses.SelfSupervisedLoss(losses.NTXentLoss(0.5))
     same(loss, lambda a, b: F.nt_xent(a, b, 0.5), rows(6, 5), rows(6, 5, seed=2))
-
-
-def memories(name, size, columns=5):
-    ours, theirs = both(name)
-    memory = metric_learning("losses.CrossBatchMemory")(theirs, columns, size)
-    return losses.CrossBatchMemory(ours, columns, size).double(), memory
-
-
-@every_loss
-@pytest.mark.parametrize("size", [8, 16, 64])
-def test_memory(name, size):
-    """Growing, full, and wrapped around at the end of a batch."""
-    ours, theirs = memories(name, size)
-    for step in range(5):
-        labels = torch.randint(3, (8,), generator=torch.Generator().manual_seed(step))
-        same(lambda z, y=labels: ours(z, y), lambda z, y=labels: theirs(z, y), rows(8, 5, seed=step))
-
-
-@every_loss
-def test_memory_with_a_mask(name):
-    ours, theirs = memories(name, 24)
-    mask = torch.arange(12) % 3 > 0
-    for step in range(5):
-        labels = torch.randint(3, (12,), generator=torch.Generator().manual_seed(step))
-        same(
-            lambda z, y=labels: ours(z, y, enqueue_mask=mask),
-            lambda z, y=labels: theirs(z, y, enqueue_mask=mask),
-            rows(12, 5, seed=step),
-        )
-
-
-def test_golden_gradient_of_a_memory():
-    """Candidates of the batch are detached."""
-    memory = losses.CrossBatchMemory(losses.SupConLoss(), 2, 8).double()
-    memory.queue.enqueue(Q[4:], labels=Y[4:], normalise=False)
-    golden(lambda q: memory(q, Y[:4]), 3.241533, (0.761701,), Q[:4])
-
-
-def test_a_memory_is_saved_whole():
-    memory = losses.CrossBatchMemory(losses.NTXentLoss(), 5, 8)
-    memory(rows(6, 5).float(), Y[:6])
-    again = losses.CrossBatchMemory(losses.NTXentLoss(), 5, 8)
-    again.load_state_dict(memory.state_dict())
-    z = rows(6, 5, seed=3).float()
-    assert memory(z, Y[2:]) == again(z, Y[2:])
-    memory.reset_queue()
-    assert not memory.queue.valid.any()
-
-
-def test_where_a_row_goes_over_the_end_of_the_memory_it_is_still_itself():
-    """pytorch-metric-learning compares some of them with themselves there."""
-    memory = losses.CrossBatchMemory(losses.SupConLoss(), 5, 7).double()
-    memory(rows(5, 5), Y[:5])
-    z, labels = rows(5, 5, seed=2), torch.tensor([0, 0, 1, 1, 2])
-    found = gradients(lambda z: memory(z, labels), z)
-    # Of the first five rows the last two stay.
-    before = normalize(rows(5, 5)[3:5])
-    u = normalize(z)
-    logits = u @ torch.cat((u, before)).T / 0.1
-    itself = torch.eye(5, 7, dtype=torch.bool)
-    positive = (labels[:, None] == torch.cat((labels, Y[3:5]))) & ~itself
-    of_all = logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
-    each = torch.where(positive, of_all - logits, 0).sum(1) / positive.sum(1).clamp(min=1)
-    assert float(found[0]) == pytest.approx(float(each[each > 0].mean()), rel=1e-10)
 
 
 @every_loss
@@ -289,7 +231,7 @@ def test_n_pairs(labels, reducer):
 
 
 def test_n_pairs_that_are_not_reduced():
-    ours, theirs = both("NPairsLoss", "DoNothingReducer")
+    ours, theirs = (make("NPairsLoss", "DoNothingReducer") for make in (ours_of, theirs_of))
     labels = torch.tensor([2, 0, 2, 1, 0, 0, 1, 3])
     found, truth = (x(rows(8, 5), labels)["loss"] for x in (ours, theirs))
     torch.testing.assert_close(found["losses"], truth["losses"])
