@@ -14,9 +14,12 @@ from torch import Tensor
 from mmfast.checks import check_number
 from mmfast.errors import UserError
 from mmfast.losses.paired import _info_nce
-from mmfast.ops.similarity.checks import check_rows
+from mmfast.losses.triplet import _Call
+from mmfast.ops.similarity.checks import check_integers, check_rows
+from mmfast.ops.similarity.triplet_passes import Options
 
-RANKING = "sentence_transformers.multiple_negatives_ranking"
+PEER = "sentence_transformers."
+RANKING = PEER + "multiple_negatives_ranking"
 
 
 def multiple_negatives_ranking(embeddings: Sequence[Tensor], scale: float = 20.0) -> Tensor:
@@ -45,3 +48,44 @@ def multiple_negatives_ranking(embeddings: Sequence[Tensor], scale: float = 20.0
     return _info_nce(
         RANKING, anchors, positives, negatives, 1 / scale, None, None, None, None, None, True, "mean", sharing
     )[0]
+
+
+def batch_hard_triplet(labels: Tensor, embeddings: Tensor, margin: float = 5) -> Tensor:
+    """``BatchHardTripletLoss``: each row's farthest positive and nearest negative, by Euclidean distance.
+
+    embeddings: (B, D), taken as they are. labels: (B,) integers. A row without a positive has its own place for one;
+    one without a negative has no term. The mean is over all rows.
+    """
+    return _triplets("batch_hard_triplet", labels, embeddings, margin, "batch_hard", "all", lone=True)
+
+
+def batch_hard_soft_margin_triplet(labels: Tensor, embeddings: Tensor) -> Tensor:
+    """``BatchHardSoftMarginTripletLoss``: as :func:`batch_hard_triplet`, but log(1 + e^x) for the margin."""
+    return _triplets(
+        "batch_hard_soft_margin_triplet", labels, embeddings, 0.0, "batch_hard", "all", soft=True, lone=True
+    )
+
+
+def batch_semi_hard_triplet(labels: Tensor, embeddings: Tensor, margin: float = 5) -> Tensor:
+    """``BatchSemiHardTripletLoss``: of each pair the nearest negative that is farther, or else the farthest.
+
+    The mean is over the pairs of a row and a positive. See :func:`batch_hard_triplet`.
+    """
+    return _triplets("batch_semi_hard_triplet", labels, embeddings, margin, "semihard_nearest", "positives")
+
+
+def batch_all_triplet(labels: Tensor, embeddings: Tensor, margin: float = 5) -> Tensor:
+    """``BatchAllTripletLoss``: all triplets, the mean of those above 0. See :func:`batch_hard_triplet`."""
+    return _triplets("batch_all_triplet", labels, embeddings, margin, "all", "nonzero")
+
+
+def _triplets(name, labels, embeddings, margin, kind, over, soft=False, lone=False) -> Tensor:
+    op = PEER + name
+    z = check_rows(op, "embeddings", embeddings)
+    if isinstance(labels, Tensor):
+        labels = labels.flatten()
+    labels = check_integers(op, "labels", labels, ("embeddings", z))
+    options = Options(kind, check_number(op, "margin", margin, 0), False, soft, lone)
+    if len(z) < 2:
+        return z.sum() * 0
+    return _Call(op, options, "euclidean", over, "mean", (None, "true", None))(z, labels, None, None, None)[0]

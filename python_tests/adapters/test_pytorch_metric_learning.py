@@ -4,7 +4,7 @@ import pytest
 import torch
 from metric_learning import Formula, both, ours_of, theirs_of
 from peers import metric_learning
-from similarity_rows import K, Q, Y, golden, gradients, rows, same
+from similarity_rows import K, Q, X, Y, golden, gradients, rows, same
 
 from mmfast import functional as F
 from mmfast.adapters import pytorch_metric_learning as pml
@@ -206,12 +206,6 @@ def test_small_temperatures_and_half_types(name, dtype):
         assert found[0].dtype == torch.float32 and found[1].dtype == dtype
         assert float(found[0]) == pytest.approx(float(exact[0]), rel=1e-4)
         assert (found[1] - exact[1]).norm() < (1e-4 if dtype == torch.float32 else 1e-2) * exact[1].norm()
-
-
-X = torch.tensor(
-    [[1, 2, 0], [0.3, 1.1, 1.2], [2.1, 0.7, 0.4], [1.2, -0.5, 3.1], [2.4, 1.9, 1.3], [-0.2, 2.8, 0.9],
-     [0.6, 1.4, 1], [3.2, -0.1, 2.2]], dtype=torch.float64,
-)  # fmt: skip
 
 
 def test_golden_values_of_n_pairs():

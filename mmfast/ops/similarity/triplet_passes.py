@@ -98,7 +98,7 @@ def strip(scores: Tensor, rule: Rule, classes: Classes, start: int, options: Opt
     of_positives = ends.cumsum(1)[:, :-1]
     # Relative to a mean and in double, nothing is lost between sums that nearly cancel.
     centre = scores.double().mean(1, keepdim=True)
-    values = (of_negatives * (scores - centre)).sum(1) + options.margin * counts[TERMS]
+    values = (of_negatives * (scores - centre)).sum(1) + options.margin * counts[TERMS].double()
     values -= (of_positives * (ordered.masked_fill(ordered == math.inf, 0) - centre)).sum(1)
     g = None
     if gradient:
