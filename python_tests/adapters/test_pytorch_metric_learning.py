@@ -284,7 +284,7 @@ def test_one_import_line(example):
     assert model.weight.grad.any()
 
 
-class LpDistance:
+class SNRDistance:
     pass
 
 
@@ -305,23 +305,23 @@ INVALID = [
     (lambda: LOSS(A, Y[:3], (Y[:2], Y[:3], Y[:2])),
      P + "NTXentLoss: indices_tuple must have as many others as anchors, got [2, 3, 2, 2]"),
     (lambda: losses.NTXentLoss(-1), P + "NTXentLoss: temperature must be finite and above 0, got -1"),
-    (lambda: losses.SupConLoss(distance=LpDistance()),
-     P + "SupConLoss: distance must be CosineSimilarity or DotProductSimilarity, got LpDistance"),
+    (lambda: losses.SupConLoss(distance=SNRDistance()),
+     P + "SupConLoss: distance must be CosineSimilarity or DotProductSimilarity, got SNRDistance"),
     (lambda: losses.SupConLoss(distance=distances.CosineSimilarity(power=2)),
      P + "SupConLoss: distance must have p = 2 and power = 1, got 2 and 2"),
     (lambda: losses.SupConLoss(reducer=ThresholdReducer()), P + "SupConLoss: reducer must be one of "
      "AvgNonZeroReducer, MeanReducer, SumReducer, DoNothingReducer, got ThresholdReducer"),
-    (lambda: losses.SupConLoss(embedding_regularizer=LpDistance()),
+    (lambda: losses.SupConLoss(embedding_regularizer=SNRDistance()),
      P + "SupConLoss: embedding_regularizer must be None, got a regularizer"),
     (lambda: losses.NPairsLoss()(A, Y[:3], None, A),
      P + "NPairsLoss: ref_emb and ref_labels must be None, got references"),
     (lambda: losses.NPairsLoss()(A, None), P + "NPairsLoss: labels must be a tensor, got None"),
     (lambda: losses.SelfSupervisedLoss(torch.nn.MSELoss()),
-     P + "SelfSupervisedLoss: loss must be NTXentLoss or SupConLoss of here, got MSELoss"),
+     P + "SelfSupervisedLoss: loss must be NTXentLoss, SupConLoss or TripletMarginLoss of here, got MSELoss"),
     (lambda: losses.SelfSupervisedLoss(LOSS)(A, A[:2]),
      P + "SelfSupervisedLoss: ref_emb must have the 3 rows of embeddings, got (2, 4)"),
-    (lambda: losses.CrossBatchMemory(LOSS, 4, miner=LpDistance()),
-     P + "CrossBatchMemory: miner must be None, got LpDistance"),
+    (lambda: losses.CrossBatchMemory(LOSS, 4, miner=SNRDistance()),
+     P + "CrossBatchMemory: miner must be None, got SNRDistance"),
     (lambda: losses.CrossBatchMemory(LOSS, 4, 2)(A, Y[:3]),
      P + "CrossBatchMemory: embeddings must have memory_size rows at most (2), got (3, 4)"),
     (lambda: losses.CrossBatchMemory(LOSS, 3)(A, Y[:3]),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast.adapters.pytorch_metric_learning.distances import check_similarity
+from mmfast.adapters.pytorch_metric_learning.miners import Mined
 from mmfast.adapters.pytorch_metric_learning.pairs import (
     all_pairs,
     check_indices,
@@ -23,8 +24,6 @@ from mmfast.ops.barlow_twins.checks import compute_dtype
 from mmfast.ops.similarity.checks import check_integers, check_rows
 from mmfast.ops.similarity.op import similarity
 from mmfast.ops.similarity.own import similarity_without_own
-
-PEER = "pytorch_metric_learning."
 
 
 class PairLoss(SimilarityLoss):
@@ -74,6 +73,8 @@ class PairLoss(SimilarityLoss):
         elif labels is not None and indices_tuple is None:
             ref_labels = labels if ref_labels is None else ref_labels
             ref_labels = check_labels(op, "ref_labels", ref_labels, others)
+        if isinstance(indices_tuple, Mined):
+            indices_tuple = indices_tuple.triplets()
         if indices_tuple is not None:
             return self._of_indices(check_indices(op, indices_tuple, embeddings.device), embeddings, ref_emb)
         if self._name() == "DoNothingReducer" and self._kind == "negatives":
@@ -114,7 +115,8 @@ class PairLoss(SimilarityLoss):
 
     def _of_indices(self, indices: tuple[Tensor, ...], q: Tensor, k: Tensor | None) -> Any:
         cosine = check_similarity(self._op, self.distance)
-        logits = scores(q, q if k is None else k, cosine) / self.temperature
+        score = "cosine" if cosine else "dot"
+        logits = scores(q, q if k is None else k, score) / self.temperature
         if not len(indices[0]) or not len(indices[2]):
             losses = (logits.sum() * 0)[None]
             indices = tuple(x[:0] for x in indices)

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfast.adapters.pytorch_metric_learning.base import PEER, PairLoss, check_labels
+from mmfast.adapters.pytorch_metric_learning.base import PairLoss, check_labels
+from mmfast.adapters.pytorch_metric_learning.distances import PEER
 from mmfast.adapters.pytorch_metric_learning.n_pairs import NPairsLoss as NPairsLoss
+from mmfast.adapters.pytorch_metric_learning.triplets import TripletMarginLoss as TripletMarginLoss
 from mmfast.checks import check_bool, check_integer
 from mmfast.errors import UserError
 from mmfast.losses.queue import EmbeddingQueue
@@ -45,9 +47,12 @@ class SupConLoss(PairLoss):
         super().__init__(temperature, **options)
 
 
-def _check_loss(op: str, loss: Any) -> PairLoss:
-    if not isinstance(loss, PairLoss):
-        raise TypeError(f"{op}: loss must be NTXentLoss or SupConLoss of here, got {type(loss).__name__}")
+def _check_loss(op: str, loss: Any, kinds: tuple[type, ...]) -> nn.Module:
+    if not isinstance(loss, kinds):
+        names = (
+            "NTXentLoss, SupConLoss or TripletMarginLoss" if len(kinds) > 1 else "NTXentLoss or SupConLoss"
+        )
+        raise TypeError(f"{op}: loss must be {names} of here, got {type(loss).__name__}")
     return loss
 
 
@@ -60,7 +65,8 @@ class SelfSupervisedLoss(nn.Module):
     def __init__(self, loss: nn.Module, symmetric: bool = True):
         super().__init__()
         op = PEER + "SelfSupervisedLoss"
-        self.loss, self.symmetric = _check_loss(op, loss), check_bool(op, "symmetric", symmetric)
+        self.loss = _check_loss(op, loss, (PairLoss, TripletMarginLoss))
+        self.symmetric = check_bool(op, "symmetric", symmetric)
 
     def forward(self, embeddings: Tensor, ref_emb: Tensor) -> Any:
         op = PEER + "SelfSupervisedLoss"
@@ -88,7 +94,7 @@ class CrossBatchMemory(nn.Module):
     def __init__(self, loss: nn.Module, embedding_size: int, memory_size: int = 1024, miner: Any = None):
         super().__init__()
         self._op = PEER + "CrossBatchMemory"
-        self.loss = _check_loss(self._op, loss)
+        self.loss = _check_loss(self._op, loss, (PairLoss,))
         if miner is not None:
             raise UserError(f"{self._op}: miner must be None, got {type(miner).__name__}")
         self.embedding_size = check_integer(self._op, "embedding_size", embedding_size, 1)

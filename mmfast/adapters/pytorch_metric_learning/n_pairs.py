@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfast.adapters.pytorch_metric_learning.base import PEER, check_labels, dictionary
-from mmfast.adapters.pytorch_metric_learning.distances import check_similarity
+from mmfast.adapters.pytorch_metric_learning.base import check_labels, dictionary
+from mmfast.adapters.pytorch_metric_learning.distances import PEER, check_similarity
+from mmfast.adapters.pytorch_metric_learning.miners import Mined
 from mmfast.adapters.pytorch_metric_learning.pairs import check_indices
 from mmfast.adapters.pytorch_metric_learning.reducers import check_reducer, reduced
 from mmfast.errors import UserError
@@ -53,6 +54,8 @@ class NPairsLoss(SimilarityLoss):
         labels = check_labels(OP, "labels", labels, rows)
         name = check_reducer(OP, self.reducer, "MeanReducer")
         cosine = check_similarity(OP, self.distance)
+        if isinstance(indices_tuple, Mined):
+            indices_tuple = indices_tuple.triplets()
         if indices_tuple is None:
             anchors, positives, there = _first_pairs(labels)
         else:

@@ -38,12 +38,15 @@ def all_pairs(labels: Tensor, ref_labels: Tensor, itself: bool) -> tuple[Tensor,
     return *torch.where(positive), *torch.where(~same)
 
 
-def scores(q: Tensor, k: Tensor, cosine: bool) -> Tensor:
-    """(B, C), differentiable to any order."""
+def scores(q: Tensor, k: Tensor, score: str) -> Tensor:
+    """(B, C) cosines, inner products or negative distances, as ``mmfast.functional.triplet_margin`` names them."""
     dtype = compute_dtype(q)
     with torch.autocast(q.device.type, enabled=False):
-        q, k = (_unit(x.to(dtype)) if cosine else x.to(dtype) for x in (q, k))
-        return q @ k.T
+        q, k = (_unit(x.to(dtype)) if score in ("cosine", "unit_euclidean") else x.to(dtype) for x in (q, k))
+        if score in ("cosine", "dot"):
+            return q @ k.T
+        distances = torch.cdist(q, k, compute_mode="donot_use_mm_for_euclid_dist")
+        return -distances.square() if score == "sqeuclidean" else -distances
 
 
 def _unit(x: Tensor) -> Tensor:
