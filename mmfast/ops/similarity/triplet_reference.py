@@ -51,5 +51,5 @@ def _terms(p: Tensor, n: Tensor, options: Options) -> Tensor:
         return sum((b - a + margin).clamp(min=0) for a, b in zip(p, found, strict=True))
     x = (n - p[:, None]).flatten()
     hard = x >= 0 if options.ties else x > 0
-    wanted = {"all": x > -margin, "semihard": (x > -margin) & (x < 0), "hard": hard}[kind]
+    wanted = {"all": x > -margin, "semihard": (x > -margin) & (x < 0), "hard": hard & (x > -margin)}[kind]
     return (x[wanted] + margin).sum()

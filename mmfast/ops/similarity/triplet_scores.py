@@ -1,4 +1,4 @@
-"""Scores of strips of rows, cosines, inner products or negative distances, and their derivatives taken to the rows."""
+"""Scores of strips of rows, cosines, inner products or negative distances; their derivatives taken to the rows."""
 
 from __future__ import annotations
 
