@@ -104,10 +104,9 @@ every_reducer = pytest.mark.parametrize("reducer", [None, "MeanReducer", "SumRed
 def test_labels(distance, reducer, labels):
     labels = torch.tensor(labels)
     for margin in (0.05, 1):
-        loss = ours(distance, reducer, margin=margin)
         options = {"margin": margin, "distance": distance, "reducer": reducer}
         same(
-            lambda z: loss(z, labels),
+            lambda z, o=options: ours(**o)(z, labels),
             lambda z, o=options: formula(z, labels, **o),
             rows(8, 5),
             tolerance=1e-9,
