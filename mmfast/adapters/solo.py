@@ -1,16 +1,18 @@
-"""``from solo.losses import barlow_loss_func, simclr_loss_func``: the same from ``mmfast.adapters.solo``."""
+"""Losses of solo-learn: ``from solo.losses import ...`` becomes ``from mmfast.adapters.solo import ...``."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from mmfast.checks import check_number
+from mmfast.losses import vicreg
 from mmfast.losses.barlow_twins import Options, evaluate_barlow_twins
 from mmfast.losses.similarity import Call, Variant
 from mmfast.ops.similarity.checks import check_integers, check_rows
 
 OP = "solo.barlow_loss_func"
 SIMCLR = "solo.simclr_loss_func"
+VICREG = "solo.vicreg_loss_func"
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
@@ -35,3 +37,25 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     indexes = check_integers(SIMCLR, "indexes", indexes, ("z", z))
     call = Call(SIMCLR, "mean", "anchors", ("global", "true", None))
     return call.against_themselves(z, [indexes, None, None, None], temperature, Variant("sum"), True)[0]
+
+
+def vicreg_loss_func(
+    z1: Tensor,
+    z2: Tensor,
+    sim_loss_weight: float = 25.0,
+    var_loss_weight: float = 25.0,
+    cov_loss_weight: float = 1.0,
+) -> Tensor:
+    """solo-learn's VICReg loss of two views' embeddings (B, D), as its release 1.0.2: each process has its own rows.
+
+    Later code gathers rows and divides the gradients of two of its three terms by the number of processes; the loss
+    of all rows with its gradient is ``mmfast.functional.vicreg(z1, z2, variant="solo")``.
+    """
+    given = {
+        "sim_loss_weight": sim_loss_weight,
+        "var_loss_weight": var_loss_weight,
+        "cov_loss_weight": cov_loss_weight,
+    }
+    weights = [check_number(VICREG, name, value, 0) for name, value in given.items()]
+    options = vicreg.Options(*weights, variant="solo", stats=None)
+    return vicreg.evaluate_vicreg(z1, z2, options, op=VICREG, names=("z1", "z2"))[0]

@@ -13,6 +13,7 @@ from mmfast.adapters.pytorch_metric_learning.losses import (
     SelfSupervisedLoss,
     SupConLoss,
     TripletMarginLoss,
+    VICRegLoss,
 )
 from mmfast.adapters.pytorch_metric_learning.miners import BatchHardMiner, TripletMarginMiner
 from mmfast.adapters.pytorch_metric_learning.reducers import (
@@ -38,6 +39,7 @@ __all__ = [
     "SupConLoss",
     "TripletMarginLoss",
     "TripletMarginMiner",
+    "VICRegLoss",
     "distances",
     "losses",
     "miners",

@@ -11,6 +11,7 @@ from mmfast.adapters.pytorch_metric_learning.base import PairLoss, check_labels
 from mmfast.adapters.pytorch_metric_learning.distances import PEER
 from mmfast.adapters.pytorch_metric_learning.n_pairs import NPairsLoss as NPairsLoss
 from mmfast.adapters.pytorch_metric_learning.triplets import TripletMarginLoss as TripletMarginLoss
+from mmfast.adapters.pytorch_metric_learning.vicreg import VICRegLoss as VICRegLoss
 from mmfast.checks import check_bool, check_integer
 from mmfast.errors import UserError
 from mmfast.losses.queue import EmbeddingQueue
