@@ -13,7 +13,11 @@ from mmfast.models.layers import recurrent as rnn
 PUBLIC = [
     mmfast.BarlowTwinsLoss,
     mmfast.MultiViewBarlowTwinsLoss,
-    *(f for name in losses.__all__ if inspect.isclass(f := getattr(losses, name)) and "BarlowTwins" not in name),
+    *(
+        f
+        for name in losses.__all__
+        if inspect.isclass(f := getattr(losses, name)) and "BarlowTwins" not in name
+    ),
     mmfast.backward_in_micro_batches,
     mmfast.plot_cross_correlation,
     *(f for name in functional.__all__ if inspect.isfunction(f := getattr(functional, name))),

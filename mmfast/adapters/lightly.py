@@ -1,20 +1,33 @@
-"""``from lightly.loss import BarlowTwinsLoss`` becomes ``from mmfast.adapters.lightly import BarlowTwinsLoss``.
-
-So does ``VICRegLoss``.
-"""
+"""``from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss``: the same from ``mmfast.adapters.lightly``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmfast.checks import check_bool, check_number
+from mmfast.checks import check_bool, check_integer, check_number, told
 from mmfast.errors import UserError
 from mmfast.losses import vicreg
 from mmfast.losses.barlow_twins import Options, TwoViewLoss, evaluate_barlow_twins
+from mmfast.losses.contrastive import _positions
+from mmfast.losses.paired import evaluate_pairs
+from mmfast.losses.queue import EmbeddingQueue
+from mmfast.losses.similarity import Call, SimilarityLoss, Variant, among_themselves
+from mmfast.ops.similarity.checks import check_rows
+from mmfast.ops.similarity.shared import Sharing
 
 OP = "lightly.BarlowTwinsLoss"
+NT_XENT = "lightly.NTXentLoss"
 VICREG = "lightly.VICRegLoss"
+
+
+def _check_gathering(op: str, gather_distributed: bool) -> None:
+    if gather_distributed and not dist.is_available():
+        raise UserError(f"{op}: gather_distributed must be False without torch.distributed, got True")
 
 
 class BarlowTwinsLoss(TwoViewLoss):
@@ -30,14 +43,79 @@ class BarlowTwinsLoss(TwoViewLoss):
         super().__init__()
         self.lambda_param = check_number(OP, "lambda_param", lambda_param, 0)
         self.gather_distributed = check_bool(OP, "gather_distributed", gather_distributed)
-        if self.gather_distributed and not dist.is_available():
-            raise UserError(f"{OP}: gather_distributed must be False without torch.distributed, got True")
+        _check_gathering(OP, self.gather_distributed)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
         """The loss of two views' embeddings (B, D)."""
         stats = "local" if self.gather_distributed else None
         options = Options(self.lambda_param, variant="lightly", stats=stats)
         return self._kept(*evaluate_barlow_twins(z_a, z_b, options.request(), op=OP))
+
+
+def _bank(size: Any) -> EmbeddingQueue | None:
+    if size == 0 and not isinstance(size, bool):
+        return None
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise UserError(f"{NT_XENT}: memory_bank_size must be 0 or (rows, columns), got {told(size)}")
+    size = [check_integer(NT_XENT, f"memory_bank_size[{i}]", x, 1) for i, x in enumerate(size)]
+    bank = EmbeddingQueue(*size)
+    bank.enqueue(torch.randn(size, device=bank.rows.device))
+    return bank
+
+
+class NTXentLoss(SimilarityLoss):
+    """lightly's NT-Xent loss of two views; ``last`` are the components of the latest call.
+
+    ``memory_bank_size`` (rows, columns): ``out0`` stands against its row of ``out1`` and those of the bank, at first
+    random ones, alone; the bank takes ``out1`` after the loss if ``out0`` requires a gradient, and is in
+    ``state_dict()``. ``gather_distributed``: the loss is that of the rows of all processes, on each process; with a
+    bank that takes them all, and the loss is that of each process.
+
+    Raises:
+        UserError: a temperature that is not above 0; ``gather_distributed`` where PyTorch comes without
+            torch.distributed.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+    ):
+        super().__init__()
+        temperature = check_number(NT_XENT, "temperature", temperature, 0, ends="(]")
+        gather_distributed = check_bool(NT_XENT, "gather_distributed", gather_distributed)
+        _check_gathering(NT_XENT, gather_distributed)
+        self._take(temperature=temperature, gather_distributed=gather_distributed)
+        self.bank = _bank(memory_bank_size)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss of two views' embeddings (B, D)."""
+        rows = "out0", check_rows(NT_XENT, "out0", out0)
+        if len(check_rows(NT_XENT, "out1", out1, rows)) != len(out0):
+            raise UserError(
+                f"{NT_XENT}: out1 must have the {len(out0)} rows of out0, got {tuple(out1.shape)}"
+            )
+        sharing = "global" if self.gather_distributed else None, "true", None
+        if self.bank is not None:
+            return self._against_bank(out0, out1, Sharing(NT_XENT, *sharing))
+        sharing = Sharing(NT_XENT, *sharing)
+        call = Call(NT_XENT, "mean", "anchors", sharing)
+        place = _positions(sharing, len(out0), out0.device)
+        vectors = [None, torch.cat((place, place)), None, None]
+        z = torch.cat((out0, out1))
+        scale = call.scale(self.temperature, rows)
+        return self._kept(among_themselves(call, z, vectors, scale, Variant("out"), True))
+
+    def _against_bank(self, out0: Tensor, out1: Tensor, sharing: Sharing) -> Tensor:
+        # Of one id: nobody is another's negative in the batch.
+        ids = torch.zeros(len(out0), dtype=torch.int64, device=out0.device)
+        feeding = self.bank, None, False
+        found = evaluate_pairs(NT_XENT, out0, out1, temperature=self.temperature, ids=ids, feeding=feeding)
+        if out0.requires_grad:
+            (every,), _ = sharing.gather([out1.detach()], [], {})
+            self.bank.enqueue(every)
+        return self._kept(found)
 
 
 class VICRegLoss(vicreg.KeepsVICReg):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmfast.checks import check_bool
 from mmfast.errors import UserError
+from mmfast.losses.queue import NO_QUEUE, EmbeddingQueue, check_queue, memory
 from mmfast.losses.similarity import Call, SimilarityLoss, Variant, among_themselves, choice
 from mmfast.ops.similarity.checks import check_rows
 from mmfast.ops.similarity.shared import Sharing
@@ -43,7 +44,19 @@ def _twice(x: Tensor | None) -> Tensor | None:
 
 
 def _nt_xent(
-    z_a, z_b, temperature, labels, ids, valid, weights, normalise, variant, reduction, over, sharing
+    z_a,
+    z_b,
+    temperature,
+    labels,
+    ids,
+    valid,
+    weights,
+    normalise,
+    variant,
+    reduction,
+    over,
+    sharing,
+    feeding=NO_QUEUE,
 ):
     op, sharing = "nt_xent", Sharing("nt_xent", *sharing)
 
@@ -53,6 +66,7 @@ def _nt_xent(
         cosine = check_bool(op, "normalise", normalise)
         z = _views(op, z_a, z_b)
         vectors = call.vectors(("z_a", z_a), labels, ids, valid, weights)
+        kept = memory(op, feeding, ("z_a", z_a), labels is not None or ids is not None)
         if z_b is not None:
             # An id says that two rows are views of one sample: of whole numbers that no other process has.
             if ids is None and labels is None:
@@ -60,9 +74,10 @@ def _nt_xent(
             elif ids is not None and labels is not None:
                 raise UserError(f"{op}: ids must be None for two views with labels, got both")
             vectors = [_twice(x) for x in vectors]
+            kept = kept and kept._replace(mask=_twice(kept.mask))
         elif labels is None and ids is None:
             raise UserError(f"{op}: labels must be given for one view (or ids, or z_b), got None")
-        return call, z, vectors, call.scale(temperature, ("z_a", z_a)), chosen, cosine
+        return call, z, vectors, call.scale(temperature, ("z_a", z_a)), chosen, cosine, kept
 
     return among_themselves(*sharing.checked(checked))
 
@@ -146,7 +161,20 @@ def nt_xent(
     )[0]
 
 
-def _sup_con(z, labels, temperature, ids, valid, weights, normalise, variant, reduction, over, sharing):
+def _sup_con(
+    z,
+    labels,
+    temperature,
+    ids,
+    valid,
+    weights,
+    normalise,
+    variant,
+    reduction,
+    over,
+    sharing,
+    feeding=NO_QUEUE,
+):
     op, sharing = "sup_con", Sharing("sup_con", *sharing)
 
     def checked():
@@ -158,6 +186,7 @@ def _sup_con(z, labels, temperature, ids, valid, weights, normalise, variant, re
             rows, views, first = z.flatten(0, 1), z.shape[1], z[:, 0]
         check_rows(op, "z", rows)
         vectors = call.vectors(("z", first), labels, ids, valid, weights)
+        kept = memory(op, feeding, ("z", first), labels is not None or ids is not None)
         if labels is None:
             if ids is None and views == 1:
                 raise UserError(f"{op}: labels must be given for one view (or ids, or z (B, V, D)), got None")
@@ -166,7 +195,9 @@ def _sup_con(z, labels, temperature, ids, valid, weights, normalise, variant, re
         elif ids is not None and views > 1:
             raise UserError(f"{op}: ids must be None for several views with labels, got both")
         vectors = [None if x is None else x.repeat_interleave(views) for x in vectors]
-        return call, rows, vectors, call.scale(temperature, ("z", rows)), chosen, cosine
+        if kept is not None and kept.mask is not None:
+            kept = kept._replace(mask=kept.mask.repeat_interleave(views))
+        return call, rows, vectors, call.scale(temperature, ("z", rows)), chosen, cosine, kept
 
     return among_themselves(*sharing.checked(checked))
 
@@ -228,7 +259,8 @@ class NTXentLoss(SimilarityLoss):
     >>> loss(z, labels=labels).backward()
     >>> loss.last.anchors
 
-    A ``torch.nn.Parameter`` for the temperature is learnt.
+    A ``torch.nn.Parameter`` for the temperature is learnt. With a ``queue`` its rows are candidates, too; of the
+    batch it takes those of ``enqueue_mask`` (B,), or all.
     """
 
     def __init__(
@@ -239,6 +271,7 @@ class NTXentLoss(SimilarityLoss):
         variant: str = "simclr",
         reduction: str = "mean",
         over: str | None = None,
+        queue: EmbeddingQueue | None = None,
         stats: str | None = "global",
         grad_convention: str = "true",
         group: Any = None,
@@ -249,6 +282,7 @@ class NTXentLoss(SimilarityLoss):
             temperature=temperature, normalise=normalise, variant=variant, reduction=reduction, over=over
         )
         self._take_sharing("nt_xent", reduction, over or chosen.over, stats, grad_convention, group)
+        self.queue = check_queue("nt_xent", queue)
 
     def forward(
         self,
@@ -259,9 +293,13 @@ class NTXentLoss(SimilarityLoss):
         ids: Tensor | None = None,
         valid: Tensor | None = None,
         weights: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Tensor:
         options = self.normalise, self.variant, self.reduction, self.over, self._sharing()
-        return self._kept(_nt_xent(z_a, z_b, self.temperature, labels, ids, valid, weights, *options))
+        feeding = self.queue, enqueue_mask, self.training
+        return self._kept(
+            _nt_xent(z_a, z_b, self.temperature, labels, ids, valid, weights, *options, feeding)
+        )
 
 
 class SupConLoss(SimilarityLoss):
@@ -269,6 +307,8 @@ class SupConLoss(SimilarityLoss):
 
     >>> loss = SupConLoss()
     >>> loss(z, labels).backward()  # z (B, D), or (B, V, D) for V views
+
+    With a ``queue`` its rows are candidates, too; of the batch it takes those of ``enqueue_mask`` (B,), or all.
     """
 
     def __init__(
@@ -279,6 +319,7 @@ class SupConLoss(SimilarityLoss):
         variant: str = "out",
         reduction: str = "mean",
         over: str | None = None,
+        queue: EmbeddingQueue | None = None,
         stats: str | None = "global",
         grad_convention: str = "true",
         group: Any = None,
@@ -289,6 +330,7 @@ class SupConLoss(SimilarityLoss):
             temperature=temperature, normalise=normalise, variant=variant, reduction=reduction, over=over
         )
         self._take_sharing("sup_con", reduction, over or chosen.over, stats, grad_convention, group)
+        self.queue = check_queue("sup_con", queue)
 
     def forward(
         self,
@@ -298,6 +340,8 @@ class SupConLoss(SimilarityLoss):
         ids: Tensor | None = None,
         valid: Tensor | None = None,
         weights: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Tensor:
         options = self.normalise, self.variant, self.reduction, self.over, self._sharing()
-        return self._kept(_sup_con(z, labels, self.temperature, ids, valid, weights, *options))
+        feeding = self.queue, enqueue_mask, self.training
+        return self._kept(_sup_con(z, labels, self.temperature, ids, valid, weights, *options, feeding))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mmfast.checks import check_bool, check_number
 from mmfast.errors import UserError
+from mmfast.losses.queue import NO_QUEUE, EmbeddingQueue, Memory, check_queue, memory
 from mmfast.losses.similarity import Call, SimilarityLoss
-from mmfast.ops.similarity.checks import check_integers, check_rows, check_scalar
+from mmfast.ops.similarity.checks import check_integers, check_rows
 from mmfast.ops.similarity.op import similarity
 from mmfast.ops.similarity.shared import Sharing
 
@@ -27,9 +28,10 @@ class Pairs(NamedTuple):
     ids: Tensor | None
     weights: Tensor | None
     cosine: bool
+    memory: Memory | None = None
 
     @classmethod
-    def checked(cls, call, query, key, negatives, targets, ids, weights, normalise) -> Pairs:
+    def checked(cls, call, query, key, negatives, targets, ids, weights, normalise, memory=None) -> Pairs:
         op = call.op
         cosine = check_bool(op, "normalise", normalise)
         rows = "query", check_rows(op, "query", query)
@@ -46,7 +48,7 @@ class Pairs(NamedTuple):
                 raise UserError(f"{op}: ids must be None with targets, got both")
             targets = check_integers(op, "targets", targets, rows)
             _check_targets(op, targets, len(key))
-        return cls(call, query, key, negatives, targets, ids, weights, cosine)
+        return cls(call, query, key, negatives, targets, ids, weights, cosine, memory)
 
     def gathered(self) -> Pairs:
         sharing = self.call.sharing
@@ -55,25 +57,29 @@ class Pairs(NamedTuple):
             "reduction": self.call.reduction,
             "keys": "others" if self.targets is not None else "those of the queries",
             "negatives": self.negatives is not None,
+            "queue": 0 if self.memory is None else self.memory.queue.size,
         }
+        kept = self.memory
+        mask = None if kept is None else kept.mask
         if self.targets is None:
-            (query, key), (ids, weights) = sharing.gather(
-                [self.query, self.key], [self.ids, self.weights], facts
+            (query, key), (ids, weights, mask) = sharing.gather(
+                [self.query, self.key], [self.ids, self.weights, mask], facts
             )
             targets = None
         else:
-            ((key,), _), ids = sharing.gather([self.key], [], facts), None
+            ((key,), (mask,)), ids = sharing.gather([self.key], [mask], facts), None
             (query,), (targets, weights) = sharing.gather(
                 [self.query], [self.targets + sharing.first, self.weights], {}
             )
         negatives = self.negatives
         if negatives is not None:
             ((negatives,), _) = sharing.gather([negatives], [], {})
-        if len(key) + (0 if negatives is None else len(negatives)) < 2:
+        if kept is None and len(key) + (0 if negatives is None else len(negatives)) < 2:
             raise UserError(
                 f"{self.call.op}: key must have at least 2 rows (a contrast needs two), got {tuple(key.shape)}"
             )
-        return Pairs(self.call, query, key, negatives, targets, ids, weights, self.cosine)
+        kept = kept and kept._replace(mask=mask)
+        return Pairs(self.call, query, key, negatives, targets, ids, weights, self.cosine, kept)
 
     def turned(self) -> Pairs:
         """Keys for queries."""
@@ -90,7 +96,12 @@ class Pairs(NamedTuple):
         if ids is not None:
             # Negatives of nobody's id.
             ids = ids, torch.cat((ids, place[len(key) :] * 0 + torch.iinfo(torch.int64).min))
-        values, counts = similarity(self.query, candidates, labels, ids, None, scale, bias, kind, self.cosine)
+        query, valid, kept = self.query, None, self.memory
+        if kept is not None:
+            query, candidates, labels, ids, valid = kept.beside(query, candidates, labels, ids)
+        values, counts = similarity(query, candidates, labels, ids, valid, scale, bias, kind, self.cosine)
+        if kept is not None:
+            kept.feed(key, None, None if ids is None else ids[0], None, self.cosine)
         values = values if added is None else values + added
         return self.call.reduced(values, counts, None, self.weights)
 
@@ -104,16 +115,43 @@ def _check_targets(op: str, targets: Tensor, keys: int) -> None:
         raise UserError(f"{op}: targets must be rows of key, in [0, {keys - 1}], got {worst}")
 
 
-def _info_nce(query, key, negatives, temperature, targets, ids, weights, normalise, reduction, sharing):
-    sharing = Sharing("info_nce", *sharing)
+def evaluate_pairs(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: Any = None,
+    scale: tuple[str, Any] | None = None,
+    bias: Any = None,
+    targets: Tensor | None = None,
+    ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    normalise: bool = True,
+    reduction: str = "mean",
+    sharing: tuple = (None, "true", None),
+    kind: str = "out",
+    both_sides: bool = False,
+    feeding: tuple = NO_QUEUE,
+) -> tuple[Tensor, Tensor]:
+    """The loss and its components. scale: its name and value, in the place of 1 / temperature. op: who asks."""
+    sharing = Sharing(op, *sharing)
 
     def checked():
-        call = Call("info_nce", reduction, "all", sharing)
+        call = Call(op, reduction, "all", sharing)
         pairs = Pairs.checked(call, query, key, negatives, targets, ids, weights, normalise)
-        return pairs, call.scale(temperature, ("query", query))
+        pairs = pairs._replace(memory=memory(op, feeding, ("key", key)))
+        rows = "query", query
+        factor = call.scale(temperature, rows) if scale is None else call.scalar(*scale, rows)
+        return pairs, factor, None if bias is None else call.scalar("bias", bias, rows)
 
-    pairs, scale = sharing.checked(checked)
-    return pairs.gathered().loss(scale)
+    pairs, factor, added = sharing.checked(checked)
+    pairs = pairs.gathered()
+    found = pairs.loss(factor, added, kind)
+    if not both_sides:
+        return found
+    other = pairs.turned().loss(factor, added, kind)
+    return (found[0] + other[0]) / 2, (found[1] + other[1]) / 2
 
 
 def info_nce(
@@ -151,26 +189,26 @@ def info_nce(
         As :func:`nt_xent`.
     """
     sharing = stats, grad_convention, group
-    return _info_nce(
-        query, key, negatives, temperature, targets, ids, weights, normalise, reduction, sharing
+    return evaluate_pairs(
+        "info_nce",
+        query,
+        key,
+        negatives,
+        temperature=temperature,
+        targets=targets,
+        ids=ids,
+        weights=weights,
+        normalise=normalise,
+        reduction=reduction,
+        sharing=sharing,
     )[0]
 
 
-def _clip(query, key, temperature, scale, ids, weights, normalise, reduction, sharing):
-    op, sharing = "clip", Sharing("clip", *sharing)
-
-    def checked():
-        call = Call(op, reduction, "all", sharing)
-        pairs = Pairs.checked(call, query, key, None, None, ids, weights, normalise)
-        rows = "query", query
-        if scale is None:
-            return pairs, call.scale(temperature, rows)
-        return pairs, sharing.scalar(check_scalar(op, "logit_scale", scale, rows))
-
-    pairs, scale = sharing.checked(checked)
-    pairs = pairs.gathered()
-    one, other = pairs.loss(scale), pairs.turned().loss(scale)
-    return (one[0] + other[0]) / 2, (one[1] + other[1]) / 2
+def _clip(query, key, temperature, scale, **options):
+    scale = None if scale is None else ("logit_scale", scale)
+    return evaluate_pairs(
+        "clip", query, key, temperature=temperature, scale=scale, both_sides=True, **options
+    )
 
 
 def clip(
@@ -199,23 +237,21 @@ def clip(
         As :func:`nt_xent`.
     """
     sharing = stats, grad_convention, group
-    return _clip(query, key, temperature, logit_scale, ids, weights, normalise, reduction, sharing)[0]
+    return _clip(
+        query,
+        key,
+        temperature,
+        logit_scale,
+        ids=ids,
+        weights=weights,
+        normalise=normalise,
+        reduction=reduction,
+        sharing=sharing,
+    )[0]
 
 
-def _siglip(query, key, scale, bias, ids, weights, normalise, reduction, sharing):
-    op, sharing = "siglip", Sharing("siglip", *sharing)
-
-    def checked():
-        pairs = Pairs.checked(
-            Call(op, reduction, "all", sharing), query, key, None, None, ids, weights, normalise
-        )
-        return pairs, *(
-            sharing.scalar(check_scalar(op, name, x, ("query", query)))
-            for name, x in (("scale", scale), ("bias", bias))
-        )
-
-    pairs, scale, bias = sharing.checked(checked)
-    return pairs.gathered().loss(scale, bias, "sigmoid")
+def _siglip(query, key, scale, bias, **options):
+    return evaluate_pairs("siglip", query, key, scale=("scale", scale), bias=bias, kind="sigmoid", **options)
 
 
 def siglip(
@@ -248,14 +284,37 @@ def siglip(
         As :func:`nt_xent`.
     """
     sharing = stats, grad_convention, group
-    return _siglip(query, key, scale, bias, ids, weights, normalise, reduction, sharing)[0]
+    return _siglip(
+        query,
+        key,
+        scale,
+        bias,
+        ids=ids,
+        weights=weights,
+        normalise=normalise,
+        reduction=reduction,
+        sharing=sharing,
+    )[0]
 
 
-class InfoNCELoss(SimilarityLoss):
+class _PairedLoss(SimilarityLoss):
+    def _options(self, ids: Tensor | None, weights: Tensor | None) -> dict[str, Any]:
+        return {
+            "ids": ids,
+            "weights": weights,
+            "normalise": self.normalise,
+            "reduction": self.reduction,
+            "sharing": self._sharing(),
+        }
+
+
+class InfoNCELoss(_PairedLoss):
     """InfoNCE of queries and keys, defined in :func:`mmfast.functional.info_nce`.
 
     >>> loss = InfoNCELoss()
     >>> loss(query, key).backward()
+
+    With a ``queue`` its rows are negatives, too; of the keys it takes those of ``enqueue_mask`` (B,), or all.
     """
 
     def __init__(
@@ -264,6 +323,7 @@ class InfoNCELoss(SimilarityLoss):
         *,
         normalise: bool = True,
         reduction: str = "mean",
+        queue: EmbeddingQueue | None = None,
         stats: str | None = "global",
         grad_convention: str = "true",
         group: Any = None,
@@ -271,6 +331,7 @@ class InfoNCELoss(SimilarityLoss):
         super().__init__()
         self._take(temperature=temperature, normalise=normalise, reduction=reduction)
         self._take_sharing("info_nce", reduction, "all", stats, grad_convention, group)
+        self.queue = check_queue("info_nce", queue)
 
     def forward(
         self,
@@ -281,12 +342,23 @@ class InfoNCELoss(SimilarityLoss):
         targets: Tensor | None = None,
         ids: Tensor | None = None,
         weights: Tensor | None = None,
+        enqueue_mask: Tensor | None = None,
     ) -> Tensor:
-        options = ids, weights, self.normalise, self.reduction, self._sharing()
-        return self._kept(_info_nce(query, key, negatives, self.temperature, targets, *options))
+        return self._kept(
+            evaluate_pairs(
+                "info_nce",
+                query,
+                key,
+                negatives,
+                temperature=self.temperature,
+                targets=targets,
+                feeding=(self.queue, enqueue_mask, self.training),
+                **self._options(ids, weights),
+            )
+        )
 
 
-class ClipLoss(SimilarityLoss):
+class ClipLoss(_PairedLoss):
     """CLIP's loss, defined in :func:`mmfast.functional.clip`.
 
     >>> loss = ClipLoss(learnable=True)
@@ -324,11 +396,10 @@ class ClipLoss(SimilarityLoss):
     ) -> Tensor:
         if logit_scale is None and self.log_scale is not None:
             logit_scale = self.log_scale.exp()
-        options = ids, weights, self.normalise, self.reduction, self._sharing()
-        return self._kept(_clip(query, key, self.temperature, logit_scale, *options))
+        return self._kept(_clip(query, key, self.temperature, logit_scale, **self._options(ids, weights)))
 
 
-class SigLipLoss(SimilarityLoss):
+class SigLipLoss(_PairedLoss):
     """SigLIP's loss, defined in :func:`mmfast.functional.siglip`.
 
     >>> loss = SigLipLoss()
@@ -362,8 +433,7 @@ class SigLipLoss(SimilarityLoss):
         self, query: Tensor, key: Tensor, *, ids: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
         scale = self.scale if self.log_scale is None else self.log_scale.exp()
-        options = ids, weights, self.normalise, self.reduction, self._sharing()
-        return self._kept(_siglip(query, key, scale, self.bias, *options))
+        return self._kept(_siglip(query, key, scale, self.bias, **self._options(ids, weights)))
 
 
 def _parameter(value: float) -> nn.Parameter:

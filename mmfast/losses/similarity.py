@@ -93,27 +93,38 @@ class Call:
             total = counts if self.over == "pairs" else (counts > 0).to(values.dtype)
         return (total if weights is None else total * weights).sum()
 
+    def scalar(self, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
+        """A number or scalar tensor, of which each process has its share."""
+        return self.sharing.scalar(check_scalar(self.op, name, x, rows))
+
     def scale(self, temperature: Any, rows: tuple[str, Tensor]) -> Tensor:
         """1 / temperature, of which each process has its share."""
         temperature = check_scalar(self.op, "temperature", temperature, rows, positive=True)
         return self.sharing.scalar(temperature).reciprocal()
 
 
-def among_themselves(call: Call, z, vectors, scale, variant: Variant, cosine: bool) -> tuple[Tensor, Tensor]:
-    """The loss of rows that are each other's candidates; vectors: labels, ids, valid, weights. With components."""
+def among_themselves(
+    call: Call, z, vectors, scale, variant: Variant, cosine: bool, memory=None
+) -> tuple[Tensor, Tensor]:
+    """The loss, and its components, of rows that are each other's candidates, beside those of a memory.
+
+    vectors: labels, ids, valid, weights.
+    """
     facts = {"variant": variant, "cosine": cosine, "reduction": call.reduction, "over": call.over}
-    (z,), (labels, ids, valid, weights) = call.sharing.gather([z], vectors, facts)
-    if len(z) < 2:
+    facts["queue"] = 0 if memory is None else memory.queue.size
+    mask = None if memory is None else memory.mask
+    (z,), (labels, ids, valid, weights, mask) = call.sharing.gather([z], [*vectors, mask], facts)
+    if len(z) < 2 and memory is None:
         raise UserError(
             f"{call.op}: z must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}"
         )
-    own = ids if labels is None else labels
-    pairs = (
-        (own, own),
-        None if labels is None or ids is None else (ids, ids),
-        None if valid is None else (valid, valid),
-    )
-    values, counts = similarity(z, None, *pairs, scale, None, variant.kind, cosine)
+    own, others = (ids, None) if labels is None else (labels, ids)
+    if memory is None:
+        pairs = (None if x is None else (x, x) for x in (own, others, valid))
+        values, counts = similarity(z, None, *pairs, scale, None, variant.kind, cosine)
+    else:
+        values, counts = memory.among(z, own, others, valid, scale, variant.kind, cosine)
+        memory._replace(mask=mask).feed(z, own, others, valid, cosine)
     loss, components = call.reduced(values, counts, valid, weights)
     if variant.base_temperature is not None:
         factor = 1 / scale / variant.base_temperature

@@ -17,7 +17,7 @@ T = TypeVar("T")
 class Sharing:
     """How processes that work on one batch share it: ``stats``, ``grad_convention``, ``group``."""
 
-    def __init__(self, op: str, stats: str | None, grad_convention: str, group: Any):
+    def __init__(self, op: str, stats: str | None, grad_convention: str = "true", group: Any = None):
         for name, value, choices in (
             ("stats", stats, ("global", None)),
             ("grad_convention", grad_convention, ("true", "legacy")),
