@@ -13,13 +13,15 @@ from torch.nn import functional as F
 
 from mmfast.data import synthetic
 from mmfast.errors import UserError
+from mmfast.losses import contrastive
 from mmfast.training import runs
 from mmfast.training.augmentation import make_views
 from mmfast.training.components import make_module
-from mmfast.training.config import Config, StageSettings
+from mmfast.training.config import Config, LossConfig, StageSettings
 from mmfast.training.fitting import LAST, fit
 from mmfast.training.module import RAW
-from mmfast.training.objectives import OBJECTIVES, auxiliary, two_views
+from mmfast.training.objectives import OBJECTIVES, auxiliary, losses
+from mmfast.training.objectives.losses import make_loss
 from mmfast.training.optimisers import Average, Schedule
 from mmfast.training.seeds import derive
 from mmfast.training.splits import make_splits
@@ -45,9 +47,9 @@ def stage_of(config: Config, objectives: dict[str, float]) -> Stage:
     return Stage("a", objectives, section, "a")
 
 
-def prepared(config: Config, objectives: dict[str, float]):
+def prepared(config: Config, objectives: dict[str, float], task: str = "regression"):
     """The module, and batches of three steps."""
-    data = synthetic(54, max_length=5, features=FEATURES, missing=0.2, corrupt=0.0)
+    data = synthetic(54, max_length=5, features=FEATURES, missing=0.2, corrupt=0.0, task=task)
     splits = make_splits(data, config.data, 0)
     made = runs.prepare(config, stage_of(config, objectives), splits)
     assert len(made.train) >= 3
@@ -110,9 +112,9 @@ LOOPS = {
 }
 
 
-def trained(config: Config, objectives: dict[str, float], folder):
+def trained(config: Config, objectives: dict[str, float], folder, task: str = "regression"):
     """The network before and after an epoch, and its batches in order."""
-    made = prepared(config, objectives)
+    made = prepared(config, objectives, task)
     before = copy.deepcopy(made.module)
     batches = [batch for batch in made.train]
     fit(made.module, made.train, made.valid, folder, config.run, 1)
@@ -153,9 +155,10 @@ class NTXent(nn.Module):
 
 
 def test_a_loss_of_two_views_is_one_row_of_the_table(tmp_path, monkeypatch):
-    monkeypatch.setitem(two_views.LOSSES, "nt_xent", lambda config: NTXent(**config.options))
+    monkeypatch.setattr(contrastive, "Plain", NTXent, raising=False)
+    monkeypatch.setitem(losses.LOSSES, "plain", losses.Loss("contrastive.Plain"))
     config = settings(lr=1e-3)
-    config.loss.name = "nt_xent"
+    config.loss.name = "plain"
     plain, module, batches = trained(config, {"two_views": 1.0}, tmp_path)
     optimiser = torch.optim.Adam(plain.train().parameters(), lr=1e-3)
     for step, batch in enumerate(batches):
@@ -164,6 +167,78 @@ def test_a_loss_of_two_views_is_one_row_of_the_table(tmp_path, monkeypatch):
         optimiser.step()
     assert_near(module, plain)
     assert module.logs == ("train_loss", "valid_effective_rank")
+
+
+def one_way(a: Tensor, b: Tensor, scale: Tensor | float) -> Tensor:
+    return F.cross_entropy(F.normalize(a) @ F.normalize(b).T * scale, torch.arange(len(a)))
+
+
+def siglip(net, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    scores = F.normalize(a) @ F.normalize(b).T * net.loss.log_scale.exp() + net.loss.bias
+    return -F.logsigmoid(scores * (2 * torch.eye(len(a)) - 1)).sum() / len(a)
+
+
+def clip(net, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    scale = net.loss.log_scale.exp()
+    return (one_way(a, b, scale) + one_way(b, a, scale)) / 2
+
+
+def of_classes(a: Tensor, b: Tensor, labels: Tensor, rows) -> Tensor:
+    z = F.normalize(torch.cat((a, b)))
+    labels = torch.cat((labels, labels))
+    own = torch.eye(len(z), dtype=torch.bool)
+    same = (labels == labels[:, None]) & ~own
+    scores = z @ z.T / 0.1
+    return rows(scores, same, own)
+
+
+def sup_con(net, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    def rows(scores, same, own):
+        log = scores - scores.masked_fill(own, -math.inf).logsumexp(1, keepdim=True)
+        return -((log * same).sum(1) / same.sum(1)).mean()
+
+    return of_classes(a, b, labels, rows)
+
+
+def ser(net, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    def rows(scores, same, own):
+        negatives = scores.masked_fill(same | own, -math.inf).logsumexp(1, keepdim=True)
+        log = scores - torch.logaddexp(scores, negatives.expand_as(scores))
+        return -((log * same).sum(1) / same.sum(1)).mean()
+
+    return of_classes(a, b, labels, rows)
+
+
+# The settings of a loss, and the same as formulas of the network, embeddings and labels.
+NAMED = {
+    "nt_xent": (LossConfig("nt_xent"), lambda net, a, b, labels: nt_xent(a, b)),
+    "info_nce": (
+        LossConfig("info_nce", options={"temperature": "2e-1"}),
+        lambda net, a, b, labels: one_way(a, b, 5.0),
+    ),
+    "clip": (LossConfig("clip", options={"learnable": True}), clip),
+    "siglip": (LossConfig("siglip"), siglip),
+    "sup_con": (LossConfig("sup_con"), sup_con),
+    "ser": (LossConfig("nt_xent", options={"variant": "ser", "temperature": 0.1}, labels=True), ser),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_loss_is_a_plain_loop(name, tmp_path):
+    config = settings(lr=1e-3)
+    config.loss, loss = NAMED[name]
+    plain, module, batches = trained(config, {"two_views": 1.0}, tmp_path, "classification")
+    optimiser = torch.optim.Adam(plain.train().parameters(), lr=1e-3)
+    for step, batch in enumerate(batches):
+        optimiser.zero_grad()
+        views(plain, batch, step, lambda a, b, of=batch: loss(plain, a, b, of.labels)).backward()
+        optimiser.step()
+    assert_near(module, plain)
+    learnt = dict(module.loss.named_parameters())
+    assert set(learnt) == {"clip": {"log_scale"}, "siglip": {"log_scale", "bias"}}.get(name, set())
+    assert all(not torch.equal(p, make_loss(config.loss).get_parameter(n)) for n, p in learnt.items())
+    several = ("train_positives",) if name in ("nt_xent", "sup_con", "ser") else ()
+    assert module.logs == ("train_loss", "train_mean_cosine", *several, "valid_effective_rank")
 
 
 def test_a_loss_that_is_not_there_or_does_not_take_its_options_is_refused():
