@@ -163,3 +163,11 @@ def test_what_a_loss_does_not_take_is_refused_in_a_sentence(sentence, tmp_path, 
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1, error
     assert not (tmp_path / "r").exists()
+
+
+def test_an_experiment_reports_a_loss_by_classes(tmp_path):
+    words = ["--experiment.methods=[LE]", "--experiment.seeds=[0]", "--experiment.workers=1"]
+    words += ["--pretraining.epochs=1", "--supervised.epochs=1", "--experiment.baselines=false"]
+    train("experiment", tmp_path / "e", *CLASSES, *LOSSES["sup_con"], *words)
+    assert (tmp_path / "e/plots/pretraining.png").exists() and not list(tmp_path.rglob("correlation.png"))
+    assert "sup_con" in (tmp_path / "e/config.yaml").read_text()
