@@ -103,15 +103,15 @@ class LossConfig:
     """The loss between two views.
 
     Args:
-        name: Which one: ``barlow_twins``, ``nt_xent``, ``info_nce``, ``clip``, ``siglip`` or, by labels,
-            ``sup_con``.
+        name: Which one: ``barlow_twins``, ``nt_xent``, ``info_nce``, ``clip``, ``siglip`` or, by labels, ``sup_con``,
+            ``triplet_margin``, ``smooth_triplet``.
         lambd: Weight of the off-diagonal terms of Barlow Twins. The thesis prints 2e-2; its code and Barlow Twins use
             about 5e-3.
         center: Subtract the batch mean of each column in Barlow Twins; off gives thesis eq. 6.3.2 literally.
         options: Further arguments of the loss, by keyword, such as ``{variant: thesis}`` of Barlow Twins or
             ``{temperature: 0.1}`` of ``nt_xent``; also one by one, ``--loss.options.temperature 0.1``.
-        labels: Samples of one class belong together, and those with a class alone are trained on: ``sup_con`` always,
-            ``nt_xent`` if this is true, the others never.
+        labels: Samples of one class belong together, and those with a class alone are trained on. Losses by labels do
+            so always, ``nt_xent`` if this is true, the others never.
     """
 
     name: str = "barlow_twins"

@@ -209,6 +209,14 @@ def ser(net, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
     return of_classes(a, b, labels, rows)
 
 
+def smooth_triplet(net, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    def rows(scores, same, own):
+        x = (scores[:, None, :] - scores[:, :, None]) / 5  # (i, p, n): of cosines over 0.5
+        return F.softplus(x[same[:, :, None] & ~(same | own)[:, None, :]]).mean()
+
+    return of_classes(a, b, labels, rows)
+
+
 # The settings of a loss, and the same as formulas of the network, embeddings and labels.
 NAMED = {
     "nt_xent": (LossConfig("nt_xent"), lambda net, a, b, labels: nt_xent(a, b)),
@@ -219,6 +227,7 @@ NAMED = {
     "clip": (LossConfig("clip", options={"learnable": True}), clip),
     "siglip": (LossConfig("siglip"), siglip),
     "sup_con": (LossConfig("sup_con"), sup_con),
+    "smooth_triplet": (LossConfig("smooth_triplet"), smooth_triplet),
     "ser": (LossConfig("nt_xent", options={"variant": "ser", "temperature": 0.1}, labels=True), ser),
 }
 
@@ -237,7 +246,10 @@ def test_a_named_loss_is_a_plain_loop(name, tmp_path):
     learnt = dict(module.loss.named_parameters())
     assert set(learnt) == {"clip": {"log_scale"}, "siglip": {"log_scale", "bias"}}.get(name, set())
     assert all(not torch.equal(p, make_loss(config.loss).get_parameter(n)) for n, p in learnt.items())
-    several = ("train_positives",) if name in ("nt_xent", "sup_con", "ser") else ()
+    several = {
+        "smooth_triplet": ("train_easy", "train_semihard", "train_hard"),
+        **dict.fromkeys(("nt_xent", "sup_con", "ser"), ("train_positives",)),
+    }.get(name, ())
     assert module.logs == ("train_loss", "train_mean_cosine", *several, "valid_effective_rank")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from importlib import import_module
 from math import inf
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mmfast.errors import UserError
 from mmfast.training.settings import accepted, must_be
@@ -53,8 +53,9 @@ class Loss(NamedTuple):
 _POSITIVE = Option(float, "positive", lambda value: 0 < value < inf)
 _FINITE = Option(float, "finite", lambda value: -inf < value < inf)
 _FLAG = Option(bool)
-_OVER = Option(Literal["anchors", "all", "pairs"])
+_AT_LEAST_0 = Option(float, "finite and at least 0", lambda value: 0 <= value < inf)
 _ROWS = {"temperature": _POSITIVE, "normalise": _FLAG}
+_TRIPLETS = ("mean_cosine", "easy", "semihard", "hard")
 _BARLOW_TWINS = ("lambd", "center", "eps", "variant", "scale", "debias", "stats", "grad_convention", "group")
 
 LOSSES = {
@@ -66,7 +67,7 @@ LOSSES = {
     ),
     "nt_xent": Loss(
         "contrastive.NTXentLoss",
-        {**_ROWS, "variant": Option(Literal["simclr", "ser", "pml"]), "over": _OVER},
+        {**_ROWS, "variant": Option(), "over": Option()},
         labels=(False, True),
         reads=("mean_cosine", "positives"),
     ),
@@ -79,10 +80,27 @@ LOSSES = {
     ),
     "sup_con": Loss(
         "contrastive.SupConLoss",
-        {**_ROWS, "variant": Option(Literal["out", "in", "solo", "hobbit"]), "over": _OVER},
+        {**_ROWS, "variant": Option(), "over": Option()},
         labels=(True,),
         joined=True,
         reads=("mean_cosine", "positives"),
+    ),
+    "triplet_margin": Loss(
+        "triplet.TripletMarginLoss",
+        {
+            "margin": _AT_LEAST_0,
+            **dict.fromkeys(("score", "mining", "ties", "over", "soft", "anchors"), Option()),
+        },
+        labels=(True,),
+        joined=True,
+        reads=_TRIPLETS,
+    ),
+    "smooth_triplet": Loss(
+        "triplet.SmoothTripletLoss",
+        {"temperature": _POSITIVE, "score": Option(), "over": Option()},
+        labels=(True,),
+        joined=True,
+        reads=_TRIPLETS,
     ),
 }
 
@@ -152,7 +170,7 @@ def make_loss(config: LossConfig, others: bool = False) -> Any:
     options = {name: _typed(value, row.options[name].kind) for name, value in config.options.items()}
     try:
         return row.make(**{**{name: getattr(config, name) for name in row.own}, **options})
-    except TypeError as error:
+    except (TypeError, UserError) as error:
         raise UserError(f"config: loss.options must fit the loss {config.name}: {error}") from error
 
 

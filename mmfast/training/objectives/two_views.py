@@ -36,7 +36,8 @@ class TwoViews(Objective):
     Each epoch logs the mean over steps of the loss and of what its row reads. Of Barlow Twins ``train_on_diagonal``,
     ``train_off_diagonal`` (before the weight lambda), ``train_mean_diagonal`` (mean c_ii, 1 is perfect invariance)
     and ``train_off_diagonal_rms``; of losses of similarities ``train_mean_cosine`` (of the two views of a sample, 1
-    is perfect invariance) and, where there may be several, ``train_positives`` (of a row that has one).
+    is perfect invariance), where there may be several ``train_positives`` (of a row that has one), and how many
+    triplets of a step are ``train_easy``, ``train_semihard`` and ``train_hard``.
 
     There is no validation loss. Augmentation is off in validation, so both views are the same, c_ii is 1 and
     nothing of invariance is left to measure; augmented validation views would measure the luck of a draw as well.
@@ -90,6 +91,10 @@ class TwoViews(Objective):
     def _read(self, name: str, z_a: Tensor, z_b: Tensor) -> Tensor:
         last = self.loss.last
         return READINGS[name](last, z_a, z_b) if name in READINGS else getattr(last, name)
+
+    def begins(self, epoch: int, epochs: int) -> None:
+        if hasattr(self.loss, "set_progress"):
+            self.loss.set_progress(epoch, epochs)
 
     def validate(self, step: Step) -> None:
         real = slice(step.batch.samples)
