@@ -1,13 +1,18 @@
-"""``from solo.losses import barlow_loss_func`` becomes ``from mmfast.adapters.solo import barlow_loss_func``."""
+"""``from solo.losses import barlow_loss_func`` becomes ``from mmfast.adapters.solo import barlow_loss_func``.
+
+So does ``vicreg_loss_func``.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from mmfast.checks import check_number
+from mmfast.losses import vicreg
 from mmfast.losses.barlow_twins import Options, evaluate_barlow_twins
 
 OP = "solo.barlow_loss_func"
+VICREG = "solo.vicreg_loss_func"
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:
@@ -19,3 +24,25 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
     lambd, scale = check_number(OP, "lamb", lamb, 0), check_number(OP, "scale_loss", scale_loss, 0)
     options = Options(lambd, variant="solo", scale=scale, stats="local", grad_convention="legacy")
     return evaluate_barlow_twins(z1, z2, options.request(), op=OP, names=("z1", "z2"))[0]
+
+
+def vicreg_loss_func(
+    z1: Tensor,
+    z2: Tensor,
+    sim_loss_weight: float = 25.0,
+    var_loss_weight: float = 25.0,
+    cov_loss_weight: float = 1.0,
+) -> Tensor:
+    """solo-learn's VICReg loss of two views' embeddings (B, D), as its release 1.0.2: each process has its own rows.
+
+    Later code gathers rows and divides the gradients of two of its three terms by the number of processes; the loss
+    of all rows with its gradient is ``mmfast.functional.vicreg(z1, z2, variant="solo")``.
+    """
+    given = {
+        "sim_loss_weight": sim_loss_weight,
+        "var_loss_weight": var_loss_weight,
+        "cov_loss_weight": cov_loss_weight,
+    }
+    weights = [check_number(VICREG, name, value, 0) for name, value in given.items()]
+    options = vicreg.Options(*weights, variant="solo", stats=None)
+    return vicreg.evaluate_vicreg(z1, z2, options, op=VICREG, names=("z1", "z2"))[0]

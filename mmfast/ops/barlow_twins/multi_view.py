@@ -75,7 +75,7 @@ def barlow_twins_of_pairs(
     definition, pooled, debias, sharing = request
     group, problem = sharing.across(), None
     try:
-        _check_ordinary(views)
+        check_ordinary(views, _ORDINARY)
         sharing.check()
         definition.check()
         check_views(views, 2 if group is None else 0, corresponding, op)
@@ -123,13 +123,14 @@ _ORDINARY = (
 )
 
 
-def _check_ordinary(views: Mapping[str, Tensor]) -> None:
+def check_ordinary(views: Mapping[str, Tensor], sentence: str) -> None:
+    """Refuses with ``sentence`` what carries derivatives or maps that no backward pass gives."""
     for z in views.values():
         if not isinstance(z, Tensor) or torch.compiler.is_compiling():
             continue
         dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(z).tangent is not None
         if dual or torch._C._functorch.is_functorch_wrapped_tensor(z):
-            raise NotImplementedError(_ORDINARY)
+            raise NotImplementedError(sentence)
 
 
 def _agreed(group, views, pairs, present, options, problem: Exception | None) -> Ranks:
@@ -187,7 +188,7 @@ def _loss(
             *(x.reshape(-1).double() for one in sums for x in one.values()),
         ]
     )
-    flat = _Sum.apply(ranks, flat)
+    flat = Sum.apply(ranks, flat)
     if setting.gram:
         energies, flat = flat.split([len(energies), len(flat) - len(energies)])
     parts = iter(flat.split([x.numel() for one in sums for x in one.values()]))
@@ -199,7 +200,7 @@ def _loss(
         term, summary = _term(n, energy, known, views[a], views[b], setting)
         loss = loss + weight * term
         components.append(summary)
-    return _Upstream.apply(ranks, setting.share, loss.to(dtype)), torch.stack(components).to(dtype)
+    return Upstream.apply(ranks, setting.share, loss.to(dtype)), torch.stack(components).to(dtype)
 
 
 def _rows_of_pairs(present: Tensor | None, ranks: Ranks) -> float | Tensor:
@@ -260,7 +261,7 @@ def _debiased(off: Tensor, n: float, sums: dict[str, Tensor], center: bool) -> T
     return (off - lengths * n / (n - 2) + product / ((n - 1) * (n - 2))) / (n * (n - 3))
 
 
-class _Upstream(Function):
+class Upstream(Function):
     """The loss that every process has; its gradient is that of the sum over processes, or a share of it."""
 
     @staticmethod
@@ -276,7 +277,7 @@ class _Upstream(Function):
         return None, None, ctx.ranks.sum(upstream) * ctx.share
 
 
-class _Sum(Function):
+class Sum(Function):
     """Sums over the processes, of what contributes to a loss that every process has alike."""
 
     @staticmethod

@@ -58,10 +58,11 @@ class Pairs(Function):
         saved = ctx.saved_tensors
         hats, every, matrices = saved[:count], saved[count : 2 * count], saved[2 * count :]
         of_gaps = iter(of_gaps)
-        weights = [
-            (2 * of_energies[i], -2 * next(of_gaps) if same(hats, a, b) else None)
-            for i, (a, b, _) in enumerate(setting.pairs)
-        ]
+        weights = []
+        for i, (a, b, _) in enumerate(setting.pairs):
+            # A view that is its own partner is on both sides.
+            factor = 4 if a == b else 2
+            weights.append((factor * of_energies[i], -factor * next(of_gaps) if same(hats, a, b) else None))
         grads = []
         for m, hat in enumerate(hats):
             partners = [
