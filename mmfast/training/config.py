@@ -103,8 +103,8 @@ class LossConfig:
     """The loss between two views.
 
     Args:
-        name: Which one: ``barlow_twins``, ``nt_xent``, ``info_nce``, ``clip``, ``siglip`` or, by labels, ``sup_con``,
-            ``triplet_margin``, ``smooth_triplet``.
+        name: Which one: ``barlow_twins``, ``vicreg``, ``nt_xent``, ``info_nce``, ``clip``, ``siglip`` or, by labels,
+            ``sup_con``, ``triplet_margin``, ``smooth_triplet``.
         lambd: Weight of the off-diagonal terms of Barlow Twins. The thesis prints 2e-2; its code and Barlow Twins use
             about 5e-3.
         center: Subtract the batch mean of each column in Barlow Twins; off gives thesis eq. 6.3.2 literally.

@@ -26,6 +26,7 @@ LOSSES = {
 # Semi-hard for 80 % of three epochs: the last one is hard.
 LOSSES["triplet_margin"] = ["--loss.name=triplet_margin", "--loss.options.mining=semihard_then_hard"]
 LOSSES["smooth_triplet"] = ["--loss.name=smooth_triplet"]
+LOSSES["vicreg"] = ["--loss.name=vicreg", "--loss.options.covariance=2"]
 FASTER = ["--pretraining.lr=0.01", "--pretraining.epochs=3"]
 
 
@@ -44,7 +45,10 @@ def test_each_loss_learns(name, runs):
     history = result(runs[name])["history"]
     losses = [epoch["train_loss"] for epoch in history]
     assert losses[-1] < losses[0] or name == "triplet_margin"  # of which another part is mined at the end
-    assert all(-1 <= epoch["train_mean_cosine"] <= 1 for epoch in history)
+    if name == "vicreg":
+        assert history[-1]["train_covariance"] > 0 and "train_mean_cosine" not in history[0]
+    else:
+        assert all(-1 <= epoch["train_mean_cosine"] <= 1 for epoch in history)
     assert "train_mean_diagonal" not in history[0] and "valid_effective_rank" in history[0]
     positives = {"nt_xent": 1.0}.get(name)
     if name in ("sup_con", "ser"):
@@ -117,7 +121,7 @@ def test_files_and_checkpoints_from_before_there_was_a_choice_say_the_same():
 
 
 REFUSED = {
-    "must be one of barlow_twins, nt_xent, info_nce, clip, siglip": ["--loss.name=sigclip"],
+    "must be one of barlow_twins, vicreg, nt_xent, info_nce, clip, siglip": ["--loss.name=sigclip"],
     "did you mean siglip?": ["--loss.name=sigclip"],
     "loss.options must fit the loss barlow_twins: there is no temperature among lambd": [
         "--loss.options.temperature=0.1"

@@ -121,13 +121,13 @@ def trained(config: Config, objectives: dict[str, float], folder, task: str = "r
     return before, made.module, batches
 
 
-def assert_near(ours: nn.Module, theirs: nn.Module) -> None:
+def assert_near(ours: nn.Module, theirs: nn.Module, atol: float = 4e-4) -> None:
     # Adam divides by gradients, also by small ones that are rounding: in a few places that makes a part of a step of
     # 1e-3.
     state = theirs.state_dict()
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(
-            tensor, state[name], rtol=1e-4, atol=4e-4, msg=lambda m, n=name: f"{n}: {m}"
+            tensor, state[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -217,8 +217,18 @@ def smooth_triplet(net, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
     return of_classes(a, b, labels, rows)
 
 
+def vicreg(net, a: Tensor, b: Tensor, labels: Tensor) -> Tensor:
+    loss = 25 * F.mse_loss(a, b)
+    for z in (a, b):
+        loss = loss + 25 * (1 - (z.var(0) + 1e-4).sqrt()).relu().mean() / 2
+        c = z.T.cov()
+        loss = loss + (c.square().sum() - c.diagonal().square().sum()) / z.shape[1]
+    return loss
+
+
 # The settings of a loss, and the same as formulas of the network, embeddings and labels.
 NAMED = {
+    "vicreg": (LossConfig("vicreg"), vicreg),
     "nt_xent": (LossConfig("nt_xent"), lambda net, a, b, labels: nt_xent(a, b)),
     "info_nce": (
         LossConfig("info_nce", options={"temperature": "2e-1"}),
@@ -242,15 +252,35 @@ def test_a_named_loss_is_a_plain_loop(name, tmp_path):
         optimiser.zero_grad()
         views(plain, batch, step, lambda a, b, of=batch: loss(plain, a, b, of.labels)).backward()
         optimiser.step()
-    assert_near(module, plain)
+    # Gradients up to 20 leave rounding of 6e-6 in those that are 0 but for it.
+    assert_near(module, plain, 1e-3 if name == "vicreg" else 4e-4)
     learnt = dict(module.loss.named_parameters())
     assert set(learnt) == {"clip": {"log_scale"}, "siglip": {"log_scale", "bias"}}.get(name, set())
     assert all(not torch.equal(p, make_loss(config.loss).get_parameter(n)) for n, p in learnt.items())
+    if name == "vicreg":
+        assert module.logs[1:-1] == ("train_invariance", "train_variance", "train_covariance")
+        return
     several = {
         "smooth_triplet": ("train_easy", "train_semihard", "train_hard"),
         **dict.fromkeys(("nt_xent", "sup_con", "ser"), ("train_positives",)),
     }.get(name, ())
     assert module.logs == ("train_loss", "train_mean_cosine", *several, "valid_effective_rank")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_gradients_of_a_named_loss_are_those_of_its_formula(name):
+    config = settings()
+    config.loss, loss = NAMED[name]
+    made = prepared(config, {"two_views": 1.0}, "classification")
+    module = made.module.double().train()
+    batch = next(iter(made.train))
+    batch = replace(batch, values={modality: x.double() for modality, x in batch.values.items()})
+    found = []
+    for function in (loss, lambda net, a, b, labels: net.objectives["two_views"]._loss(a, b, labels)):
+        module.zero_grad()
+        views(module, batch, 0, lambda a, b, of=function: of(module, a, b, batch.labels)).backward()
+        found.append([p.grad for p in module.parameters() if p.grad is not None])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-11)
 
 
 def test_a_loss_that_is_not_there_or_does_not_take_its_options_is_refused():

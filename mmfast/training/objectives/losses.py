@@ -65,6 +65,11 @@ LOSSES = {
         own=("lambd", "center"),
         reads=("on_diagonal", "off_diagonal", "mean_diagonal", "off_diagonal_rms"),
     ),
+    "vicreg": Loss(
+        "vicreg.VICRegLoss",
+        {**dict.fromkeys(("invariance", "variance", "covariance", "eps"), _AT_LEAST_0), "variant": Option()},
+        reads=("invariance", "variance", "covariance"),
+    ),
     "nt_xent": Loss(
         "contrastive.NTXentLoss",
         {**_ROWS, "variant": Option(), "over": Option()},

@@ -35,9 +35,10 @@ class TwoViews(Objective):
 
     Each epoch logs the mean over steps of the loss and of what its row reads. Of Barlow Twins ``train_on_diagonal``,
     ``train_off_diagonal`` (before the weight lambda), ``train_mean_diagonal`` (mean c_ii, 1 is perfect invariance)
-    and ``train_off_diagonal_rms``; of losses of similarities ``train_mean_cosine`` (of the two views of a sample, 1
-    is perfect invariance), where there may be several ``train_positives`` (of a row that has one), and how many
-    triplets of a step are ``train_easy``, ``train_semihard`` and ``train_hard``.
+    and ``train_off_diagonal_rms``; of VICReg its terms without their weights; of losses of similarities
+    ``train_mean_cosine`` (of the two views of a sample, 1 is perfect invariance), where there may be several
+    ``train_positives`` (of a row that has one), and how many triplets of a step are ``train_easy``,
+    ``train_semihard`` and ``train_hard``.
 
     There is no validation loss. Augmentation is off in validation, so both views are the same, c_ii is 1 and
     nothing of invariance is left to measure; augmented validation views would measure the luck of a draw as well.
