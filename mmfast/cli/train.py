@@ -36,6 +36,9 @@ from mmfast.training.seen import Overlap
 from mmfast.training.splits import check_range, load_data, make_splits
 from mmfast.training.stages import PRETRAINING, Stage, pretraining_stage, supervised_stage
 
+# Quantities beside the loss that say in a line how far pre-training came.
+READ = {"train_mean_diagonal": "mean diagonal", "train_mean_cosine": "mean cosine of the two views"}
+
 
 def pretrain(given: Any) -> None:
     """``mmfast pretrain``: ``last.ckpt`` in ``run.folder``."""
@@ -46,7 +49,9 @@ def pretrain(given: Any) -> None:
         splits = make_splits(load_data(config.data), config.data, config.run.seed)
         place = claim(folder, settings, given.resume, {"data.path": splits.identity})
         stage = pretraining_stage(config)
-        result = runs.run_stage(config, stage, splits, _announced(place, runs.few_steps(stage, splits)))
+        result = runs.run_stage(
+            config, stage, splits, _announced(place, runs.few_steps(config, stage, splits))
+        )
     print(_summary(stage, result, folder))
 
 
@@ -87,7 +92,7 @@ def train(given: Any) -> None:
         splits = make_splits(load_data(config.data), config.data, config.run.seed)
         inputs = {"data.path": splits.identity}
         place = claim(folder, settings, given.resume, inputs)
-        place = _announced(place, *(runs.few_steps(stage, splits) for stage in stages))
+        place = _announced(place, *(runs.few_steps(config, stage, splits) for stage in stages))
         result = runs.run_method(config, stages, splits, place, inputs)
     for stage in stages:
         print(f"{stage.name}: {_summary(stage, result['stages'][stage.name], folder / stage.name)}")
@@ -108,10 +113,8 @@ def _summary(stage: Stage, result: Mapping[str, Any], folder: Path) -> str:
         best = f"best {name} {result[monitor]:.4f} in epoch {result['best_epoch'] + 1}"
         return f"{text}, {best}: {folder / BEST}"
     last = result["history"][-1]
-    diagonal = last.get("train_mean_diagonal")
-    text += f": loss {last['train_loss']:.4g}" + (
-        "" if diagonal is None else f", mean diagonal {diagonal:.3f}"
-    )
+    read = [f"{title} {last[name]:.3f}" for name, title in READ.items() if name in last]
+    text += ", ".join([f": loss {last['train_loss']:.4g}", *read])
     return f"{text}; encoder in {folder / LAST}"
 
 

@@ -185,7 +185,7 @@ def _accept(planned: Mapping[str, Run], units: list[Unit], data: MultimodalData,
                 splits = make_splits(data, own.data, unit.seed)
                 require_labels({"train": splits.train, "valid": splits.valid, "test": splits.test})
             module = runs.prepare(own, run.stage, splits, processes=workers).module
-            sentences[runs.few_steps(run.stage, splits)] = None
+            sentences[runs.few_steps(own, run.stage, splits)] = None
             if run.stage.labels:
                 for name, count in runs.tested_on_seen(module, splits).items():
                     sentences[f"{unit}: of the {len(getattr(splits, name))} {name} samples, {count}"] = None

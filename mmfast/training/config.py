@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mmfast.errors import UserError
 from mmfast.training.data_config import DATA_RULES, SEED, DataConfig
+from mmfast.training.objectives.losses import check_loss
 
 # Which samples of a data set: a part of it, all of them, or those of them that a network has not seen.
 SPLITS = ("train", "valid", "test", "unlabelled", "all", "unseen")
@@ -102,16 +103,22 @@ class LossConfig:
     """The loss between two views.
 
     Args:
-        name: Which one: ``barlow_twins``.
-        lambd: Weight of the off-diagonal terms. The thesis prints 2e-2; its code and Barlow Twins use about 5e-3.
-        center: Subtract the batch mean of each column; off gives thesis eq. 6.3.2 literally.
-        options: Further arguments of the loss, by keyword, such as ``{variant: thesis}`` of Barlow Twins.
+        name: Which one: ``barlow_twins``, ``vicreg``, ``nt_xent``, ``info_nce``, ``clip``, ``siglip`` or, by labels,
+            ``sup_con``, ``triplet_margin``, ``smooth_triplet``.
+        lambd: Weight of the off-diagonal terms of Barlow Twins. The thesis prints 2e-2; its code and Barlow Twins use
+            about 5e-3.
+        center: Subtract the batch mean of each column in Barlow Twins; off gives thesis eq. 6.3.2 literally.
+        options: Further arguments of the loss, by keyword, such as ``{variant: thesis}`` of Barlow Twins or
+            ``{temperature: 0.1}`` of ``nt_xent``; also one by one, ``--loss.options.temperature 0.1``.
+        labels: Samples of one class belong together, and those with a class alone are trained on. Losses by labels do
+            so always, ``nt_xent`` if this is true, the others never.
     """
 
     name: str = "barlow_twins"
     lambd: float = 5e-3
     center: bool = True
     options: dict[str, Any] = field(default_factory=dict)
+    labels: bool | None = None
 
 
 @dataclass
@@ -319,6 +326,7 @@ def check(config: Config) -> None:
         UserError: names the first such setting, its rule and its value.
     """
     _check(config, RULES, "")
+    check_loss(config.loss)
     check_stage(config.pretraining, "pretraining", least=2)
     check_stage(config.supervised, "supervised")
 

@@ -166,6 +166,8 @@ class StageModule(pl.LightningModule):
         self._steps = int(self.trainer.estimated_stepping_batches)
 
     def on_train_epoch_start(self) -> None:
+        for objective in self.objectives.values():
+            objective.begins(self.current_epoch + 1, self.stage.settings.epochs)
         self._frozen = self._frozen_in(self.current_epoch)
         for name in self.parts:
             part = getattr(self, name)

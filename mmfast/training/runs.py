@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader
 
-from mmfast.data import make_loader
+from mmfast.data import MultimodalDataset, make_loader
 from mmfast.errors import UserError
 from mmfast.models import Encoder
 from mmfast.tasks import Task, task_of
@@ -25,6 +25,7 @@ from mmfast.training.folder import PREDICTIONS, claim, finished, load_result, sa
 from mmfast.training.handover import Handover, load_part
 from mmfast.training.memory import check_memory
 from mmfast.training.module import StageModule
+from mmfast.training.objectives.losses import takes_labels
 from mmfast.training.parsing import config_of
 from mmfast.training.predictions import evaluation_batches, predict, write_predictions
 from mmfast.training.processes import is_main, rank, world_size
@@ -108,13 +109,17 @@ def run_stage(
             )
         best = read_checkpoint(folder / outcome(stage))
         module.load_state_dict(best["state_dict"])
-        names = ("train", "valid", "test") if stage.labels else ("inputs", "valid")
+        trained = "train" if stage.labels else "inputs"
+        others = ("valid", "test") if stage.labels else ("valid",)
         result = {
             "kind": stage.kind,
             "epochs": len(history),
             "steps": len(train) * len(history),
             "seconds": round(time.monotonic() - began, 2),
-            "samples": {name: len(getattr(splits, name)) for name in names},
+            "samples": {
+                trained: len(train.dataset),
+                **{name: len(getattr(splits, name)) for name in others},
+            },
             "handover": {part: count._asdict() for part, count in handover.items()},
             "history": history,
         }
@@ -180,13 +185,13 @@ def prepare(
 
     Raises:
         UserError: too few samples, no labelled training or validation samples, weights that do not fit, settings
-            that a part or the task refuses, a class without training samples, a device that is not there, memory
-            that is not free.
+            that a part or the task refuses, a loss by classes on data without, a class without training samples, a
+            device that is not there, memory that is not free.
     """
     check_device(config.run)
     if stage.labels:
         require_labels({"train": splits.train, "valid": splits.valid})
-    samples = splits.train if stage.labels else splits.inputs
+    samples = samples_of(config, stage, splits)
     size, wanted = len(samples), stage.settings.batch_size
     if size < stage.least:
         raise UserError(
@@ -195,7 +200,8 @@ def prepare(
     check_shared(stage, size)
     checkpoint = source and read_checkpoint(source)
     before = checkpoint and checkpoint[RECORD]["seen"]
-    seen = Seen.by(splits, stage.labels, stage.settings.monitor is not None, before)
+    labels = stage.labels or by_classes(config, stage)
+    seen = Seen.by(splits, labels, stage.settings.monitor is not None, before)
     task = task_of_run(config.task, splits) if stage.labels else None
     record = _record(config, stage, splits, seen, task)
     module = make_module(config, splits.features, stage, record, task)
@@ -242,12 +248,35 @@ def check_shared(stage: Stage, samples: int) -> None:
         )
 
 
-def few_steps(stage: Stage, splits: Splits) -> str | None:
+def by_classes(config: Config, stage: Stage) -> bool:
+    """Whether samples of the stage are told apart by their classes."""
+    return "two_views" in stage.objectives and takes_labels(config.loss)
+
+
+def samples_of(config: Config, stage: Stage, splits: Splits) -> MultimodalDataset:
+    """What a stage trains on.
+
+    Raises:
+        UserError: its loss is by classes, and the data have other labels or none.
+    """
+    if not by_classes(config, stage):
+        return splits.train if stage.labels else splits.inputs
+    if splits.task != "classification":
+        raise UserError(
+            f"config: loss.name {config.loss.name} must have samples of one class each to go by labels, the data "
+            f"have {splits.task} of {', '.join(splits.targets)}"
+        )
+    require_labels({"train": splits.train})
+    return splits.train
+
+
+def few_steps(config: Config, stage: Stage, splits: Splits) -> str | None:
     """A sentence about training without labels that stops before it has begun to learn, or None.
 
     On 300 samples a correlation grew from 20 to 160 steps; the thesis' runs take 1,900.
     """
-    each = len(splits.inputs) // min(len(splits.inputs), stage.settings.batch_size)
+    size = len(samples_of(config, stage, splits))
+    each = size // min(size, stage.settings.batch_size) if size else 0
     steps = each * stage.settings.epochs
     if stage.labels or steps >= FEWEST_STEPS:
         return None

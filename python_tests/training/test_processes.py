@@ -50,9 +50,17 @@ def test_processes_add_up_collect_rows_and_hear_what_the_first_one_says(ranks):
 
 POOLED = {"model": {"encoder": "stage_runs.Pooled", "hidden": 8, "projector": [16, 16]}}
 EMOTIONS = {"data": {"synthetic": {**SETTINGS["data"]["synthetic"], "task": "multilabel"}}}
+CLASSES = {"data": {"synthetic": {**SETTINGS["data"]["synthetic"], "task": "classification"}}}
 # objectives, settings of the stage, sections of the configuration, precision
 STAGES = {
     "two views": ({"two_views": 1.0}, {"ema": 0.9}, None, "64-true"),
+    "a learnt scale": ({"two_views": 1.0}, {"clip": 1.0}, {"loss": {"name": "siglip"}}, "64-true"),
+    "views by classes": (
+        {"two_views": 1.0},
+        {"batch_size": 9},
+        {**CLASSES, "loss": {"name": "sup_con"}},
+        "64-true",
+    ),
     "many views": ({"many_views": 1.0}, {}, None, "64-true"),
     "a last step of one sample": ({"supervised": 1.0}, {}, None, "64-true"),
     "weighted labels": (

@@ -311,16 +311,20 @@ def _figures(
         ),
     ]
     pretraining = [r for unit in units if (r := load_result(unit.folder(root) / PRETRAINING))]
-    if pretraining and "train_mean_diagonal" in pretraining[0]["history"][-1]:
-        first = units[0].config(config)
-        inputs = make_splits(data, first.data, first.run.seed).inputs
-        before, after = before_and_after(units[0].folder(root) / PRETRAINING / LAST, inputs)
+    logged = pretraining[0]["history"][-1] if pretraining else {}
+    if "train_mean_diagonal" in logged or "train_mean_cosine" in logged:
         blocks += [
             Figure(
                 "plots/pretraining.png",
                 plots.pretraining_curves([r["history"] for r in pretraining]),
                 "Self-supervised phase: each run thin, thick their mean.",
-            ),
+            )
+        ]
+    if "train_mean_diagonal" in logged:
+        first = units[0].config(config)
+        inputs = make_splits(data, first.data, first.run.seed).inputs
+        before, after = before_and_after(units[0].folder(root) / PRETRAINING / LAST, inputs)
+        blocks += [
             Figure(
                 "plots/correlation.png",
                 plots.correlation_maps(before, after),

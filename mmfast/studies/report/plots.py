@@ -42,11 +42,18 @@ COLOURS = _Colours(COLOURS)
 
 def pretraining_curves(histories: Sequence[History]) -> bytes:
     """Loss, invariance and redundancy of pre-training over epochs."""
-    panels = (
-        ("Barlow Twins loss", ("train_loss",)),
-        ("mean of the diagonal (1: invariant)", ("train_mean_diagonal",)),
-        ("RMS off the diagonal (0: not redundant)", ("train_off_diagonal_rms", "valid_off_diagonal_rms")),
-    )
+    if all("train_mean_diagonal" in epoch for history in histories for epoch in history):
+        panels = (
+            ("Barlow Twins loss", ("train_loss",)),
+            ("mean of the diagonal (1: invariant)", ("train_mean_diagonal",)),
+            ("RMS off the diagonal (0: not redundant)", ("train_off_diagonal_rms", "valid_off_diagonal_rms")),
+        )
+    else:
+        panels = (
+            ("loss between two views", ("train_loss",)),
+            ("mean cosine of two views (1: invariant)", ("train_mean_cosine",)),
+            ("effective rank of the vectors", ("valid_effective_rank",)),
+        )
     figure, axes = _figure(1, len(panels), 11, 3.2)
     for ax, (title, names) in zip(axes[0], panels, strict=True):
         for name, style in zip(names, ("-", "--"), strict=False):

@@ -110,6 +110,9 @@ class Objective:
         """The loss of a batch, or None where it holds nothing to learn from."""
         raise NotImplementedError
 
+    def begins(self, epoch: int, epochs: int) -> None:
+        """Hears that an epoch of training, from 1 to ``epochs``, begins."""
+
     def validate(self, step: Step) -> Terms | None:
         """As calling it, for a validation batch; None where nothing is to be logged batch by batch."""
         return None
