@@ -357,9 +357,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("barlow_twins_narrow_forward", &barlow_twins_narrow_forward, no_gil);
   m.def("barlow_twins_narrow_backward", &barlow_twins_narrow_backward, no_gil);
   py::class_<SimilarityRule>(m, "SimilarityRule")
-      .def(py::init([](bool wide, int kind, bool itself, int64_t candidates, Address labels_q, Address labels_k,
-                       Address ids_q, Address ids_k, Address valid_q, Address valid_k, Address scale,
-                       Address bias) {
+      .def(py::init([](bool wide, int kind, bool itself, int64_t candidates, Address labels_q,
+                       Address labels_k, Address ids_q, Address ids_k, Address valid_q, Address valid_k,
+                       Address scale, Address bias) {
         return SimilarityRule{wide,
                               kind,
                               itself,

@@ -1,12 +1,13 @@
-// Triplets (anchor, positive, negative) of a strip of rows among all: who belongs to whom, and which are wanted.
+// Triplets (anchor, positive, negative) of a strip of rows among all: who belongs to whom, and which are
+// wanted.
 #pragma once
 #include "platform.h"
 
 namespace mmfast {
 
 // Row i of the strip is candidate start + i. The candidates of its class are order[first] .. order[last - 1],
-// ascending, for its own entries of first and last (columns); equal classes have equal ones. ids and valid (columns)
-// may be null.
+// ascending, for its own entries of first and last (columns); equal classes have equal ones. ids and valid
+// (columns) may be null.
 struct TripletStrip {
   int64_t rows, columns, start;
   const int32_t *order, *first, *last;

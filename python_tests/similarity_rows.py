@@ -17,6 +17,11 @@ _SIZES = torch.arange(1, 9, **DOUBLE)[:, None]
 # Scaled unit rows: normalisation has to undo it.
 Q, K = Z * _SIZES, KEYS / _SIZES
 Y = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3])
+PAIRS = torch.arange(4).repeat_interleave(2)
+IDS = torch.tensor([0, 1, 2, 3, 3, 4, 5, 6])
+PAIR_IDS = torch.tensor([0, 1, 1, 2, 3, 4, 5, 6])
+NOT_TWO = torch.arange(8) != 2
+WEIGHTS = torch.arange(1, 9, **DOUBLE)
 X = torch.tensor(
     [[1, 2, 0], [0.3, 1.1, 1.2], [2.1, 0.7, 0.4], [1.2, -0.5, 3.1], [2.4, 1.9, 1.3], [-0.2, 2.8, 0.9],
      [0.6, 1.4, 1], [3.2, -0.1, 2.2]], **DOUBLE,

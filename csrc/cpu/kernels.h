@@ -66,27 +66,30 @@ bool barlow_twins_narrow_backward(bool native, const void* z_a, int64_t stride_a
                                   const mmfast::BarlowTwinsDefinition& definition, void* grad_a, void* grad_b,
                                   int threads);
 
-// similarity.cpp: the passes over a strip of scores (rows, candidates), dense, whose first row is row `start` of
-// the rule's. All numbers are of the rule's compute type.
+// similarity.cpp: the passes over a strip of scores (rows, candidates), dense, whose first row is row `start`
+// of the rule's. All numbers are of the rule's compute type.
 
-// values (rows), counts (rows): losses and numbers of positives; numbers: L, a, M, b of the rows, `stride` apart.
+// values (rows), counts (rows): losses and numbers of positives; numbers: L, a, M, b of the rows, `stride`
+// apart.
 void similarity_forward_rows(const mmfast::SimilarityRule& rule, int64_t start, int64_t rows,
                              const void* scores, void* values, void* counts, void* numbers, int64_t stride,
                              int threads);
-// out (rows, candidates), which may be scores: H; with column_weights (candidates) plus that of the candidates as
-// rows, whose column_numbers are (4, candidates). sums (rows): of out. weights (rows), numbers: of the rows.
+// out (rows, candidates), which may be scores: H; with column_weights (candidates) plus that of the
+// candidates as rows, whose column_numbers are (4, candidates). sums (rows): of out. weights (rows), numbers:
+// of the rows.
 void similarity_backward_rows(const mmfast::SimilarityRule& rule, int64_t start, int64_t rows,
                               const void* scores, const void* numbers, int64_t stride, const void* weights,
                               const void* column_numbers, const void* column_weights, void* out, void* sums,
                               int threads);
 
-// similarity_rows.cpp: x (rows, columns) of type `dtype`, with unit column stride; all else is dense and of the
-// compute type. unit (rows, columns): x, or with `cosine` its rows divided by their lengths, 0 where there is no
-// direction or not valid (null: all are); inverse (rows): 1 / length, or 0. False if what is valid is not finite.
+// similarity_rows.cpp: x (rows, columns) of type `dtype`, with unit column stride; all else is dense and of
+// the compute type. unit (rows, columns): x, or with `cosine` its rows divided by their lengths, 0 where
+// there is no direction or not valid (null: all are); inverse (rows): 1 / length, or 0. False if what is
+// valid is not finite.
 bool similarity_units(int dtype, const void* x, int64_t stride, int64_t rows, int64_t columns,
                       const bool* valid, bool cosine, void* unit, void* inverse, int threads);
-// out (rows, columns) of type `dtype`, which may be grad: the gradient by x of `grad`, that by unit without the
-// factor scale. dots (rows): grad . unit.
+// out (rows, columns) of type `dtype`, which may be grad: the gradient by x of `grad`, that by unit without
+// the factor scale. dots (rows): grad . unit.
 void similarity_row_gradients(int dtype, const void* grad, const void* unit, const void* inverse,
                               const void* scale, int64_t rows, int64_t columns, bool cosine, void* out,
                               void* dots, int threads);
@@ -94,18 +97,20 @@ void similarity_row_gradients(int dtype, const void* grad, const void* unit, con
 // codes (n): x, if all of them fit, which it returns.
 bool similarity_codes(const int64_t* x, int64_t n, int32_t* codes);
 
-// triplets.cpp. scores (rows, columns) of a strip, dense, fp64 if `wide`, else fp32, as values (rows), g (rows,
-// columns) and weights (rows) are. counts (6, rows) and numbers and places (2, rows) have rows `stride` apart. scratch:
-// `bytes` for each thread, a multiple of 8: see mmfast/ops/similarity/triplet_kernels.py.
+// triplets.cpp. scores (rows, columns) of a strip, dense, fp64 if `wide`, else fp32, as values (rows), g
+// (rows, columns) and weights (rows) are. counts (6, rows) and numbers and places (2, rows) have rows
+// `stride` apart. scratch: `bytes` for each thread, a multiple of 8: see
+// mmfast/ops/similarity/triplet_kernels.py.
 
-// Either values and counts, or g, the derivative by the scores times the row's weight, are null. most: the largest
-// number of positives.
+// Either values and counts, or g, the derivative by the scores times the row's weight, are null. most: the
+// largest number of positives.
 void triplet_strip(bool wide, const mmfast::TripletStrip& strip, const void* scores, int kind, double margin,
                    bool ties, void* values, int64_t* counts, int64_t stride, void* g, const void* weights,
                    int64_t most, void* scratch, int64_t bytes, int threads);
-// The least score of a positive and the largest of a negative (infinite where there is none), whose they are, the
-// first of equals, and the numbers of positives and negatives.
+// The least score of a positive and the largest of a negative (infinite where there is none), whose they are,
+// the first of equals, and the numbers of positives and negatives.
 void triplet_hardest(bool wide, const mmfast::TripletStrip& strip, const void* scores, void* near, void* far,
-                     int32_t* places, int64_t* numbers, int64_t stride, void* scratch, int64_t bytes, int threads);
+                     int32_t* places, int64_t* numbers, int64_t stride, void* scratch, int64_t bytes,
+                     int threads);
 
 }  // namespace MMFAST_NS

@@ -140,9 +140,9 @@ struct Exponential<double> {
 template <class C>
 MMFAST_HD Numbers<C> exponential(Numbers<C> x) {
   using E = Exponential<C>;
-  constexpr double inverse[] = {1,           1. / 2,       1. / 6,         1. / 24,        1. / 120,
-                                1. / 720,    1. / 5040,    1. / 40320,     1. / 362880,    1. / 3628800,
-                                1. / 39916800, 1. / 479001600, 1. / 6227020800};
+  constexpr double inverse[] = {
+      1,          1. / 2,      1. / 6,       1. / 24,       1. / 120,       1. / 720,       1. / 5040,
+      1. / 40320, 1. / 362880, 1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
   x = smaller<C>(every<C>(E::highest), larger<C>(every<C>(E::lowest), x));
   const Numbers<C> moved = x * (C)1.4426950408889634 + E::magic;
   const Numbers<C> n = moved - E::magic;

@@ -27,8 +27,9 @@ struct Some {
   Codes<C> exists, own;
 };
 
-// visit(candidates, offset, All or Some) for all of n candidates, then flush() after every few of them: sums of
-// short runs keep the growth of rounding errors down. own: the row's own position, or one that does not exist.
+// visit(candidates, offset, All or Some) for all of n candidates, then flush() after every few of them: sums
+// of short runs keep the growth of rounding errors down. own: the row's own position, or one that does not
+// exist.
 template <class C, class Visit, class Flush>
 MMFAST_HD void for_candidates(const Candidates<C>& of, int64_t n, int64_t own, const Visit& visit,
                               const Flush& flush) {
@@ -64,7 +65,7 @@ MMFAST_HD void for_candidates(const Candidates<C>& of, int64_t n, int64_t own, c
   last.ids = copy(of.ids, codes[1]);
   last.valid = copy(of.valid, codes[2]);
   last.out = numbers[6];
-  visit(last, 0, Some<C>{lane<(Code<C>)rest, lane == (Code<C>)(apart == whole ? own - whole : kSize)});
+  visit(last, 0, Some<C>{lane < (Code<C>)rest, lane == (Code<C>)(apart == whole ? own - whole : kSize)});
   flush();
   for (int i = 0; of.out && i < rest; ++i) of.out[whole + i] = numbers[6][i];
 }
@@ -108,8 +109,13 @@ struct Judge {
 
 template <class C>
 Candidates<C> candidates_of(const SimilarityRule& rule, const C* scores) {
-  return {scores, (const Code<C>*)rule.labels_k, (const Code<C>*)rule.ids_k, (const Code<C>*)rule.valid_k, {},
-          nullptr, nullptr};
+  return {scores,
+          (const Code<C>*)rule.labels_k,
+          (const Code<C>*)rule.ids_k,
+          (const Code<C>*)rule.valid_k,
+          {},
+          nullptr,
+          nullptr};
 }
 
 // The row's own position matters where it is excluded, or is itself an exception.
@@ -226,9 +232,7 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
   const double of_positives = log_sum(shift_p, sum_p);
   if (count == 1) {
     const double excess = of_negatives - of_positives;
-    return {finite_softplus(excess),
-            1,
-            {of_negatives, 1 / (1 + __builtin_exp(-excess)), infinity, 1}};
+    return {finite_softplus(excess), 1, {of_negatives, 1 / (1 + __builtin_exp(-excess)), infinity, 1}};
   }
   const double of_all = log_sum_of_both(of_negatives, of_positives);
   if constexpr (kKind == kOut) return {of_all - sum_l / count, count, {of_all, 1, 0, 1 / count}};
@@ -391,9 +395,9 @@ void similarity_backward_rows(const SimilarityRule& rule, int64_t start, int64_t
   with_types(rule, [&](auto c, auto kind, auto plain) {
     // The derivatives of both are the same.
     constexpr int kKind = decltype(kind)::value == kSum ? kIn : decltype(kind)::value;
-    backward_strip<decltype(c), kKind, decltype(plain)::value != 0>(rule, start, rows, scores, numbers, stride,
-                                                                    weights, column_numbers, column_weights,
-                                                                    out, sums, threads);
+    backward_strip<decltype(c), kKind, decltype(plain)::value != 0>(rule, start, rows, scores, numbers,
+                                                                    stride, weights, column_numbers,
+                                                                    column_weights, out, sums, threads);
   });
 }
 

@@ -64,15 +64,14 @@ C unit_row(const T* x, int64_t n, bool cosine, C* unit, bool* finite) {
     typename Bits<C>::type bits;
     C number;
   } top = {largest};
-  // By a power of two, which rounds nothing: squares neither overflow nor vanish. In two steps, as it may be no
-  // number itself.
+  // By a power of two, which rounds nothing: squares neither overflow nor vanish. In two steps, as it may be
+  // no number itself.
   int exponent = 0;
   (void)__builtin_frexp((double)top.number, &exponent);
   const C first = power_of_two<C>(-(exponent / 2)), second = power_of_two<C>(exponent / 2 - exponent);
   for (int64_t j = 0; j < n; ++j) unit[j] = unit[j] * first * second;
   const C length = square_root(dot(unit, unit, n));
-  const bool none =
-      largest == 0 || (exponent <= 0 && __builtin_ldexp((double)length, exponent) < kShortest);
+  const bool none = largest == 0 || (exponent <= 0 && __builtin_ldexp((double)length, exponent) < kShortest);
   const C inverse = none ? 0 : 1 / length;
   for (int64_t j = 0; j < n; ++j) unit[j] *= inverse;
   return inverse * first * second;
@@ -137,7 +136,8 @@ auto with_type(int dtype, const Run& run) {
 bool similarity_units(int dtype, const void* x, int64_t stride, int64_t rows, int64_t columns,
                       const bool* valid, bool cosine, void* unit, void* inverse, int threads) {
   return with_type(dtype, [&](auto number) {
-    return unit_rows((const decltype(number)*)x, stride, rows, columns, valid, cosine, unit, inverse, threads);
+    return unit_rows((const decltype(number)*)x, stride, rows, columns, valid, cosine, unit, inverse,
+                     threads);
   });
 }
 

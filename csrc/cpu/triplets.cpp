@@ -1,4 +1,5 @@
-// Triplets of strips of scores: see mmfast/ops/similarity/triplet_passes.py, whose `strip` and `hardest` these are.
+// Triplets of strips of scores: see mmfast/ops/similarity/triplet_passes.py, whose `strip` and `hardest`
+// these are.
 #include "../triplets.h"
 
 #include "kernels.h"
@@ -34,7 +35,8 @@ Found split(const TripletStrip& strip, int64_t i, const T* scores, T* shown, int
   Found found = {0, columns - (end - own)};
   for (int32_t k = own; k < end; ++k) {
     const int32_t j = strip.order[k];
-    const bool in = j != row && (!strip.valid || strip.valid[j]) && (!strip.ids || strip.ids[j] != strip.ids[row]);
+    const bool in =
+        j != row && (!strip.valid || strip.valid[j]) && (!strip.ids || strip.ids[j] != strip.ids[row]);
     if (in) index[found.positives++] = j;
   }
   if (strip.valid || strip.ids) {
@@ -153,7 +155,8 @@ struct Row {
     for (int64_t k = 0; k < 2 * half; ++k) s.shifted[k] = s.value[k] - (T)margin;
     search(s.value, half, s.shown, columns, s.below);
     search(s.shifted, half, s.shown, columns, s.active);
-    return kind == mmfast::kTripletNearest ? nearest(weight, s, n, counts, g) : interval(weight, s, n, counts, g);
+    return kind == mmfast::kTripletNearest ? nearest(weight, s, n, counts, g)
+                                           : interval(weight, s, n, counts, g);
   }
 
   double interval(T weight, const Scratch<T>& s, int64_t n, int64_t* counts, T* g) const {
@@ -168,7 +171,9 @@ struct Row {
       const int32_t hard = tied ? up_to : below, far = active > up_to ? active : up_to;
       active_sum += active, semihard += far - up_to, hard_sum += hard;
       const int32_t first = kind == mmfast::kTripletSemihard ? up_to : 0;
-      const int32_t last = kind == mmfast::kTripletSemihard ? far : kind == mmfast::kTripletHard ? hard : active;
+      const int32_t last = kind == mmfast::kTripletSemihard ? far
+                           : kind == mmfast::kTripletHard   ? hard
+                                                            : active;
       if (last == first) continue;
       terms += last - first;
       sum += (last - first) * (s.shown[j] - centre);
@@ -195,7 +200,8 @@ struct Row {
       if (farthest < 0 || x < s.shown[farthest]) farthest = j;
       const int32_t below = s.below[j], active = s.active[j];
       const int32_t up_to = below + (int32_t)equal(s.value, n, below, x);
-      active_sum += active, counts[2] += active > up_to ? active - up_to : 0, counts[3] += tied ? up_to : below;
+      active_sum += active, counts[2] += active > up_to ? active - up_to : 0,
+          counts[3] += tied ? up_to : below;
       if (s.who[up_to] < 0 || x > s.shown[s.who[up_to]]) s.who[up_to] = (int32_t)j;
     }
     counts[1] = n * counts[5] - active_sum;
@@ -233,8 +239,8 @@ void strip_of(const TripletStrip& strip, const T* scores, int kind, double margi
 }
 
 template <class T>
-void hardest_of(const TripletStrip& strip, const T* scores, T* near, T* far, int32_t* places, int64_t* numbers,
-                int64_t stride, char* scratch, int64_t bytes, int threads) {
+void hardest_of(const TripletStrip& strip, const T* scores, T* near, T* far, int32_t* places,
+                int64_t* numbers, int64_t stride, char* scratch, int64_t bytes, int threads) {
   parallel_for(strip.rows, threads, 2.0 * strip.columns, [&](int64_t i, int worker) {
     T* shown = (T*)(scratch + worker * bytes);
     int32_t* index = (int32_t*)(shown + strip.columns);
@@ -261,9 +267,9 @@ void hardest_of(const TripletStrip& strip, const T* scores, T* near, T* far, int
 
 }  // namespace
 
-void triplet_strip(bool wide, const TripletStrip& strip, const void* scores, int kind, double margin, bool ties,
-                   void* values, int64_t* counts, int64_t stride, void* g, const void* weights, int64_t most,
-                   void* scratch, int64_t bytes, int threads) {
+void triplet_strip(bool wide, const TripletStrip& strip, const void* scores, int kind, double margin,
+                   bool ties, void* values, int64_t* counts, int64_t stride, void* g, const void* weights,
+                   int64_t most, void* scratch, int64_t bytes, int threads) {
   if (wide)
     strip_of(strip, (const double*)scores, kind, margin, ties, (double*)values, counts, stride, (double*)g,
              (const double*)weights, most, (char*)scratch, bytes, threads);
@@ -276,11 +282,11 @@ void triplet_hardest(bool wide, const TripletStrip& strip, const void* scores, v
                      int32_t* places, int64_t* numbers, int64_t stride, void* scratch, int64_t bytes,
                      int threads) {
   if (wide)
-    hardest_of(strip, (const double*)scores, (double*)near, (double*)far, places, numbers, stride, (char*)scratch,
-               bytes, threads);
+    hardest_of(strip, (const double*)scores, (double*)near, (double*)far, places, numbers, stride,
+               (char*)scratch, bytes, threads);
   else
-    hardest_of(strip, (const float*)scores, (float*)near, (float*)far, places, numbers, stride, (char*)scratch,
-               bytes, threads);
+    hardest_of(strip, (const float*)scores, (float*)near, (float*)far, places, numbers, stride,
+               (char*)scratch, bytes, threads);
 }
 
 }  // namespace MMFAST_NS

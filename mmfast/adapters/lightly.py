@@ -1,8 +1,8 @@
-"""``from lightly.loss import BarlowTwinsLoss, NTXentLoss, VICRegLoss``: the same from ``mmfast.adapters.lightly``."""
+"""``from lightly.loss import BarlowTwinsLoss`` and the like: the same names from ``mmfast.adapters.lightly``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,12 @@ from mmfast.checks import check_bool, check_integer, check_number, told
 from mmfast.errors import UserError
 from mmfast.losses import vicreg
 from mmfast.losses.barlow_twins import Options, TwoViewLoss, evaluate_barlow_twins
-from mmfast.losses.contrastive import _positions
+from mmfast.losses.contrastive import _nt_xent, _positions
 from mmfast.losses.paired import evaluate_pairs
 from mmfast.losses.queue import EmbeddingQueue
 from mmfast.losses.similarity import Call, SimilarityLoss, Variant, among_themselves
 from mmfast.ops.similarity.checks import check_rows
+from mmfast.ops.similarity.rows import unit_rows
 from mmfast.ops.similarity.shared import Sharing
 
 OP = "lightly.BarlowTwinsLoss"
@@ -116,6 +117,62 @@ class NTXentLoss(SimilarityLoss):
             (every,), _ = sharing.gather([out1.detach()], [], {})
             self.bank.enqueue(every)
         return self._kept(found)
+
+
+class DCLLoss(SimilarityLoss):
+    """lightly's decoupled contrastive loss, :func:`mmfast.functional.nt_xent` of variant "dcl".
+
+    ``weight_fn`` of both views' rows, divided by their lengths, gives (B,) weights of the positive pairs, which are
+    not differentiated. ``gather_distributed`` takes the loss of the rows of all processes, and is refused with
+    ``weight_fn``.
+    """
+
+    _op = "lightly.DCLLoss"
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+    ):
+        super().__init__()
+        self.weight_fn = weight_fn
+        temperature = check_number(self._op, "temperature", temperature, 0, ends="(]")
+        gather_distributed = check_bool(self._op, "gather_distributed", gather_distributed)
+        _check_gathering(self._op, gather_distributed)
+        if gather_distributed and weight_fn is not None:
+            raise UserError(f"{self._op}: gather_distributed must be False with weights of pairs, got True")
+        self._take(temperature=temperature, gather_distributed=gather_distributed)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """The loss of two views' embeddings (B, D)."""
+        sharing = "global" if self.gather_distributed else None, "true", None
+        options = None, None, None, None, True, "dcl", "mean", None, sharing
+        loss, components = _nt_xent(out0, out1, self.temperature, *options)
+        if self.weight_fn is not None:
+            a, b = (unit_rows(z, True) for z in (out0, out1))
+            one, other = (self.weight_fn(*pair).detach() for pair in ((a, b), (b, a)))
+            loss = loss + ((1 - (one + other) / 2) * (a * b).sum(1)).mean() / self.temperature
+            components = torch.cat((loss.detach()[None], components[1:]))
+        return self._kept((loss, components))
+
+
+class DCLWLoss(DCLLoss):
+    """lightly's weighted decoupled contrastive loss: pairs that are alike weigh less.
+
+    The weights are 2 - B softmax(cosine / sigma), of which lightly's authors say von Mises-Fisher.
+    """
+
+    _op = "lightly.DCLWLoss"
+
+    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False):
+        sigma = check_number(self._op, "sigma", sigma, 0, ends="(]")
+
+        def weights(a: Tensor, b: Tensor) -> Tensor:
+            return 2 - len(a) * ((a * b).sum(1) / sigma).softmax(0)
+
+        super().__init__(temperature, weights, gather_distributed)
+        self._take(sigma=sigma)
 
 
 class VICRegLoss(vicreg.KeepsVICReg):

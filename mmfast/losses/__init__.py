@@ -5,6 +5,7 @@ from mmfast.losses.contrastive import NTXentLoss, SupConLoss
 from mmfast.losses.micro_batches import backward_in_micro_batches
 from mmfast.losses.multi_view_barlow_twins import MultiViewBarlowTwinsLoss
 from mmfast.losses.paired import ClipLoss, InfoNCELoss, SigLipLoss
+from mmfast.losses.queue import EmbeddingQueue
 from mmfast.losses.ranking import NPairLoss, PairwiseHingeLoss
 from mmfast.losses.transfer import DirectedPKTLoss, PKTLoss
 from mmfast.losses.triplet import SmoothTripletLoss, TripletMarginLoss
@@ -14,6 +15,7 @@ __all__ = [
     "BarlowTwinsLoss",
     "ClipLoss",
     "DirectedPKTLoss",
+    "EmbeddingQueue",
     "InfoNCELoss",
     "MultiViewBarlowTwinsLoss",
     "NPairLoss",

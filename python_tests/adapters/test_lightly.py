@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from peers import lightly_nt_xent
+from peers import lightly_nt_xent, theirs
 from similarity_rows import K, Q, golden, rows, same
 from torch.nn.functional import cross_entropy, normalize
 
-from mmfast.adapters.lightly import NTXentLoss
+from mmfast.adapters.lightly import DCLLoss, DCLWLoss, NTXentLoss
 from mmfast.errors import UserError
 
 
@@ -24,10 +24,10 @@ def test_values_and_gradients(size, temperature):
 
 
 def test_lightly_itself():
-    theirs = lightly_nt_xent()
+    peer = lightly_nt_xent()
     inputs = rows(9, 5), rows(9, 5, seed=2)
     for options in ({}, {"temperature": 0.07}, {"memory_bank_size": 0}):
-        same(NTXentLoss(**options), theirs(**options), *inputs)
+        same(NTXentLoss(**options), peer(**options), *inputs)
 
 
 def moco(a, b, bank, temperature):
@@ -52,12 +52,12 @@ def test_a_memory_bank():
 
 
 def test_lightly_itself_with_a_memory_bank():
-    ours, theirs = NTXentLoss(0.2, (12, 5)).double(), lightly_nt_xent()(0.2, (12, 5)).double()
-    theirs.memory_bank.bank.copy_(normalize(theirs.memory_bank.bank))
-    ours.bank.rows.copy_(theirs.memory_bank.bank)
+    ours, peer = NTXentLoss(0.2, (12, 5)).double(), lightly_nt_xent()(0.2, (12, 5)).double()
+    peer.memory_bank.bank.copy_(normalize(peer.memory_bank.bank))
+    ours.bank.rows.copy_(peer.memory_bank.bank)
     for step in range(7):
-        same(ours, theirs, rows(4, 5, seed=step), rows(4, 5, seed=step + 9))
-    torch.testing.assert_close(ours.bank.rows, theirs.memory_bank.bank)
+        same(ours, peer, rows(4, 5, seed=step), rows(4, 5, seed=step + 9))
+    torch.testing.assert_close(ours.bank.rows, peer.memory_bank.bank)
 
 
 def test_golden_values():
@@ -127,3 +127,43 @@ def test_refusals(call, message):
     with pytest.raises((UserError, TypeError)) as caught:
         call()
     assert str(caught.value) == message
+
+
+def dcl(a, b, temperature, weights=None):
+    a, b = normalize(a), normalize(b)
+    found, own = [], torch.eye(len(a), dtype=torch.bool)
+    for x, y in ((a, b), (b, a)):
+        w = 1 if weights is None else weights(x, y).detach()
+        negatives = torch.cat([(x @ z.T / temperature).masked_fill(own, -torch.inf) for z in (x, y)], 1)
+        found.append((negatives.logsumexp(1) - w * (x * y).sum(1) / temperature).mean())
+    return (found[0] + found[1]) / 2
+
+
+def weights(sigma):
+    return lambda a, b: 2 - len(a) * ((a * b).sum(1) / sigma).softmax(0)
+
+
+@pytest.mark.parametrize("size", [(2, 3), (9, 5), (33, 4)], ids=str)
+def test_decoupled(size):
+    inputs = rows(*size), rows(*size, seed=2)
+    same(DCLLoss(), lambda a, b: dcl(a, b, 0.1), *inputs)
+    same(DCLLoss(0.3, lambda a, b: (a - b).square().sum(1)),
+         lambda a, b: dcl(a, b, 0.3, lambda a, b: (a - b).square().sum(1)), *inputs)  # fmt: skip
+    loss = DCLWLoss(0.2, 0.4)
+    same(loss, lambda a, b: dcl(a, b, 0.2, weights(0.4)), *inputs)
+    assert loss.last.anchors == 2 * size[0] and "sigma=0.4" in repr(loss)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct")
+def test_decoupled_by_lightly_itself():
+    peer = theirs("lightly.loss.dcl_loss")
+    inputs = rows(9, 5), rows(9, 5, seed=2)
+    same(DCLLoss(0.2), peer.DCLLoss(0.2), *inputs)
+    same(DCLWLoss(0.2, 0.4), peer.DCLWLoss(0.2, 0.4), *inputs)
+
+
+def test_decoupled_refusals():
+    with pytest.raises(UserError, match="DCLWLoss: gather_distributed must be False with weights of pairs"):
+        DCLWLoss(gather_distributed=True)
+    with pytest.raises(UserError, match="DCLLoss: temperature must be"):
+        DCLLoss(0)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from contrastive_golden import Q, Y
+from similarity_rows import Q, Y
 
 import mmfast
 from mmfast import functional as F

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contrastive_golden import DOUBLE, IDS, NOT_TWO, PAIR_IDS, PAIRS, WEIGHTS, K, Q, Y
+from similarity_rows import DOUBLE, IDS, NOT_TWO, PAIR_IDS, PAIRS, WEIGHTS, K, Q, Y
 
 from mmfast import functional as F
 

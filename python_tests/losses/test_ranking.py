@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from contrastive_golden import DOUBLE, K, Q
+from similarity_rows import DOUBLE, K, Q, X
 
 import mmfast
 from mmfast import functional as F
@@ -12,20 +12,6 @@ from mmfast.errors import UserError
 from mmfast.ops.similarity.rows import unit_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
-X = torch.tensor(
-    [
-        [1, 2, 0],
-        [0.3, 1.1, 1.2],
-        [2.1, 0.7, 0.4],
-        [1.2, -0.5, 3.1],
-        [2.4, 1.9, 1.3],
-        [-0.2, 2.8, 0.9],
-        [0.6, 1.4, 1],
-        [3.2, -0.1, 2.2],
-    ],
-    **DOUBLE,
-)
 
 
 @pytest.mark.parametrize(

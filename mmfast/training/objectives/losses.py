@@ -83,6 +83,12 @@ LOSSES = {
         {"scale": _POSITIVE, "bias": _FINITE, "learnable": _FLAG, "normalise": _FLAG},
         reads=("mean_cosine",),
     ),
+    "pairwise_hinge": Loss(
+        "ranking.PairwiseHingeLoss",
+        {"margin": _AT_LEAST_0, "normalise": _FLAG, "hardest": _FLAG},
+        reads=("mean_cosine",),
+    ),
+    "n_pair": Loss("ranking.NPairLoss", {"l2": _AT_LEAST_0, "normalise": _FLAG}, reads=("mean_cosine",)),
     "sup_con": Loss(
         "contrastive.SupConLoss",
         {**_ROWS, "variant": Option(), "over": Option()},
