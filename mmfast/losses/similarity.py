@@ -86,6 +86,11 @@ class Call:
         with torch.no_grad():
             return loss, torch.stack((loss.sum(), anchors, pairs))
 
+    def with_components(self, loss: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """A loss that is reduced already."""
+        with torch.no_grad():
+            return loss, torch.stack((loss, (counts > 0).sum(dtype=loss.dtype), counts.sum()))
+
     def _divisor(self, values, counts, valid, weights) -> Tensor:
         if self.over == "all":
             total = torch.ones_like(values) if valid is None else valid.to(values.dtype)

@@ -18,7 +18,7 @@ from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
 from mmfast.ops.products import product
 from mmfast.ops.similarity.kernels import native, passes_for
 from mmfast.ops.similarity.passes import Rule
-from mmfast.ops.similarity.rows import rows_of, to_rows
+from mmfast.ops.similarity.rows import Rows, rows_of, to_rows
 
 # Scores of a strip: so many stay near the processor.
 STRIP = 2**19
@@ -30,10 +30,10 @@ def strips(rows: int, candidates: int, dtype: torch.dtype):
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _places(kept: Tensor, unit: Tensor, candidates: int):
+def places(unit: Tensor, candidates: int, kept: Tensor | None = None):
     """(start, stop, where the scores are) of strips: in ``kept``, or else one after the other in the same memory."""
     parts = strips(unit.shape[0], candidates, unit.dtype)
-    if kept.numel() or not parts:
+    if (kept is not None and kept.numel()) or not parts:
         return [(start, stop, kept[start:stop]) for start, stop in parts]
     memory = unit.new_empty(parts[0][1], candidates)
     return [(start, stop, memory[: stop - start]) for start, stop in parts]
@@ -44,30 +44,36 @@ def keeps_scores(rows: int, candidates: int, columns: int, itself: bool) -> bool
     return 2 * rows * candidates <= (rows if itself else rows + candidates) * columns * (2 if itself else 1)
 
 
-def _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
+def rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
     def pair(own, other):
         return None if own is None else (own, own if other is None else other)
 
     return Rule(pair(labels_q, labels_k), pair(ids_q, ids_k), pair(valid_q, valid_k), itself)
 
 
-def _forward(
-    q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, itself, keep
-):
-    rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
-    cpu = native(q.device)
+def checked_rows(q, k, valid_q, valid_k, cosine: bool, cpu: bool) -> tuple[Rows, Rows]:
+    """Of the rows and the candidates; on the CPU refuses what is not finite."""
     own = rows_of(q, cosine, valid_q, cpu)
     others = own if k is None else rows_of(k, cosine, valid_k, cpu)
     if not (own.finite and others.finite):
         q, k = _without(q, valid_q), None if k is None else _without(k, valid_k)
         views = {"query" if k is not None else "z": q} | ({} if k is None else {"key": k})
         raise not_finite(views, "similarity")
+    return own, others
+
+
+def _forward(
+    q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, itself, keep
+):
+    rule = rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
+    cpu = native(q.device)
+    own, others = checked_rows(q, k, valid_q, valid_k, cosine, cpu)
     unit, other = own.unit, others.unit
     n, candidates = unit.shape[0], other.shape[0]
     values, counts, rows = unit.new_empty(n), unit.new_empty(n), unit.new_empty(4, n)
     kept = unit.new_empty((n, candidates) if keep else (0, 0))
     run = passes_for(kind, cpu)(rule, kind, scale, bias, k is None)
-    for start, stop, place in _places(kept, unit, candidates):
+    for start, stop, place in places(unit, candidates, kept):
         run.forward(product(unit[start:stop], other, out=place), start, values, counts, rows)
     return values, counts, rows, kept
 
@@ -109,7 +115,7 @@ def _backward(
     needs,
 ):
     need_q, need_k, need_scale, need_bias = needs
-    rule = _rule(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
+    rule = rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
     cpu, both = native(q.device), k is None
     own = rows_of(q, cosine, valid_q, cpu)
     other = own if both else rows_of(k, cosine, valid_k, cpu)
@@ -118,7 +124,7 @@ def _backward(
     grad_k = torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
     run = passes_for(kind, cpu)(rule, kind, scale, bias, k is None)
-    for start, stop, place in _places(kept, own.unit, other.unit.shape[0]):
+    for start, stop, place in places(own.unit, other.unit.shape[0], kept):
         scores = place if kept.numel() else product(own.unit[start:stop], other.unit, out=place)
         h, sums = run.backward(scores, start, rows, weights, own=not kept.numel())
         if need_bias:

@@ -1,0 +1,163 @@
+"""A weighted sum of the losses of rows against other candidates, with its gradient in the same sweep of the scores.
+
+Where the weights of the rows are known beforehand, up to what the sum is multiplied by later, each strip of scores
+gives the losses of its rows, and then at once their derivatives: three products, where losses that any derivative may
+come back to take four. In the place of the embeddings their gradients are kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from mmfast.ops.barlow_twins.checks import compute_dtype
+from mmfast.ops.products import product
+from mmfast.ops.similarity.kernels import native, passes_for
+from mmfast.ops.similarity.op import DIFFERENTIATED_AGAIN, checked_rows, places, rule_of
+from mmfast.ops.similarity.rows import to_rows
+
+
+def _total(
+    q,
+    k,
+    weights,
+    labels_q,
+    labels_k,
+    ids_q,
+    ids_k,
+    valid_q,
+    valid_k,
+    scale,
+    bias,
+    kind,
+    cosine,
+    itself,
+    needs,
+):
+    need_q, need_k, need_scale, need_bias = needs
+    rule, cpu = rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself), native(q.device)
+    own, other = checked_rows(q, k, valid_q, valid_k, cosine, cpu)
+    n, dtype = own.unit.shape[0], own.unit.dtype
+    weights = weights.to(dtype).contiguous()
+    values, counts, rows = (own.unit.new_empty(shape) for shape in ((n,), (n,), (4, n)))
+    grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
+    grad_k = torch.zeros_like(other.unit) if need_k else None
+    of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
+    run = passes_for(kind, cpu)(rule, kind, scale, bias, False)
+    for start, stop, place in places(own.unit, other.unit.shape[0]):
+        scores = product(own.unit[start:stop], other.unit, out=place)
+        run.forward(scores, start, values, counts, rows)
+        if not any(needs):
+            continue
+        h, sums = run.backward(scores, start, rows, weights, own=True)
+        if need_bias:
+            of_bias += sums.sum()
+        if grad_q is not None:
+            torch.mm(h, other.unit, out=grad_q[start:stop])
+        if need_k:
+            torch.addmm(grad_k, h.t(), own.unit[start:stop], out=grad_k)
+    empty = own.unit.new_empty(0)
+    if grad_q is not None:
+        grad_q, along = to_rows(grad_q, own, scale, dtype, cpu)
+        of_scale = along.sum() if need_scale else of_scale
+    if need_k:
+        grad_k, _ = to_rows(grad_k, other, scale, dtype, cpu)
+    return (
+        (values * weights).sum(),
+        counts,
+        grad_q if need_q else empty,
+        grad_k if need_k else empty,
+        of_scale,
+        of_bias,
+    )
+
+
+def _total_fake(q, k, weights, *rest):
+    dtype, needs = compute_dtype(q), rest[-1]
+    return (
+        q.new_empty((), dtype=dtype),
+        q.new_empty(len(q), dtype=dtype),
+        *(x.new_empty(x.shape if need else 0, dtype=dtype) for x, need in ((q, needs[0]), (k, needs[1]))),
+        q.new_empty((), dtype=dtype),
+        q.new_empty((), dtype=dtype),
+    )
+
+
+_library = torch.library.Library("mmfast", "FRAGMENT")
+_name = _library.define(
+    "similarity_total(Tensor q, Tensor k, Tensor weights, Tensor labels_q, Tensor labels_k, Tensor? ids_q, "
+    "Tensor? ids_k, Tensor? valid_q, Tensor? valid_k, Tensor scale, Tensor? bias, str kind, bool cosine, "
+    "bool itself, bool[] needs)"
+    " -> (Tensor total, Tensor counts, Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+for _key in ("CPU", "CUDA"):
+    _library.impl(_name, _total, _key)
+torch.library.register_fake(f"mmfast::{_name}", _total_fake, lib=_library)
+_total_op = torch.ops.mmfast.similarity_total.default
+
+
+class _FinalGradient(torch.autograd.Function):
+    """The gradient where autograd records it (``create_graph=True``): right, but without a derivative."""
+
+    @staticmethod
+    def forward(ctx, upstream, tie, *grads):
+        return tuple(upstream * grad for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(DIFFERENTIATED_AGAIN)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, weights, tie, pairs, scale, bias, kind, cosine, itself):
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6)]
+        total, counts, *grads = _total_op(q, k, weights, *pairs, scale, bias, kind, cosine, itself, needs)
+        ctx.dtypes = q.dtype, k.dtype, scale.dtype, scale.dtype
+        ctx.save_for_backward(tie, *grads)
+        ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)
+        return total, counts
+
+    @staticmethod
+    def backward(ctx, upstream, _counts):
+        if upstream is None:
+            return (None,) * 10
+        tie, *grads = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grads = _FinalGradient.apply(upstream, tie, *grads)
+        else:
+            grads = [upstream * grad for grad in grads]
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6)]
+        q, k, scale, bias = (
+            grad.to(dtype) if need else None
+            for grad, dtype, need in zip(grads, ctx.dtypes, needs, strict=True)
+        )
+        return q, k, None, None, None, scale, bias, None, None, None
+
+
+def similarity_total(
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    labels: tuple[Tensor, Tensor],
+    ids: tuple[Tensor, Tensor] | None,
+    valid: tuple[Tensor, Tensor] | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    cosine: bool,
+    itself: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """() the sum of the losses of the rows of q times ``weights`` (B,), and (B,) their numbers of positives.
+
+    The other arguments are those of :func:`mmfast.ops.similarity.op.similarity`; k must be given.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(DIFFERENTIATED_AGAIN)
+    pairs = tuple(x for pair in (labels, ids, valid) for x in (pair or (None, None)))
+    # Nothing, which a gradient that is recorded depends on as it does on the embeddings.
+    tie = q[:0].sum() + k[:0].sum() + scale.detach() * 0
+    return _Total.apply(q, k, weights.detach(), tie, pairs, scale, bias, kind, cosine, itself)
