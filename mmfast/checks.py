@@ -32,7 +32,8 @@ def check_number(
     inside = low <= number <= high and not (
         (number == low and ends[0] == "(") or (number == high and ends[1] == ")")
     )
-    if not (inside and math.isfinite(number)):
+    # Compiled for any number, it may be a symbol, which has no math.isfinite.
+    if not (inside and -math.inf < number < math.inf):
         raise UserError(f"{op}: {name} must be {_range(low, high, ends)}, got {value}")
     return number
 

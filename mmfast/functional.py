@@ -9,6 +9,7 @@ from mmfast.losses.barlow_twins import (
 from mmfast.losses.contrastive import nt_xent, sup_con
 from mmfast.losses.diagnostics import effective_rank
 from mmfast.losses.multi_view_barlow_twins import multi_view_barlow_twins
+from mmfast.losses.neighbours import soft_nearest_neighbour
 from mmfast.losses.paired import clip, info_nce, siglip
 from mmfast.losses.ranking import n_pair, pairwise_hinge
 from mmfast.losses.transfer import directed_pkt, pkt
@@ -31,6 +32,7 @@ __all__ = [
     "pkt",
     "siglip",
     "smooth_triplet",
+    "soft_nearest_neighbour",
     "sup_con",
     "triplet_margin",
     "vicreg",

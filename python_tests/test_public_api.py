@@ -32,6 +32,7 @@ PROMISED = (
     "pkt",
     "siglip",
     "smooth_triplet",
+    "soft_nearest_neighbour",
     "sup_con",
     "triplet_margin",
     "vicreg",

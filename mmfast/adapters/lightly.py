@@ -14,11 +14,11 @@ from mmfast.errors import UserError
 from mmfast.losses import vicreg
 from mmfast.losses.barlow_twins import Options, TwoViewLoss, evaluate_barlow_twins
 from mmfast.losses.contrastive import _nt_xent, _positions
-from mmfast.losses.paired import evaluate_pairs
+from mmfast.losses.pairs import evaluate_pairs
 from mmfast.losses.queue import EmbeddingQueue
 from mmfast.losses.similarity import Call, SimilarityLoss, Variant, among_themselves
 from mmfast.ops.similarity.checks import check_rows
-from mmfast.ops.similarity.rows import unit_rows
+from mmfast.ops.similarity.rows import joined, unit_rows
 from mmfast.ops.similarity.shared import Sharing
 
 OP = "lightly.BarlowTwinsLoss"
@@ -104,7 +104,7 @@ class NTXentLoss(SimilarityLoss):
         call = Call(NT_XENT, "mean", "anchors", sharing)
         place = _positions(sharing, len(out0), out0.device)
         vectors = [None, torch.cat((place, place)), None, None]
-        z = torch.cat((out0, out1))
+        z = joined(out0, out1)
         scale = call.scale(self.temperature, rows)
         return self._kept(among_themselves(call, z, vectors, scale, Variant("out"), True))
 

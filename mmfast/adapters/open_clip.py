@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from mmfast.checks import check_bool, check_integer
 from mmfast.errors import UserError
-from mmfast.losses.paired import evaluate_pairs
+from mmfast.losses.pairs import evaluate_pairs
 from mmfast.losses.similarity import SimilarityLoss
 from mmfast.ops.similarity.checks import check_rows, check_scalar
 

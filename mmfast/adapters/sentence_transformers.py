@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from mmfast.checks import check_number
 from mmfast.errors import UserError
-from mmfast.losses.paired import evaluate_pairs
+from mmfast.losses.pairs import evaluate_pairs
 from mmfast.losses.triplet import _Call
 from mmfast.ops.similarity.checks import check_integers, check_rows
+from mmfast.ops.similarity.rows import joined
 from mmfast.ops.similarity.shared import Sharing
 from mmfast.ops.similarity.triplet_passes import Options
 
@@ -44,7 +44,7 @@ def multiple_negatives_ranking(embeddings: Sequence[Tensor], scale: float = 20.0
         )
     if len(anchors) == 1 and not negatives:
         return (anchors * positives).sum() * 0
-    negatives = torch.cat(negatives) if negatives else None
+    negatives = joined(*negatives) if negatives else None
     return evaluate_pairs(RANKING, anchors, positives, negatives, temperature=1 / scale)[0]
 
 

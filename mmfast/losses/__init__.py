@@ -4,6 +4,7 @@ from mmfast.losses.barlow_twins import BarlowTwinsLoss
 from mmfast.losses.contrastive import NTXentLoss, SupConLoss
 from mmfast.losses.micro_batches import backward_in_micro_batches
 from mmfast.losses.multi_view_barlow_twins import MultiViewBarlowTwinsLoss
+from mmfast.losses.neighbours import SoftNearestNeighbourLoss
 from mmfast.losses.paired import ClipLoss, InfoNCELoss, SigLipLoss
 from mmfast.losses.queue import EmbeddingQueue
 from mmfast.losses.ranking import NPairLoss, PairwiseHingeLoss
@@ -24,6 +25,7 @@ __all__ = [
     "PairwiseHingeLoss",
     "SigLipLoss",
     "SmoothTripletLoss",
+    "SoftNearestNeighbourLoss",
     "SupConLoss",
     "TripletMarginLoss",
     "VICRegLoss",

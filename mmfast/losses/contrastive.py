@@ -12,6 +12,7 @@ from mmfast.errors import UserError
 from mmfast.losses.queue import NO_QUEUE, EmbeddingQueue, check_queue, memory
 from mmfast.losses.similarity import Call, SimilarityLoss, Variant, among_themselves, choice
 from mmfast.ops.similarity.checks import check_rows
+from mmfast.ops.similarity.rows import joined
 from mmfast.ops.similarity.shared import Sharing
 
 # "ser" and "pml": each positive against the negatives alone.
@@ -36,7 +37,7 @@ def _views(op: str, z_a: Any, z_b: Any) -> Tensor:
     z_b = check_rows(op, "z_b", z_b, ("z_a", z_a))
     if len(z_b) != len(z_a):
         raise UserError(f"{op}: z_b must have the {len(z_a)} rows of z_a, got {tuple(z_b.shape)}")
-    return torch.cat((z_a, z_b))
+    return joined(z_a, z_b)
 
 
 def _twice(x: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmfast.checks import check_bool, check_number
-from mmfast.losses.paired import Pairs
+from mmfast.losses.pairs import Pairs
 from mmfast.losses.similarity import Call, SimilarityLoss
 from mmfast.ops.barlow_twins.checks import not_finite
 from mmfast.ops.similarity.checks import check_scalar

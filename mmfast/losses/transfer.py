@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from itertools import permutations
 from typing import Any
@@ -359,9 +358,7 @@ def _checked_pairs(op: str, pairs: Any, views: Mapping[str, Tensor] | None) -> t
 def _checked_options(op, scale, exclude_self, eps, teacher_grad) -> tuple[str, bool, float, bool]:
     choice(op, "scale", scale, SCALES)
     exclude_self = check_bool(op, "exclude_self", exclude_self)
-    # Compiled for any shape, numbers may be symbols, which have no math.isfinite.
-    if not (torch.compiler.is_compiling() and isinstance(eps, float) and 0 < eps < math.inf):
-        eps = check_number(op, "eps", eps, 0, ends="(]")
+    eps = check_number(op, "eps", eps, 0, ends="(]")
     return scale, exclude_self, eps, check_bool(op, "teacher_grad", teacher_grad)
 
 

@@ -138,6 +138,7 @@ class _Once(Function):
         ctx.op = op
         ctx.save_for_backward(z)
         compute = compute_dtype(z)
+        z = z.contiguous()
         return z.view_as(z) if z.dtype == compute else z.to(compute)
 
     @staticmethod

@@ -219,6 +219,15 @@ class _Similarity(torch.autograd.Function):
         return grads[0], grads[1], *(None,) * 6, grads[2], grads[3], *(None,) * 3
 
 
+def once(*pairs: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, ...]:
+    """The tensors of pairs, those that candidates share with rows once: compilers take no tensor twice."""
+    return tuple(
+        x
+        for pair in pairs
+        for x in ((None, None) if pair is None else (pair[0], None if pair[1] is pair[0] else pair[1]))
+    )
+
+
 def similarity(
     q: Tensor,
     k: Tensor | None,
@@ -239,10 +248,5 @@ def similarity(
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(DIFFERENTIATED_AGAIN)
-    # Rows that are their own candidates have theirs once: compilers take no tensor twice.
-    pairs = (
-        x
-        for pair in (labels, ids, valid)
-        for x in ((None, None) if pair is None else pair if k is not None else (pair[0], None))
-    )
+    pairs = once(labels, ids, valid)
     return _Similarity.apply(q, k, *pairs, scale, bias, kind, cosine, itself or k is None)

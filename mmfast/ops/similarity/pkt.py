@@ -77,7 +77,7 @@ class _Units(NamedTuple):
     @classmethod
     def of(cls, h: Tensor, eps: float) -> _Units:
         # In fp64, so that u is as near to the unit sphere as it can be: nearly opposite rows have scores of nearly 0.
-        compute, h = compute_dtype(h), h.double()
+        compute, h = compute_dtype(h), h.double().contiguous()
         largest = h.abs().amax(1)
         exponent = torch.frexp(largest).exponent.clamp(0, 1022)
         factor = torch.where(largest > _LARGE, torch.ldexp(torch.ones_like(largest), -exponent), 1)

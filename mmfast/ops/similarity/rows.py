@@ -71,11 +71,17 @@ def _native_rows_of(x: Tensor, cosine: bool, valid: Tensor | None) -> Rows:
     return Rows(unit, inverse if cosine else None, finite)
 
 
+def joined(*parts: Tensor) -> Tensor:
+    """Rows of one after those of another, in their own type: autocast to another half type refuses to join."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts)
+
+
 def unit_rows(x: Tensor, cosine: bool) -> Tensor:
     """The ``unit`` of :func:`rows_of`, as a function of x that autograd differentiates."""
     if not cosine:
-        return x.to(compute_dtype(x))
-    y = x.to(compute_dtype(x)) * rows_of(x.detach(), cosine).scale
+        return x.to(compute_dtype(x)).contiguous()
+    y = x.to(compute_dtype(x)).contiguous() * rows_of(x.detach(), cosine).scale
     # Of length 1 or 0. So the value is y, and the derivative leaves out what is along y.
     return y * (1.5 - 0.5 * y.square().sum(1, keepdim=True))
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from mmfast.ops.barlow_twins.checks import compute_dtype
 from mmfast.ops.products import product
 from mmfast.ops.similarity.kernels import native, passes_for
-from mmfast.ops.similarity.op import DIFFERENTIATED_AGAIN, checked_rows, places, rule_of
+from mmfast.ops.similarity.op import DIFFERENTIATED_AGAIN, checked_rows, once, places, rule_of
 from mmfast.ops.similarity.rows import to_rows
 
 
@@ -86,7 +86,7 @@ def _total_fake(q, k, weights, *rest):
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
 _name = _library.define(
-    "similarity_total(Tensor q, Tensor k, Tensor weights, Tensor labels_q, Tensor labels_k, Tensor? ids_q, "
+    "similarity_total(Tensor q, Tensor k, Tensor weights, Tensor labels_q, Tensor? labels_k, Tensor? ids_q, "
     "Tensor? ids_k, Tensor? valid_q, Tensor? valid_k, Tensor scale, Tensor? bias, str kind, bool cosine, "
     "bool itself, bool[] needs)"
     " -> (Tensor total, Tensor counts, Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_bias)",
@@ -157,7 +157,7 @@ def similarity_total(
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(DIFFERENTIATED_AGAIN)
-    pairs = tuple(x for pair in (labels, ids, valid) for x in (pair or (None, None)))
+    pairs = once(labels, ids, valid)
     # Nothing, which a gradient that is recorded depends on as it does on the embeddings.
     tie = q[:0].sum() + k[:0].sum() + scale.detach() * 0
     return _Total.apply(q, k, weights.detach(), tie, pairs, scale, bias, kind, cosine, itself)

@@ -96,6 +96,13 @@ LOSSES = {
         joined=True,
         reads=("mean_cosine", "positives"),
     ),
+    "soft_nearest_neighbour": Loss(
+        "neighbours.SoftNearestNeighbourLoss",
+        {**_ROWS, "over": Option()},
+        labels=(True,),
+        joined=True,
+        reads=("mean_cosine", "positives"),
+    ),
     "triplet_margin": Loss(
         "triplet.TripletMarginLoss",
         {
