@@ -25,7 +25,8 @@ bench: $(READY) $(PEERS)/ready
 # Without what these packages need: benchmarks/peers.py loads one file of each, and has a transcription.
 $(PEERS)/ready: $(READY)
 	-$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(PEERS) \
-	    lightly==1.6.0 solo-learn==1.0.2 monai==1.6.1 catalyst==22.4
+	    lightly==1.6.0 solo-learn==1.0.2 monai==1.6.1 catalyst==22.4 \
+	    pytorch-metric-learning==2.9.0 info-nce-pytorch==0.1.4 tqdm
 	@mkdir -p $(PEERS) && touch $@
 
 lint: $(READY)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import metric_learning
+from other_libraries import metric_learning
 from torch.nn.functional import normalize
 
 from mmfast.adapters.pytorch_metric_learning import distances, losses, reducers

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
-from peers import folder_of, lightly_nt_xent, theirs
+from other_libraries import folder_of, lightly_nt_xent, theirs
 from ranks import Ranks
 from similarity_rows import DOUBLE, gradients, rows
 

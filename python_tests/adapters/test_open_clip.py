@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import theirs
+from other_libraries import theirs
 from similarity_rows import DOUBLE, KEYS, Z, golden, gradients, rows, same
 from torch.nn.functional import cross_entropy, logsigmoid
 

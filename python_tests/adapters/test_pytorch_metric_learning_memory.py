@@ -3,7 +3,7 @@
 import pytest
 import torch
 from metric_learning import Formula, ours_of, theirs_of
-from peers import metric_learning
+from other_libraries import metric_learning
 from similarity_rows import Q, Y, golden, gradients, rows, same
 from torch.nn.functional import normalize
 

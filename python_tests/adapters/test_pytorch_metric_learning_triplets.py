@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from peers import metric_learning
+from other_libraries import metric_learning
 from similarity_rows import X, Y, Z, golden, gradients, rows, same
 from torch.nn.functional import normalize, softplus
 

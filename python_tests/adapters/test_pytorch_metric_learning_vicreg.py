@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import metric_learning
+from other_libraries import metric_learning
 from similarity_rows import X, golden, rows, same
 
 from mmfast.adapters.pytorch_metric_learning import losses

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import sentence_transformers
+from other_libraries import sentence_transformers
 from similarity_rows import K, Q, X, Y, golden, gradients, rows, same
 from torch.nn.functional import cross_entropy, normalize
 
