@@ -286,7 +286,7 @@ def test_what_is_refused(call, message):
 
 def test_options_are_attributes():
     a, b = draw(5, 8)
-    loss = VICRegLoss(1.0, 2.0, 3.0, eps=1e-3)
+    loss = VICRegLoss(invariance=1.0, variance=2.0, covariance=3.0, eps=1e-3)
     assert loss.last is None
     loss.variance = 4.0
     torch.testing.assert_close(loss(a, b), official(a, b, 1.0, 4.0, 3.0, eps=1e-3))
