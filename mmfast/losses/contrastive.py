@@ -195,9 +195,10 @@ def _sup_con(
                 vectors[1] = _positions(sharing, len(first), z.device)
         elif ids is not None and views > 1:
             raise UserError(f"{op}: ids must be None for several views with labels, got both")
-        vectors = [None if x is None else x.repeat_interleave(views) for x in vectors]
-        if kept is not None and kept.mask is not None:
-            kept = kept._replace(mask=kept.mask.repeat_interleave(views))
+        if views > 1:
+            vectors = [None if x is None else x.repeat_interleave(views) for x in vectors]
+            if kept is not None and kept.mask is not None:
+                kept = kept._replace(mask=kept.mask.repeat_interleave(views))
         return call, rows, vectors, call.scale(temperature, ("z", rows)), chosen, cosine, kept
 
     return among_themselves(*sharing.checked(checked))

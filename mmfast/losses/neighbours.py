@@ -12,7 +12,6 @@ from mmfast.errors import UserError
 from mmfast.losses.similarity import Call, SimilarityLoss
 from mmfast.ops.barlow_twins.checks import not_finite
 from mmfast.ops.similarity.checks import check_rows
-from mmfast.ops.similarity.op import similarity
 from mmfast.ops.similarity.rows import unit_rows
 from mmfast.ops.similarity.shared import Sharing
 
@@ -52,8 +51,7 @@ def _neighbours(z, labels, temperature, valid, weights, normalise, reduction, ov
     # -|x - y|^2 but for |x|^2, which a difference of logarithms of sums over y does not have.
     query, key = torch.cat((2 * x, -torch.ones_like(squares)), 1), torch.cat((x, squares), 1)
     pairs = (labels, labels), None, None if valid is None else (valid, valid)
-    values, counts = similarity(query, key, *pairs, scale, None, "sum", False, itself=True)
-    return call.reduced(values, counts, valid, weights)
+    return call.evaluated(query, key, *pairs, weights, scale, None, "sum", False, itself=True)
 
 
 def soft_nearest_neighbour(

@@ -12,10 +12,8 @@ from mmfast.errors import UserError
 from mmfast.losses.queue import NO_QUEUE, Memory, memory
 from mmfast.losses.similarity import Call
 from mmfast.ops.similarity.checks import check_integers, check_rows
-from mmfast.ops.similarity.op import similarity
 from mmfast.ops.similarity.rows import joined
 from mmfast.ops.similarity.shared import Sharing
-from mmfast.ops.similarity.total import similarity_total
 
 
 class Pairs(NamedTuple):
@@ -100,29 +98,12 @@ class Pairs(NamedTuple):
         query, valid, kept = self.query, None, self.memory
         if kept is not None:
             query, candidates, labels, ids, valid = kept.beside(query, candidates, labels, ids)
-        rest = labels, ids, valid, scale, bias, kind, self.cosine
-        if self.call.reduction == "none":
-            values, counts = similarity(query, candidates, *rest)
-            found = self.call.reduced(values if added is None else values + added, counts, None, self.weights)
-        else:
-            weights = self._row_weights(scale)
-            loss, counts = similarity_total(query, candidates, weights, *rest)
-            found = self.call.with_components(
-                loss if added is None else loss + (added * weights).sum(), counts
-            )
+        found = self.call.evaluated(
+            query, candidates, labels, ids, valid, self.weights, scale, bias, kind, self.cosine, added=added
+        )
         if kept is not None:
             kept.feed(key, None, None if ids is None else ids[0], None, self.cosine)
         return found
-
-    def _row_weights(self, like: Tensor) -> Tensor:
-        """(B,) what the losses of rows are multiplied by in their sum or mean."""
-        if self.weights is None:
-            size = len(self.query) if self.call.reduction == "mean" else 1
-            return like.detach().new_full((len(self.query),), 1 / max(1, size))
-        if self.call.reduction == "sum":
-            return self.weights
-        total = self.weights.sum()
-        return self.weights / torch.where(total > 0, total, 1)
 
 
 def _check_targets(op: str, targets: Tensor, keys: int) -> None:

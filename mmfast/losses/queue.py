@@ -11,7 +11,6 @@ from mmfast.checks import check_bool, check_integer, told
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype
 from mmfast.ops.similarity.checks import check_integers, check_rows, check_valid
-from mmfast.ops.similarity.op import similarity
 from mmfast.ops.similarity.rows import rows_of
 
 # A label and an id that no row has.
@@ -138,11 +137,6 @@ class Memory(NamedTuple):
             for x, other in ((labels, queue.labels), (ids, queue.ids), (valid, queue.valid))
         )
         return q, torch.cat((k, queue.rows.to(k.dtype))), labels, ids, valid
-
-    def among(self, z, labels, ids, valid, scale, kind, cosine) -> tuple[Tensor, Tensor]:
-        """:func:`similarity` of rows z to each other and to the queue."""
-        pairs = (None if x is None else (x, x) for x in (labels, ids, valid))
-        return similarity(*self.beside(z, z, *pairs), scale, None, kind, cosine, itself=True)
 
     def feed(self, rows, labels, ids, valid, cosine) -> None:
         """After the loss, of the rows of all processes."""

@@ -17,6 +17,7 @@ from mmfast.ops.similarity.checks import (
 )
 from mmfast.ops.similarity.op import similarity
 from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.total import similarity_total
 from mmfast.wording import one_of
 
 
@@ -86,10 +87,32 @@ class Call:
         with torch.no_grad():
             return loss, torch.stack((loss.sum(), anchors, pairs))
 
-    def with_components(self, loss: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """A loss that is reduced already."""
+    def evaluated(
+        self, q, k, labels, ids, valid, weights, scale, bias, kind, cosine, itself=False, added=None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of rows, see :func:`similarity`, and its components; ``added`` (B,): to the losses of the rows."""
+        rest = labels, ids, valid, scale, bias, kind, cosine, itself
+        valid = None if valid is None else valid[0]
+        if self.reduction == "none" or (self.reduction == "mean" and self.over == "pairs"):
+            # The weights of the rows are not known beforehand, or there are none.
+            values, counts = similarity(q, k, *rest)
+            return self.reduced(values if added is None else values + added, counts, valid, weights)
+        like = scale.detach()
+        plain = weights is None and self.reduction == "mean"
+        # What the mean is over is known beforehand, or of what the rows have to say.
+        size = max(1, len(q)) if plain and self.over == "all" and valid is None else 1
+        each = like.new_full((len(q),), 1 / size) if weights is None else weights
+        loss, counts = similarity_total(q, k, each, *rest)
+        loss = loss if added is None else loss + (added * each).sum()
         with torch.no_grad():
-            return loss, torch.stack((loss, (counts > 0).sum(dtype=loss.dtype), counts.sum()))
+            anchors, pairs = (counts > 0).sum(dtype=like.dtype), counts.sum()
+        if self.reduction == "mean" and not (plain and self.over == "all" and valid is None):
+            with torch.no_grad():
+                of_rows = plain and self.over == "anchors"
+                divisor = anchors if of_rows else self._divisor(counts, counts, valid, weights)
+                divisor = divisor.clamp(min=1) if of_rows else torch.where(divisor > 0, divisor, 1)
+            loss = loss / divisor
+        return loss, torch.stack((loss.detach(), anchors, pairs))
 
     def _divisor(self, values, counts, valid, weights) -> Tensor:
         if self.over == "all":
@@ -124,13 +147,11 @@ def among_themselves(
             f"{call.op}: z must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}"
         )
     own, others = (ids, None) if labels is None else (labels, ids)
-    if memory is None:
-        pairs = (None if x is None else (x, x) for x in (own, others, valid))
-        values, counts = similarity(z, None, *pairs, scale, None, variant.kind, cosine)
-    else:
-        values, counts = memory.among(z, own, others, valid, scale, variant.kind, cosine)
+    pairs = (None if x is None else (x, x) for x in (own, others, valid))
+    rows = (z, None, *pairs) if memory is None else memory.beside(z, z, *pairs)
+    loss, components = call.evaluated(*rows, weights, scale, None, variant.kind, cosine, itself=True)
+    if memory is not None:
         memory._replace(mask=mask).feed(z, own, others, valid, cosine)
-    loss, components = call.reduced(values, counts, valid, weights)
     if variant.base_temperature is not None:
         factor = 1 / scale / variant.base_temperature
         loss = loss * factor

@@ -226,10 +226,8 @@ def test_slices_of_larger_buffers_and_repeated_runs():
         assert torch.equal(loss, results[0][0]) and torch.equal(grad, results[0][1])
 
 
-@pytest.mark.parametrize("rows, columns", [(24, 8), (8, 24)], ids=["again", "kept"])
-def test_what_is_saved_for_the_backward_pass(rows, columns):
-    z = torch.randn(rows, columns, requires_grad=True)
-    labels = torch.arange(rows) // 2
+def saved_bytes(loss, *given):
+    """Of what autograd keeps, without what is given."""
     saved = {}
 
     def pack(x):
@@ -237,12 +235,19 @@ def test_what_is_saved_for_the_backward_pass(rows, columns):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        F.sup_con(z, labels)
-    own = {x.untyped_storage().data_ptr() for x in (z, labels)}
-    extra = sum(size for pointer, size in saved.items() if pointer not in own)
+        loss(*given)
+    own = {x.untyped_storage().data_ptr() for x in given}
+    return sum(size for pointer, size in saved.items() if pointer not in own)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 8), (8, 24)], ids=["again", "kept"])
+def test_what_is_saved_for_the_backward_pass(rows, columns):
+    z, labels = torch.randn(rows, columns, requires_grad=True), torch.arange(rows) // 2
     scores = rows * rows * 4 if rows <= columns else 0
-    # The four numbers of a row; what the mean divides by; scalars.
-    assert extra <= 16 * rows + 8 * rows + scores + 64
+    # The four numbers of a row.
+    assert saved_bytes(lambda *x: F.sup_con(*x, reduction="none"), z, labels) <= 16 * rows + scores + 64
+    # The gradient; scalars.
+    assert saved_bytes(F.sup_con, z, labels) <= z.nbytes + 64
 
 
 def test_two_calls_before_one_backward_pass():

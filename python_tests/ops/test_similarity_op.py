@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmfast.ops.similarity import op, passes, reference
+from mmfast.ops.similarity.total import similarity_total
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -44,6 +45,37 @@ def test_the_op_is_its_reference(kind, itself, cosine, monkeypatch):
         exact = torch.autograd.grad(expected, wanted, upstream, materialize_grads=True)
         for grad, want in zip(grads, exact, strict=True):
             torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", passes.KINDS)
+@pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
+def test_a_weighted_sum_with_its_gradient_is_that_of_the_losses_of_rows(kind, itself, monkeypatch):
+    for with_ids, with_valid, strip, cosine in itertools.product((0, 1), (0, 1), (2**19, 20), (True, False)):
+        monkeypatch.setattr(op, "STRIP", strip)
+        arguments = case(11, 9, 5, kind, itself, with_ids, with_valid)
+        wanted = [x for x in (arguments[0], arguments[1], *arguments[5:]) if x is not None]
+        weights = torch.rand(11, **DOUBLE)
+        total, counts = similarity_total(*arguments[:2], weights, *arguments[2:], kind, cosine)
+        values = reference.similarity(*arguments, kind, cosine)
+        torch.testing.assert_close(total, (weights * values).sum(), rtol=1e-10, atol=1e-11)
+        assert torch.equal(counts, op.similarity(*arguments, kind, cosine)[1])
+        grads = torch.autograd.grad(total, wanted, torch.tensor(-2.5, **DOUBLE), retain_graph=True)
+        exact = torch.autograd.grad(values, wanted, -2.5 * weights, materialize_grads=True)
+        for grad, want in zip(grads, exact, strict=True):
+            torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-10)
+        # Of some inputs alone, and a second time.
+        (alone,) = torch.autograd.grad(total, wanted[-1:], torch.tensor(-2.5, **DOUBLE))
+        assert torch.equal(alone, grads[-1])
+
+
+def test_a_recorded_gradient_of_a_sum_refuses_a_derivative():
+    q, k, labels, ids, valid, scale, bias = case(6, 5, 3, "out", True, False, False)
+    total, _ = similarity_total(q, k, torch.ones(6, **DOUBLE), labels, ids, valid, scale, bias, "out", True)
+    plain = torch.autograd.grad(total, q, retain_graph=True)[0]
+    (grad,) = torch.autograd.grad(total, q, create_graph=True)
+    assert torch.equal(grad, plain)
+    with pytest.raises(RuntimeError, match="similarity: the gradient must not be differentiated again"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("kind", passes.KINDS)
@@ -87,3 +119,6 @@ def test_opcheck(itself):
     for needs in ([True, not itself, True, False], [False, False, True, False]):
         given = (torch.ones(6), *detached, rows, kept, "out", True, itself, needs)
         torch.library.opcheck(ops.similarity_backward, given)
+    for needs in ([True, not itself, True, False], [False, False, False, False]):
+        given = (*detached[:2], torch.rand(6), *detached[2:], "out", True, itself, needs)
+        torch.library.opcheck(ops.similarity_total, given)

@@ -1,8 +1,9 @@
-"""A weighted sum of the losses of rows against other candidates, with its gradient in the same sweep of the scores.
+"""A weighted sum of the losses of rows, with its gradient in the same sweep of the scores.
 
 Where the weights of the rows are known beforehand, up to what the sum is multiplied by later, each strip of scores
 gives the losses of its rows, and then at once their derivatives: three products, where losses that any derivative may
-come back to take four. In the place of the embeddings their gradients are kept for the backward pass.
+come back to take four. Of rows among themselves that all fit in one strip, the derivatives as rows and as columns are
+known together, and two products do. In the place of the embeddings their gradients are kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -41,33 +42,34 @@ def _total(
     n, dtype = own.unit.shape[0], own.unit.dtype
     weights = weights.to(dtype).contiguous()
     values, counts, rows = (own.unit.new_empty(shape) for shape in ((n,), (n,), (4, n)))
-    grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
-    grad_k = torch.zeros_like(other.unit) if need_k else None
+    among, parts = k is None, places(own.unit, other.unit.shape[0])
+    at_once = among and len(parts) == 1
+    grad_q = torch.zeros_like(own.unit) if need_q or need_scale else None
+    grad_k = grad_q if among and not at_once else torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
-    run = passes_for(kind, cpu)(rule, kind, scale, bias, False)
-    for start, stop, place in places(own.unit, other.unit.shape[0]):
+    run = passes_for(kind, cpu)(rule, kind, scale, bias, at_once)
+    for start, stop, place in parts:
         scores = product(own.unit[start:stop], other.unit, out=place)
         run.forward(scores, start, values, counts, rows)
         if not any(needs):
             continue
         h, sums = run.backward(scores, start, rows, weights, own=True)
         if need_bias:
-            of_bias += sums.sum()
+            of_bias += sums.sum() / (2 if at_once else 1)
         if grad_q is not None:
-            torch.mm(h, other.unit, out=grad_q[start:stop])
-        if need_k:
+            torch.addmm(grad_q[start:stop], h, other.unit, out=grad_q[start:stop])
+        if grad_k is not None:
             torch.addmm(grad_k, h.t(), own.unit[start:stop], out=grad_k)
-    empty = own.unit.new_empty(0)
     if grad_q is not None:
         grad_q, along = to_rows(grad_q, own, scale, dtype, cpu)
-        of_scale = along.sum() if need_scale else of_scale
+        of_scale = along.sum() / (2 if among else 1) if need_scale else of_scale
     if need_k:
         grad_k, _ = to_rows(grad_k, other, scale, dtype, cpu)
     return (
         (values * weights).sum(),
         counts,
-        grad_q if need_q else empty,
-        grad_k if need_k else empty,
+        grad_q if need_q else own.unit.new_empty(0),
+        grad_k if need_k else own.unit.new_empty(0),
         of_scale,
         of_bias,
     )
@@ -78,7 +80,8 @@ def _total_fake(q, k, weights, *rest):
     return (
         q.new_empty((), dtype=dtype),
         q.new_empty(len(q), dtype=dtype),
-        *(x.new_empty(x.shape if need else 0, dtype=dtype) for x, need in ((q, needs[0]), (k, needs[1]))),
+        q.new_empty(q.shape if needs[0] else 0, dtype=dtype),
+        q.new_empty(k.shape if needs[1] else 0, dtype=dtype),
         q.new_empty((), dtype=dtype),
         q.new_empty((), dtype=dtype),
     )
@@ -86,7 +89,7 @@ def _total_fake(q, k, weights, *rest):
 
 _library = torch.library.Library("mmfast", "FRAGMENT")
 _name = _library.define(
-    "similarity_total(Tensor q, Tensor k, Tensor weights, Tensor labels_q, Tensor? labels_k, Tensor? ids_q, "
+    "similarity_total(Tensor q, Tensor? k, Tensor weights, Tensor labels_q, Tensor? labels_k, Tensor? ids_q, "
     "Tensor? ids_k, Tensor? valid_q, Tensor? valid_k, Tensor scale, Tensor? bias, str kind, bool cosine, "
     "bool itself, bool[] needs)"
     " -> (Tensor total, Tensor counts, Tensor grad_q, Tensor grad_k, Tensor grad_scale, Tensor grad_bias)",
@@ -102,7 +105,7 @@ class _FinalGradient(torch.autograd.Function):
     """The gradient where autograd records it (``create_graph=True``): right, but without a derivative."""
 
     @staticmethod
-    def forward(ctx, upstream, tie, *grads):
+    def forward(ctx, upstream, total, *grads):
         return tuple(upstream * grad for grad in grads)
 
     @staticmethod
@@ -112,11 +115,12 @@ class _FinalGradient(torch.autograd.Function):
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, weights, tie, pairs, scale, bias, kind, cosine, itself):
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6)]
+    def forward(ctx, q, k, weights, pairs, scale, bias, kind, cosine, itself):
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5)]
         total, counts, *grads = _total_op(q, k, weights, *pairs, scale, bias, kind, cosine, itself, needs)
-        ctx.dtypes = q.dtype, k.dtype, scale.dtype, scale.dtype
-        ctx.save_for_backward(tie, *grads)
+        ctx.dtypes = q.dtype, q.dtype, scale.dtype, scale.dtype
+        # A gradient that is recorded depends on the embeddings as the sum does.
+        ctx.save_for_backward(total, *grads)
         ctx.mark_non_differentiable(counts)
         ctx.set_materialize_grads(False)
         return total, counts
@@ -124,23 +128,23 @@ class _Total(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _counts):
         if upstream is None:
-            return (None,) * 10
-        tie, *grads = ctx.saved_tensors
+            return (None,) * 9
+        total, *grads = ctx.saved_tensors
         if torch.is_grad_enabled():
-            grads = _FinalGradient.apply(upstream, tie, *grads)
+            grads = _FinalGradient.apply(upstream, total, *grads)
         else:
-            grads = [upstream * grad for grad in grads]
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 5, 6)]
+            grads = [upstream * grad if grad.numel() else grad for grad in grads]
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5)]
         q, k, scale, bias = (
             grad.to(dtype) if need else None
             for grad, dtype, need in zip(grads, ctx.dtypes, needs, strict=True)
         )
-        return q, k, None, None, None, scale, bias, None, None, None
+        return q, k, None, None, scale, bias, None, None, None
 
 
 def similarity_total(
     q: Tensor,
-    k: Tensor,
+    k: Tensor | None,
     weights: Tensor,
     labels: tuple[Tensor, Tensor],
     ids: tuple[Tensor, Tensor] | None,
@@ -153,11 +157,9 @@ def similarity_total(
 ) -> tuple[Tensor, Tensor]:
     """() the sum of the losses of the rows of q times ``weights`` (B,), and (B,) their numbers of positives.
 
-    The other arguments are those of :func:`mmfast.ops.similarity.op.similarity`; k must be given.
+    The other arguments are those of :func:`mmfast.ops.similarity.op.similarity`.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         raise RuntimeError(DIFFERENTIATED_AGAIN)
     pairs = once(labels, ids, valid)
-    # Nothing, which a gradient that is recorded depends on as it does on the embeddings.
-    tie = q[:0].sum() + k[:0].sum() + scale.detach() * 0
-    return _Total.apply(q, k, weights.detach(), tie, pairs, scale, bias, kind, cosine, itself)
+    return _Total.apply(q, k, weights.detach(), pairs, scale, bias, kind, cosine, itself or k is None)
