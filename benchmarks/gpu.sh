@@ -2,6 +2,7 @@
 # Everything that needs an NVIDIA GPU, in one call of less than ten minutes: build from source, GPU tests, benchmarks, compute-sanitizer,
 # Triton's tests. Goes on past a part that fails, prints a line for each and the table of the benchmarks last, and exits with 1 if any
 # part failed.
+# What failed is shown at the end, where a cut log still has it.
 # Usage: benchmarks/gpu.sh [FOLDER [PART...]]
 #     logs and results.json go to FOLDER, runs/gpu by default. Without PARTs all are run, in this order:
 #     build info gpu loss benchmarks memcheck racecheck synccheck initcheck triton
@@ -35,9 +36,15 @@ part() {
     else
         failed+=("$name")
         printf '%-12s FAILED (%d) after %d s\n' "$name" "$status" $((SECONDS - begin))
-        grep -E "^(FAILED|ERROR)|Error|error:|========= (Invalid|Race|Error|Barrier|Uninit)" "$out/$name.log" | sort | uniq -c | sort -rn | head -30
-        tail -n 25 "$out/$name.log"
     fi
+}
+
+# What the log of a part says of its failure.
+explain() {
+    printf '\n--- %s\n' "$1"
+    grep -E "^(FAILED|ERROR)|Error|error:|========= (Invalid|Race|Error|Barrier|Uninit)|^  File .*python_tests" "$out/$1.log" |
+        sort | uniq -c | sort -rn | head -20
+    tail -n 15 "$out/$1.log"
 }
 
 # sanitizer NAME COMMAND...: a part with a tool of compute-sanitizer.
@@ -58,10 +65,13 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,
 part build 120 env MMFAST_CUDA=1 MMFAST_NATIVE=1 MMFAST_CUDA_ARCHS="$capability" "$python" setup.py build_ext --inplace
 part info 30 "$python" -m mmfast info
 tests=("$python" -m pytest -p no:cacheprovider -q --tb=short)
-every=(env MMFAST_ROTATION=all) # also the cases that take turns elsewhere
-part gpu 90 "${every[@]}" "${tests[@]}" python_tests/{test_gpu,test_backends,ops/test_augment}.py
-part loss 90 "${every[@]}" "${tests[@]}" python_tests/ops/test_{barlow_twins,products}.py
-part benchmarks 160 "$python" benchmarks/gpu.py --out "$out/results.json" --seconds 130
+# Also the cases that take turns elsewhere; in eight processes where pytest-xdist is there.
+# A test that takes a minute says where it is.
+every=(env MMFAST_ROTATION=all OMP_NUM_THREADS=2 "${tests[@]}" -W ignore -o faulthandler_timeout=60)
+"$python" -c 'import xdist' 2>/dev/null && every+=(-n 8)
+part gpu 150 "${every[@]}" python_tests/{test_gpu,test_backends,ops/test_augment}.py
+part loss 90 "${every[@]}" python_tests/ops/test_{barlow_twins,products}.py
+part benchmarks 160 "$python" -W ignore benchmarks/gpu.py --out "$out/results.json" --seconds 130
 
 cases='(loss_and_gradients and float32 and (33 or 600) or views_are and float32) and cuda-cuda'
 watched=("${tests[@]}" python_tests/test_gpu.py -k "$cases")
@@ -76,8 +86,9 @@ sanitizer synccheck "${check[@]}" --tool synccheck "${ours[@]}" "${watched[@]}"
 sanitizer initcheck "${alone[@]}" bash -c '"$@" | tee "$0"; ! grep -A 2 Uninitialized "$0" | grep mmfast' \
     "$out/initcheck.all" compute-sanitizer --print-limit 1000 --tool initcheck "${watched[@]}"
 # Last, for it is the longest: more than a hundred kernels are compiled.
-part triton 240 "${tests[@]}" python_tests/triton/test_{augment,barlow_twins}.py
+part triton 240 "${every[@]}" python_tests/triton/test_{augment,barlow_twins}.py
 
 [[ -e $out/benchmarks.log ]] && asked benchmarks && cat "$out/benchmarks.log"
+for name in "${failed[@]}"; do explain "$name"; done
 ((${#failed[@]} == 0)) || echo "failed: ${failed[*]}"
 exit $((${#failed[@]} > 0))
