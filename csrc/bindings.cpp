@@ -328,6 +328,38 @@ int cuda_barlow_twins_gradient(int view_dtype, int grad_dtype, Address m_a, Addr
       ptr<void>(gram_b), ptr<void>(gram_a), ptr<void>(grad_a), ptr<void>(grad_b), ptr<void>(scratch),
       {device, ptr<void>(stream)});
 }
+
+int cuda_similarity_forward_rows(const SimilarityRule& rule, int64_t start, int64_t rows, Address scores,
+                                 Address values, Address counts, Address numbers, int64_t stride, int device,
+                                 Address stream) {
+  return mmfast::cuda_similarity_forward_rows(rule, start, rows, ptr<void>(scores), ptr<void>(values),
+                                              ptr<void>(counts), ptr<void>(numbers), stride,
+                                              {device, ptr<void>(stream)});
+}
+
+int cuda_similarity_backward_rows(const SimilarityRule& rule, int64_t start, int64_t rows, Address scores,
+                                  Address numbers, int64_t stride, Address weights, Address column_numbers,
+                                  Address column_weights, Address out, Address sums, int device,
+                                  Address stream) {
+  return mmfast::cuda_similarity_backward_rows(rule, start, rows, ptr<void>(scores), ptr<void>(numbers),
+                                               stride, ptr<void>(weights), ptr<void>(column_numbers),
+                                               ptr<void>(column_weights), ptr<void>(out), ptr<void>(sums),
+                                               {device, ptr<void>(stream)});
+}
+
+int cuda_similarity_units(int dtype, Address x, int64_t stride, int64_t rows, int64_t columns, Address valid,
+                          bool cosine, Address unit, Address inverse, int device, Address stream) {
+  return mmfast::cuda_similarity_units(dtype, ptr<void>(x), stride, rows, columns, ptr<void>(valid), cosine,
+                                       ptr<void>(unit), ptr<void>(inverse), {device, ptr<void>(stream)});
+}
+
+int cuda_similarity_row_gradients(int dtype, Address grad, Address unit, Address inverse, Address scale,
+                                  int64_t rows, int64_t columns, bool cosine, Address out, Address dots,
+                                  int device, Address stream) {
+  return mmfast::cuda_similarity_row_gradients(dtype, ptr<void>(grad), ptr<void>(unit), ptr<void>(inverse),
+                                               ptr<void>(scale), rows, columns, cosine, ptr<void>(out),
+                                               ptr<void>(dots), {device, ptr<void>(stream)});
+}
 #endif
 
 }  // namespace
@@ -392,6 +424,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_barlow_twins_narrowed", &cuda_barlow_twins_narrowed, no_gil);
   m.def("barlow_twins_gradient_scratch", &mmfast::cuda_barlow_twins_gradient_scratch);
   m.def("cuda_barlow_twins_gradient", &cuda_barlow_twins_gradient, no_gil);
+  m.def("cuda_similarity_forward_rows", &cuda_similarity_forward_rows, no_gil);
+  m.def("cuda_similarity_backward_rows", &cuda_similarity_backward_rows, no_gil);
+  m.def("cuda_similarity_units", &cuda_similarity_units, no_gil);
+  m.def("cuda_similarity_row_gradients", &cuda_similarity_row_gradients, no_gil);
   m.def("cuda_device_count", &mmfast::cuda_device_count, no_gil);
   m.def("cuda_capability", &mmfast::cuda_capability, no_gil);
   m.def("cuda_runtime_version", &mmfast::cuda_runtime_version);

@@ -27,13 +27,24 @@ MMFAST_HD float fast_square_root(float x) {
   asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
   return root;
 }
+MMFAST_HD float natural_log(float x) { return ::logf(x); }
 MMFAST_HD double natural_log(double x) { return ::log(x); }
+MMFAST_HD float exponential(float x) { return ::expf(x); }
+MMFAST_HD double exponential(double x) { return ::exp(x); }
+// log(1 + x).
+MMFAST_HD float log_of_one_and(float x) { return ::log1pf(x); }
+MMFAST_HD double log_of_one_and(double x) { return ::log1p(x); }
 MMFAST_HD double cosine_of_turn(double u) { return ::cospi(2 * u); }
 #else
 MMFAST_HD float square_root(float x) { return __builtin_sqrtf(x); }
 MMFAST_HD double square_root(double x) { return __builtin_sqrt(x); }
 MMFAST_HD float fast_square_root(float x) { return __builtin_sqrtf(x); }
+MMFAST_HD float natural_log(float x) { return __builtin_logf(x); }
 MMFAST_HD double natural_log(double x) { return __builtin_log(x); }
+MMFAST_HD float exponential(float x) { return __builtin_expf(x); }
+MMFAST_HD double exponential(double x) { return __builtin_exp(x); }
+MMFAST_HD float log_of_one_and(float x) { return __builtin_log1pf(x); }
+MMFAST_HD double log_of_one_and(double x) { return __builtin_log1p(x); }
 MMFAST_HD double cosine_of_turn(double u) { return __builtin_cos(6.283185307179586 * u); }
 #endif
 

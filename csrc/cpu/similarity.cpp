@@ -124,32 +124,14 @@ int64_t own_position(const SimilarityRule& rule, int64_t row) {
   return matters && row < rule.candidates ? row : INT64_MAX - 4096;
 }
 
-double finite_softplus(double x) {
-  return (x > 0 ? x : 0) + __builtin_log1p(__builtin_exp(-__builtin_fabs(x)));
-}
-
-// log sum exp of numbers whose largest is `largest`, less which they are summed.
-double log_sum(double largest, double sum) { return largest + __builtin_log(sum); }
-
-double log_sum_of_both(double x, double y) {
-  const double most = x > y ? x : y, least = x > y ? y : x;
-  if (!(most - least < __builtin_inf())) return x != x ? x : y != y ? y : most;
-  return most + __builtin_log1p(__builtin_exp(least - most));
-}
-
 // The shift of exp: of no numbers it is 0.
 template <class C>
 C shift_of(C largest) {
   return __builtin_isfinite(largest) ? largest : 0;
 }
 
-// Loss, number of positives and L, a, M, b of a row.
-struct RowResult {
-  double value, count, numbers[4];
-};
-
 template <class C, int kKind, bool kPlain>
-RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) {
+RowResult<double> forward_row(const SimilarityRule& rule, int64_t row, const C* scores) {
   const Judge<C, kPlain> judge(rule, row);
   const Candidates<C> of = candidates_of<C>(rule, scores);
   const int64_t n = rule.candidates, own = own_position(rule, row);
@@ -195,7 +177,7 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
       },
       [] {});
   const double count = positives();
-  if (count == 0) return {0, 0, {__builtin_inf(), 0, __builtin_inf(), 0}};
+  if (count == 0) return row_that_does_not_count<double>();
   const C shift_n = shift_of(largest_of<C>(top_n)), shift_p = shift_of(largest_of<C>(top_p));
   for_candidates(
       of, n, own,
@@ -210,9 +192,10 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
         }
       },
       flush);
-  const double of_negatives = log_sum(shift_n, sum_n), infinity = __builtin_inf();
+  const LogSum<double> negatives = {shift_n, sum_n};
 
   if constexpr (kKind == kNegatives) {
+    const double of_negatives = log_of(negatives);
     const Numbers<C> level = every<C>((C)of_negatives);
     sum_p = sum_l = 0;
     for_candidates(
@@ -229,15 +212,7 @@ RowResult forward_row(const SimilarityRule& rule, int64_t row, const C* scores) 
     return {sum_l / count, count, {of_negatives, sum_p / count, 0, 1 / count}};
   }
 
-  const double of_positives = log_sum(shift_p, sum_p);
-  if (count == 1) {
-    const double excess = of_negatives - of_positives;
-    return {finite_softplus(excess), 1, {of_negatives, 1 / (1 + __builtin_exp(-excess)), infinity, 1}};
-  }
-  const double of_all = log_sum_of_both(of_negatives, of_positives);
-  if constexpr (kKind == kOut) return {of_all - sum_l / count, count, {of_all, 1, 0, 1 / count}};
-  const double factor = kKind == kIn ? __builtin_log(count) : 0;
-  return {of_all - of_positives + factor, count, {of_all, 1, of_positives, 1}};
+  return softmax_row(kKind, negatives, LogSum<double>{shift_p, sum_p}, sum_l, count);
 }
 
 // A row, or all candidates at once, in its role of a row: what the derivative by its logits needs.
@@ -315,7 +290,7 @@ template <class C, int kKind, bool kPlain>
 void forward_strip(const SimilarityRule& rule, int64_t start, int64_t rows, const void* scores, void* values,
                    void* counts, void* numbers, int64_t stride, int threads) {
   parallel_for(rows, threads, kForwardCost * rule.candidates, [&](int64_t i, int) {
-    const RowResult result =
+    const RowResult<double> result =
         forward_row<C, kKind, kPlain>(rule, start + i, (const C*)scores + i * rule.candidates);
     ((C*)values)[i] = (C)result.value;
     ((C*)counts)[i] = (C)result.count;

@@ -1,30 +1,9 @@
 // Barlow Twins on CUDA: the loss from Gram matrices or from the correlation matrix, and their narrow copies.
 #include "../barlow_twins.h"
-#include "launch.h"
-#include "types.h"
+#include "block.h"
 
 namespace mmfast {
 namespace {
-
-// Each of N values summed over a block; every thread gets the sums.
-template <int N, class C>
-__device__ __forceinline__ void sum_block(C (&value)[N]) {
-  __shared__ C all[N][32];
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    C sum = value[n];
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
-    if (lane == 0) all[n][threadIdx.x / 32] = sum;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-    C sum = lane < warps ? all[n][lane] : 0;
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(kAllLanes, sum, d);
-    value[n] = sum;
-  }
-}
 
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
@@ -53,17 +32,17 @@ struct Diagonal {
 template <bool kGram, class C>
 __device__ __forceinline__ void finish(C energy, const C* statistics, int64_t rows, int64_t columns,
                                        const Objective<C>& objective, C* loss, C* components) {
-  C sums[4] = {energy, 0, 0, 0};
+  Sums<4, C> sums = {{energy, 0, 0, 0}};
 #pragma unroll 4
   for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) {
     const C gap = statistics[2 * columns + j], c = objective.target - gap;
-    sums[1] += gap * gap;
-    sums[2] += c;
-    sums[3] += c * c;
+    sums.v[1] += gap * gap;
+    sums.v[2] += c;
+    sums.v[3] += c * c;
   }
-  sum_block(sums);
+  sums = sum_block(sums);
   if (threadIdx.x == 0)
-    write_loss(sums[1], sums[2], sums[3], sums[0], kGram, rows, columns, objective, loss, components);
+    write_loss(sums.v[1], sums.v[2], sums.v[3], sums.v[0], kGram, rows, columns, objective, loss, components);
 }
 
 // <ÂÂ', B̂B̂'> of `matrices` (2, B, B), or the sum of the squares of p (D, D) while its diagonal becomes zero.
@@ -105,14 +84,14 @@ __global__ void __launch_bounds__(1024)
       if (!kGram) diagonal.go();
     }
   }
-  C energy[1] = {0};
+  C energy = 0;
 #pragma unroll
-  for (int k = 0; k < N; ++k) energy[0] += sums[k];
+  for (int k = 0; k < N; ++k) energy += sums[k];
   if (gridDim.x == 1) {
-    finish<kGram>(energy[0], statistics, rows, columns, objective, loss, components);
+    finish<kGram>(energy, statistics, rows, columns, objective, loss, components);
   } else {
-    sum_block(energy);
-    if (threadIdx.x == 0) partial[blockIdx.x] = energy[0];
+    energy = sum_block(energy);
+    if (threadIdx.x == 0) partial[blockIdx.x] = energy;
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "../augment.h"
 #include "../barlow_twins.h"
+#include "../similarity.h"
 
 namespace mmfast {
 
@@ -61,5 +62,20 @@ int cuda_barlow_twins_gradient(int view_dtype, int grad_dtype, const void* m_a, 
                                const BarlowTwinsDefinition& definition, bool gram, int exponent,
                                const void* gram_b, const void* gram_a, void* grad_a, void* grad_b,
                                void* scratch, const Target& target);
+
+// similarity.cu and similarity_rows.cu: as in cpu/kernels.h, but for what SimilarityRule says, for all kinds,
+// and that nobody looks for what is not finite. valid: bool.
+int cuda_similarity_forward_rows(const SimilarityRule& rule, int64_t start, int64_t rows, const void* scores,
+                                 void* values, void* counts, void* numbers, int64_t stride,
+                                 const Target& target);
+int cuda_similarity_backward_rows(const SimilarityRule& rule, int64_t start, int64_t rows, const void* scores,
+                                  const void* numbers, int64_t stride, const void* weights,
+                                  const void* column_numbers, const void* column_weights, void* out,
+                                  void* sums, const Target& target);
+int cuda_similarity_units(int dtype, const void* x, int64_t stride, int64_t rows, int64_t columns,
+                          const void* valid, bool cosine, void* unit, void* inverse, const Target& target);
+int cuda_similarity_row_gradients(int dtype, const void* grad, const void* unit, const void* inverse,
+                                  const void* scale, int64_t rows, int64_t columns, bool cosine, void* out,
+                                  void* dots, const Target& target);
 
 }  // namespace mmfast

@@ -1,4 +1,4 @@
-"""The passes over strips of scores, bound to the rule of a call: in PyTorch, and in C++ for CPU tensors."""
+"""The passes over strips of scores, bound to the rule of a call, by every backend."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from mmfast import backends
+from mmfast.ops.native import call_cuda
 from mmfast.ops.similarity import passes
-from mmfast.ops.similarity.passes import Rule
+from mmfast.ops.similarity.passes import KINDS, Rule
 
-# In the order of csrc/similarity.h; of the others, none of which is expensive, the passes are PyTorch's.
-NATIVE_KINDS = ("out", "in", "sum", "negatives", "sigmoid")
+# Of the others, none of which is expensive, the passes on the CPU are PyTorch's.
+CPU_KINDS = KINDS[:5]
 
 
 class Plain:
@@ -85,7 +86,7 @@ class Cpu:
         addresses = [_address(x) for pair in pairs for x in pair]
         self.native = backends._C.SimilarityRule(
             wide,
-            NATIVE_KINDS.index(kind),
+            KINDS.index(kind),
             rule.itself,
             rule.labels[1].numel(),
             *addresses,
@@ -123,15 +124,72 @@ class Cpu:
         return h, sums
 
 
+class Cuda:
+    """The passes in CUDA: csrc/cuda/similarity.cu."""
+
+    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None, both: bool):
+        self.both = both
+        pairs = [
+            (None, None) if pair is None else tuple(x.contiguous() for x in pair)
+            for pair in (rule.labels, rule.ids, rule.valid)
+        ]
+        # Tensors whose addresses the native rule holds live as long as it.
+        self.kept = scale, bias, pairs
+        self.native = backends._C.SimilarityRule(
+            scale.dtype == torch.float64,
+            KINDS.index(kind),
+            rule.itself,
+            rule.labels[1].numel(),
+            *(_address(x) for pair in pairs for x in pair),
+            _address(scale),
+            _address(bias),
+        )
+
+    def forward(self, scores, start, values, counts, rows):
+        call_cuda(
+            "similarity",
+            backends._C.cuda_similarity_forward_rows,
+            scores.device,
+            self.native,
+            start,
+            scores.shape[0],
+            scores.data_ptr(),
+            *(x.data_ptr() + start * x.element_size() for x in (values, counts, rows)),
+            rows.stride(0),
+        )
+
+    def backward(self, scores, start, rows, weights, own):
+        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(scores.shape[0])
+        offset = start * rows.element_size()
+        call_cuda(
+            "similarity",
+            backends._C.cuda_similarity_backward_rows,
+            scores.device,
+            self.native,
+            start,
+            scores.shape[0],
+            scores.data_ptr(),
+            rows.data_ptr() + offset,
+            rows.stride(0),
+            weights.data_ptr() + offset,
+            *((rows.data_ptr(), weights.data_ptr()) if self.both else (0, 0)),
+            h.data_ptr(),
+            sums.data_ptr(),
+        )
+        return h, sums
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def native(device: torch.device) -> bool:
-    """Whether C++ serves tensors on ``device``."""
-    return backends.choose("similarity", device) == "cpu"
+def backend_of(device: torch.device) -> str:
+    """Which backend serves tensors on ``device``."""
+    return backends.choose("similarity", device)
 
 
-def passes_for(kind: str, cpu: bool):
-    """The passes of a kind, in C++ if there are any and the tensors are :func:`native`."""
-    return Cpu if cpu and kind in NATIVE_KINDS else Plain
+def passes_for(kind: str, backend: str):
+    """The class of the passes of a kind."""
+    if backend == "cuda":
+        return Cuda
+    return Cpu if backend == "cpu" and kind in CPU_KINDS else Plain

@@ -16,23 +16,25 @@ from torch.autograd import forward_ad
 
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
 from mmfast.ops.products import product
-from mmfast.ops.similarity.kernels import native, passes_for
+from mmfast.ops.similarity.kernels import backend_of, passes_for
 from mmfast.ops.similarity.passes import Rule
 from mmfast.ops.similarity.rows import Rows, rows_of, to_rows
 
-# Scores of a strip: so many stay near the processor.
+# Scores of 4 bytes of a strip: so many stay near the processor.
 STRIP = 2**19
+DEVICE_STRIP = 2**23
 
 
-def strips(rows: int, candidates: int, dtype: torch.dtype):
-    """(start, stop) of strips of about STRIP scores of 4 bytes."""
-    step = max(1, STRIP * 4 // (dtype.itemsize * max(1, candidates)))
+def strips(rows: int, candidates: int, like: Tensor):
+    """(start, stop) of strips of about as many scores, on ``like``'s device and of its type."""
+    most = STRIP if like.device.type == "cpu" else DEVICE_STRIP
+    step = max(1, most * 4 // (like.dtype.itemsize * max(1, candidates)))
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def places(unit: Tensor, candidates: int, kept: Tensor | None = None):
     """(start, stop, where the scores are) of strips: in ``kept``, or else one after the other in the same memory."""
-    parts = strips(unit.shape[0], candidates, unit.dtype)
+    parts = strips(unit.shape[0], candidates, unit)
     if (kept is not None and kept.numel()) or not parts:
         return [(start, stop, kept[start:stop]) for start, stop in parts]
     memory = unit.new_empty(parts[0][1], candidates)
@@ -51,10 +53,10 @@ def rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself) -> Rule:
     return Rule(pair(labels_q, labels_k), pair(ids_q, ids_k), pair(valid_q, valid_k), itself)
 
 
-def checked_rows(q, k, valid_q, valid_k, cosine: bool, cpu: bool) -> tuple[Rows, Rows]:
+def checked_rows(q, k, valid_q, valid_k, cosine: bool, backend: str) -> tuple[Rows, Rows]:
     """Of the rows and the candidates; on the CPU refuses what is not finite."""
-    own = rows_of(q, cosine, valid_q, cpu)
-    others = own if k is None else rows_of(k, cosine, valid_k, cpu)
+    own = rows_of(q, cosine, valid_q, backend)
+    others = own if k is None else rows_of(k, cosine, valid_k, backend)
     if not (own.finite and others.finite):
         q, k = _without(q, valid_q), None if k is None else _without(k, valid_k)
         views = {"query" if k is not None else "z": q} | ({} if k is None else {"key": k})
@@ -66,13 +68,13 @@ def _forward(
     q, k, labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, scale, bias, kind, cosine, itself, keep
 ):
     rule = rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
-    cpu = native(q.device)
-    own, others = checked_rows(q, k, valid_q, valid_k, cosine, cpu)
+    backend = backend_of(q.device)
+    own, others = checked_rows(q, k, valid_q, valid_k, cosine, backend)
     unit, other = own.unit, others.unit
     n, candidates = unit.shape[0], other.shape[0]
     values, counts, rows = unit.new_empty(n), unit.new_empty(n), unit.new_empty(4, n)
     kept = unit.new_empty((n, candidates) if keep else (0, 0))
-    run = passes_for(kind, cpu)(rule, kind, scale, bias, k is None)
+    run = passes_for(kind, backend)(rule, kind, scale, bias, k is None)
     for start, stop, place in places(unit, candidates, kept):
         run.forward(product(unit[start:stop], other, out=place), start, values, counts, rows)
     return values, counts, rows, kept
@@ -116,14 +118,14 @@ def _backward(
 ):
     need_q, need_k, need_scale, need_bias = needs
     rule = rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
-    cpu, both = native(q.device), k is None
-    own = rows_of(q, cosine, valid_q, cpu)
-    other = own if both else rows_of(k, cosine, valid_k, cpu)
+    backend, both = backend_of(q.device), k is None
+    own = rows_of(q, cosine, valid_q, backend)
+    other = own if both else rows_of(k, cosine, valid_k, backend)
     weights = weights.to(own.unit.dtype).contiguous()
     grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
     grad_k = torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
-    run = passes_for(kind, cpu)(rule, kind, scale, bias, k is None)
+    run = passes_for(kind, backend)(rule, kind, scale, bias, k is None)
     for start, stop, place in places(own.unit, other.unit.shape[0], kept):
         scores = place if kept.numel() else product(own.unit[start:stop], other.unit, out=place)
         h, sums = run.backward(scores, start, rows, weights, own=not kept.numel())
@@ -135,11 +137,11 @@ def _backward(
             torch.addmm(grad_k, h.t(), own.unit[start:stop], out=grad_k)
     result_q, result_k = q.new_empty(0), q.new_empty(0)
     if grad_q is not None:
-        result_q, along = to_rows(grad_q, own, scale, q.dtype, cpu)
+        result_q, along = to_rows(grad_q, own, scale, q.dtype, backend)
         if need_scale:
             of_scale = along.sum() / (2 if both else 1)
     if need_k:
-        result_k, _ = to_rows(grad_k, other, scale, k.dtype, cpu)
+        result_k, _ = to_rows(grad_k, other, scale, k.dtype, backend)
     return result_q if need_q else q.new_empty(0), result_k, of_scale, of_bias
 
 

@@ -70,7 +70,7 @@ def forward_rows(logits: Tensor, rule: Rule, start: int, kind: str) -> tuple[Ten
     infinity = math.inf
     if kind in ("relu", "top"):
         above = logits.masked_fill(~negative, 0).clamp(min=0)
-        value, first = (above.sum(1), count) if kind == "relu" else above.max(1)
+        value, first = (above.sum(1), count) if kind == "relu" or not above.shape[1] else above.max(1)
         zero = torch.zeros_like(value)
         return value, count, torch.stack((first.to(value.dtype), (value > 0).to(value.dtype), zero, zero))
     n = count.clamp(min=1)

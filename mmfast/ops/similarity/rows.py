@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfast import backends
 from mmfast.ops.barlow_twins.checks import compute_dtype
-from mmfast.ops.native import DTYPE_CODES
+from mmfast.ops.native import DTYPE_CODES, call_cuda
 
 # A shorter row has no direction: its scores and its gradient are zero.
 SHORTEST = 1e-12
@@ -25,13 +25,13 @@ class Rows(NamedTuple):
     """Whether what is valid is; always True on devices, where nobody waits for it."""
 
 
-def rows_of(x: Tensor, cosine: bool, valid: Tensor | None = None, native: bool = False) -> Rows:
+def rows_of(x: Tensor, cosine: bool, valid: Tensor | None = None, backend: str = "reference") -> Rows:
     """Of embeddings (n, D); those that are not ``valid`` (n,) are not read, NaN or not, and are zero.
 
-    native: in C++, see ``kernels.native``.
+    backend: see ``kernels.backend_of``.
     """
-    if native:
-        return _native_rows_of(x, cosine, valid)
+    if backend in ("cpu", "cuda"):
+        return _native_rows_of(x, cosine, valid, backend)
     if valid is not None:
         x = x.where(valid[:, None], torch.zeros((), dtype=x.dtype, device=x.device))
     x = x.to(compute_dtype(x)).contiguous()
@@ -51,13 +51,13 @@ def rows_of(x: Tensor, cosine: bool, valid: Tensor | None = None, native: bool =
     return Rows(scaled * inverse, torch.ldexp(torch.ldexp(inverse, -half), half - exponent), finite)
 
 
-def _native_rows_of(x: Tensor, cosine: bool, valid: Tensor | None) -> Rows:
+def _native_rows_of(x: Tensor, cosine: bool, valid: Tensor | None, backend: str) -> Rows:
     if x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
     valid = None if valid is None else valid.contiguous()
     unit = torch.empty(x.shape, dtype=compute_dtype(x), device=x.device)
     inverse = unit.new_empty(x.shape[0], 1)
-    finite = backends._C.similarity_units(
+    arguments = (
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
         x.stride(0),
@@ -66,8 +66,12 @@ def _native_rows_of(x: Tensor, cosine: bool, valid: Tensor | None) -> Rows:
         cosine,
         unit.data_ptr(),
         inverse.data_ptr(),
-        torch.get_num_threads(),
     )
+    finite = True
+    if backend == "cuda":
+        call_cuda("similarity", backends._C.cuda_similarity_units, x.device, *arguments)
+    else:
+        finite = backends._C.similarity_units(*arguments, torch.get_num_threads())
     return Rows(unit, inverse if cosine else None, finite)
 
 
@@ -87,14 +91,14 @@ def unit_rows(x: Tensor, cosine: bool) -> Tensor:
 
 
 def to_rows(
-    grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype, native: bool = False
+    grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype, backend: str = "reference"
 ) -> tuple[Tensor, Tensor]:
     """The gradient by the embeddings, of that by u that lacks the factor ``scale``, and (n,) grad . u.
 
     ``grad`` may be overwritten.
     """
-    if native:
-        return _native_to_rows(grad, rows, scale, dtype)
+    if backend in ("cpu", "cuda"):
+        return _native_to_rows(grad, rows, scale, dtype, backend)
     along = (grad * rows.unit).sum(1, keepdim=True)
     result = grad * scale
     if rows.scale is not None:
@@ -102,10 +106,12 @@ def to_rows(
     return result.to(dtype), along[:, 0]
 
 
-def _native_to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _native_to_rows(
+    grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor]:
     out = grad if dtype == grad.dtype else torch.empty_like(grad, dtype=dtype)
     dots = grad.new_empty(grad.shape[0])
-    backends._C.similarity_row_gradients(
+    arguments = (
         DTYPE_CODES[dtype],
         grad.data_ptr(),
         rows.unit.data_ptr(),
@@ -115,6 +121,9 @@ def _native_to_rows(grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype)
         rows.scale is not None,
         out.data_ptr(),
         dots.data_ptr(),
-        torch.get_num_threads(),
     )
+    if backend == "cuda":
+        call_cuda("similarity", backends._C.cuda_similarity_row_gradients, grad.device, *arguments)
+    else:
+        backends._C.similarity_row_gradients(*arguments, torch.get_num_threads())
     return out, dots

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from mmfast.ops.barlow_twins.checks import compute_dtype
 from mmfast.ops.products import product
-from mmfast.ops.similarity.kernels import native, passes_for
+from mmfast.ops.similarity.kernels import backend_of, passes_for
 from mmfast.ops.similarity.op import DIFFERENTIATED_AGAIN, checked_rows, once, places, rule_of
 from mmfast.ops.similarity.rows import to_rows
 
@@ -37,8 +37,9 @@ def _total(
     needs,
 ):
     need_q, need_k, need_scale, need_bias = needs
-    rule, cpu = rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself), native(q.device)
-    own, other = checked_rows(q, k, valid_q, valid_k, cosine, cpu)
+    rule = rule_of(labels_q, labels_k, ids_q, ids_k, valid_q, valid_k, itself)
+    backend = backend_of(q.device)
+    own, other = checked_rows(q, k, valid_q, valid_k, cosine, backend)
     n, dtype = own.unit.shape[0], own.unit.dtype
     weights = weights.to(dtype).contiguous()
     values, counts, rows = (own.unit.new_empty(shape) for shape in ((n,), (n,), (4, n)))
@@ -47,7 +48,7 @@ def _total(
     grad_q = torch.zeros_like(own.unit) if need_q or need_scale else None
     grad_k = grad_q if among and not at_once else torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
-    run = passes_for(kind, cpu)(rule, kind, scale, bias, at_once)
+    run = passes_for(kind, backend)(rule, kind, scale, bias, at_once)
     for start, stop, place in parts:
         scores = product(own.unit[start:stop], other.unit, out=place)
         run.forward(scores, start, values, counts, rows)
@@ -61,10 +62,10 @@ def _total(
         if grad_k is not None:
             torch.addmm(grad_k, h.t(), own.unit[start:stop], out=grad_k)
     if grad_q is not None:
-        grad_q, along = to_rows(grad_q, own, scale, dtype, cpu)
+        grad_q, along = to_rows(grad_q, own, scale, dtype, backend)
         of_scale = along.sum() / (2 if among else 1) if need_scale else of_scale
     if need_k:
-        grad_k, _ = to_rows(grad_k, other, scale, dtype, cpu)
+        grad_k, _ = to_rows(grad_k, other, scale, dtype, backend)
     return (
         (values * weights).sum(),
         counts,

@@ -49,7 +49,7 @@ def _forward(z, labels, ids, valid, kind, margin, ties, soft, lone, score):
     counts = torch.empty((6, rows), dtype=torch.long, device=z.device)
     places = torch.empty((2, rows if pairs else 0), dtype=torch.int32, device=z.device)
     engine = _engine(rule, kind)
-    for start, stop in strips(rows, rows, values.dtype):
+    for start, stop in strips(rows, rows, values):
         scores, part = scored.scores(start, stop), slice(start, stop)
         if pairs:
             found = engine.extremes(scores, start)
@@ -84,7 +84,7 @@ def _backward(weights, z, labels, ids, valid, places, slopes, kind, margin, ties
             scored.pull_pairs(grad, place, slope * weights)
     else:
         engine = _engine(rule, kind)
-        for start, stop in strips(len(z), len(z), grad.dtype):
+        for start, stop in strips(len(z), len(z), grad):
             scores = scored.scores(start, stop)
             scored.pull(grad, engine.slopes(scores, start, options, weights[start:stop]), start)
     if z.device.type != "cpu":
