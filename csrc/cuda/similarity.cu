@@ -73,16 +73,13 @@ __device__ __forceinline__ RowResult<C> softmax_forward(const Row<C>& row, const
   for (int j = threadIdx.x; j < row.candidates; j += blockDim.x) {
     if (!row.active(j)) continue;
     const C l = row.logit(scores, j);
-    const bool same = row.same(j);
-    const LogSum<C> of = {same ? own.positives.top : own.negatives.top,
-                          same ? own.positives.sum : own.negatives.sum};
-    const LogSum<C> next = merged(of, {l, 1});
-    own.negatives.top = same ? own.negatives.top : next.top;
-    own.negatives.sum = same ? own.negatives.sum : next.sum;
-    own.positives.top = same ? next.top : own.positives.top;
-    own.positives.sum = same ? next.sum : own.positives.sum;
-    own.sum += same ? l : 0;
-    own.count += same;
+    if (!row.same(j)) {
+      own.negatives = merged(own.negatives, {l, 1});
+    } else {
+      own.positives = merged(own.positives, {l, 1});
+      own.sum += l;
+      ++own.count;
+    }
   }
   const Softmax<C> all = merge_block(own, [](const Softmax<C>& x, const Softmax<C>& y) {
     return Softmax<C>{merged(x.negatives, y.negatives), merged(x.positives, y.positives), x.sum + y.sum,

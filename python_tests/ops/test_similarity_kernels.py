@@ -15,6 +15,7 @@ from mmfast.ops.similarity import op
 from mmfast.ops.similarity.kernels import CPU_KINDS, Plain, _codes, passes_for
 from mmfast.ops.similarity.passes import KINDS, Rule
 from mmfast.ops.similarity.rows import rows_of, to_rows
+from mmfast.ops.similarity.total import similarity_total
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "native")
 
@@ -237,9 +238,15 @@ def test_the_op_by_both(backend, kind, itself):
                 for upstream in (torch.ones(()).expand(rows), torch.linspace(-1, 2, 2 * rows)[::2]):
                     grads = torch.autograd.grad(values, wanted, upstream, retain_graph=True)
                     results.append((values, counts, *grads))
+                    # With weights that are known beforehand, in one sweep.
+                    total, _ = similarity_total(
+                        *given, upstream, (labels, other), None, None, scale, bias, kind, True
+                    )
+                    grads = torch.autograd.grad(3 * total, wanted)
+                    results[-1] += (total, *grads)
         for found, want in zip(results[:2], results[2:], strict=True):
             for x, y in zip(found, want, strict=True):
-                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=3e-5)
 
 
 @EVERY
