@@ -1,4 +1,4 @@
-"""Kernels on a GPU: augmentation against a plain copy, Barlow Twins against eager and compiled PyTorch.
+"""Kernels on a GPU: augmentation against a plain copy, losses against eager and compiled PyTorch.
 
 Contenders take turns in the same rounds; times are medians of CUDA events around several calls in a row, so they
 hold whatever Python takes where that is longer than the kernels; CUDA graphs of the same calls show how much that is.
@@ -24,6 +24,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from plain_similarity import LOSSES
 
 import mmfast
 from mmfast import GaussianNoise, SeqAug, TimeMask, TwoViews, backends
@@ -234,9 +235,9 @@ def kernel_bytes(name: str, rows: int, columns: int, element: int, gram: bool) -
 _OURS = ("_whole", "_moments", "_chunk", "_kernel", "_products")
 
 
-def loss(rows: int, columns: int, mode: str, compiled: bool) -> dict:
-    """Forward and backward; with ``compiled``, also compiled and in CUDA graphs."""
-    rates, (dtype, allowed) = machine(), MODES[mode]
+def compared(ours, theirs, rows: int, columns: int, mode: str, compiled: bool) -> dict:
+    """Times, peaks and kernels of two losses of two views; with ``compiled``, also compiled and in CUDA graphs."""
+    dtype, allowed = MODES[mode]
     torch.manual_seed(0)
     z_a = torch.randn(rows, columns, device=DEVICE)
     z_b = (z_a + 0.5 * torch.randn_like(z_a)).to(dtype).requires_grad_()
@@ -249,49 +250,68 @@ def loss(rows: int, columns: int, mode: str, compiled: bool) -> dict:
 
         return run
 
-    gram = 4 * rows < 3 * columns
-    flops = 2 * rows * columns * (4 * rows if gram else 3 * columns)
     with tf32(allowed):
-        contenders = {"mmfast": barlow_twins, "eager": plain}
+        contenders = {"mmfast": ours, "eager": theirs}
         if compiled:
             torch._dynamo.reset()
             contenders |= {
-                "mmfast, graph": late(lambda: torch.cuda.make_graphed_callables(barlow_twins, (z_a, z_b))),
-                "compiled": torch.compile(plain, dynamic=False),
-                "compiled, graph": torch.compile(plain, dynamic=False, mode="reduce-overhead"),
+                "mmfast, graph": late(lambda: torch.cuda.make_graphed_callables(ours, (z_a, z_b))),
+                "compiled": torch.compile(theirs, dynamic=False),
+                "compiled, graph": torch.compile(theirs, dynamic=False, mode="reduce-overhead"),
             }
         times = race({name: step(function) for name, function in contenders.items()})
         peaks = {}
-        for name, function in {"mmfast": barlow_twins, "eager": plain}.items():
+        for name, function in {"mmfast": ours, "eager": theirs}.items():
             z_a.grad = z_b.grad = None
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             step(function)()
             peaks[name] = torch.cuda.max_memory_allocated() - before
-        kernels = kernel_times(step(barlow_twins))
-    own = {}
-    for name, value in kernels.items():
-        if nbytes := kernel_bytes(name, rows, columns, z_a.element_size(), gram):
-            own[name] = {"ms": value, "over_copy": value / copy_time(nbytes)}
-    floor = (
-        12 * rows * columns * z_a.element_size() / rates["copy_bandwidth"] + flops / rates[f"matmul_{mode}"]
-    )
+        kernels = kernel_times(step(ours))
     best = min(value for name, value in times.items() if not name.startswith("mmfast"))
-    ours = min(value for name, value in times.items() if name.startswith("mmfast"))
+    fastest = min(value for name, value in times.items() if name.startswith("mmfast"))
     return {
-        "what": "barlow_twins",
         "rows": rows,
         "columns": columns,
         "mode": mode,
-        "form": "gram" if gram else "direct",
         "times": times,
         "speedup": best / times["mmfast"],
-        "best_speedup": best / ours,
+        "best_speedup": best / fastest,
         "peak_bytes": peaks,
         "kernels": kernels,
-        "own_kernels": own,
-        "share_of_floor": floor * 1e3 / times["mmfast"],
     }
+
+
+def share_of_floor(row: dict, nbytes: float, flops: float) -> float:
+    rates = machine()
+    floor = nbytes / rates["copy_bandwidth"] + flops / rates[f"matmul_{row['mode']}"]
+    return floor * 1e3 / row["times"]["mmfast"]
+
+
+def loss(rows: int, columns: int, mode: str, compiled: bool) -> dict:
+    """Barlow Twins, forward and backward."""
+    gram, element = 4 * rows < 3 * columns, MODES[mode][0].itemsize
+    row = compared(barlow_twins, plain, rows, columns, mode, compiled)
+    own = {}
+    for name, value in row["kernels"].items():
+        if nbytes := kernel_bytes(name, rows, columns, element, gram):
+            own[name] = {"ms": value, "over_copy": value / copy_time(nbytes)}
+    flops = 2 * rows * columns * (4 * rows if gram else 3 * columns)
+    return {
+        "what": "barlow_twins",
+        "form": "gram" if gram else "direct",
+        **row,
+        "own_kernels": own,
+        "share_of_floor": share_of_floor(row, 12 * rows * columns * element, flops),
+    }
+
+
+def similarity(name: str, rows: int, columns: int, mode: str, compiled: bool) -> dict:
+    """A loss of similarities, forward and backward."""
+    ours, theirs, factor, _ = LOSSES[name]
+    row = compared(ours, theirs, rows, columns, mode, compiled)
+    share = share_of_floor(row, 4 * rows * columns * MODES[mode][0].itemsize, factor * rows * rows * columns)
+    return {"what": "similarity", "form": name, **row, "own_kernels": {}, "share_of_floor": share}
 
 
 def show(row: dict) -> str:
@@ -308,13 +328,13 @@ def show(row: dict) -> str:
     )
     best = f", {row['best_speedup']:.2f}x in a graph" if "mmfast, graph" in row["times"] else ""
     return (
-        f"{row['rows']:5} x {row['columns']:5} {row['mode']} {row['form']:6} {row['speedup']:6.2f}x the best other"
+        f"{row['rows']:5} x {row['columns']:5} {row['mode']} {row['form']:8} {row['speedup']:6.2f}x the best other"
         f"{best}, {row['share_of_floor']:.0%} of the floor's speed; ms: {cells}{kernels}"
     )
 
 
 def jobs() -> list:
-    """Calls of :func:`loss` and :func:`augmentation`, what matters most first, the grid last."""
+    """Calls of the functions that measure, what matters most first, the grid last."""
     dtypes = (torch.float32, torch.bfloat16)
     key = [(loss, (*shape, mode, True)) for shape in KEY_SHAPES for mode in MODES]
     grid = [(loss, (*shape, mode, False)) for shape in GRID if shape not in KEY_SHAPES for mode in MODES]
@@ -328,7 +348,12 @@ def jobs() -> list:
         # Of single steps, the worst case.
         if "+" in which or (chance, lengths, batch) == ("p = 1", "full", 4096)
     ]
-    return [*key[: 3 * len(MODES)], *views, *key[3 * len(MODES) :], *grid]
+    similar = [
+        (similarity, (name, *shape, "fp32", True))
+        for shape in ((170, 128), (1024, 128), (4096, 128))
+        for name in ("nt_xent", "sup_con", "info_nce", "clip", "siglip")
+    ]
+    return [*key[: 3 * len(MODES)], *similar, *views, *key[3 * len(MODES) :], *grid]
 
 
 def main():

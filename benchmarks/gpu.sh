@@ -69,7 +69,7 @@ tests=("$python" -m pytest -p no:cacheprovider -q --tb=short)
 # A test that takes a minute says where it is.
 every=(env MMFAST_ROTATION=all OMP_NUM_THREADS=2 "${tests[@]}" -W ignore -o faulthandler_timeout=60)
 "$python" -c 'import xdist' 2>/dev/null && every+=(-n 8)
-part gpu 150 "${every[@]}" python_tests/{test_gpu,test_backends,ops/test_augment}.py
+part gpu 150 "${every[@]}" python_tests/{test_gpu,test_gpu_similarity,test_backends,ops/test_augment}.py
 part loss 90 "${every[@]}" python_tests/ops/test_{barlow_twins,products}.py
 part benchmarks 160 "$python" -W ignore benchmarks/gpu.py --out "$out/results.json" --seconds 130
 
@@ -86,7 +86,7 @@ sanitizer synccheck "${check[@]}" --tool synccheck "${ours[@]}" "${watched[@]}"
 sanitizer initcheck "${alone[@]}" bash -c '"$@" | tee "$0"; ! grep -A 2 Uninitialized "$0" | grep mmfast' \
     "$out/initcheck.all" compute-sanitizer --print-limit 1000 --tool initcheck "${watched[@]}"
 # Last, for it is the longest: more than a hundred kernels are compiled.
-part triton 240 "${every[@]}" python_tests/triton/test_{augment,barlow_twins}.py
+part triton 240 "${every[@]}" python_tests/triton/test_{augment,barlow_twins,similarity}.py
 
 [[ -e $out/benchmarks.log ]] && asked benchmarks && cat "$out/benchmarks.log"
 for name in "${failed[@]}"; do explain "$name"; done
