@@ -29,7 +29,6 @@ def run(passes, kind, rule, scores, scale=3.0, bias=None, start=0, weights=None)
         kind,
         torch.tensor(scale, dtype=dtype),
         None if bias is None else torch.tensor(bias, dtype=dtype),
-        rule.itself,
     )
     values, counts, numbers = (scores.new_full(shape, 7.5) for shape in ((rows,), (rows,), (4, rows)))
     bound.forward(scores, start, values, counts, numbers)
@@ -37,8 +36,9 @@ def run(passes, kind, rule, scores, scale=3.0, bias=None, start=0, weights=None)
         weights = torch.linspace(-0.5, 1, rows, dtype=dtype)
     # A strip alone does not say what its candidates are as rows.
     filled = numbers if len(scores) == rows or not rule.itself else torch.where(numbers == 7.5, 0.25, numbers)
-    h, sums = bound.backward(scores.clone(), start, filled, weights, own=False)
-    again, _ = bound.backward(scores.clone(), start, filled, weights, own=True)
+    columns = (filled, weights) if rule.itself else None
+    h, sums = bound.backward(scores.clone(), start, filled, weights, False, columns)
+    again, _ = bound.backward(scores.clone(), start, filled, weights, True, columns)
     assert torch.equal(h.nan_to_num(), again.nan_to_num())
     return values, counts, numbers, h, sums
 

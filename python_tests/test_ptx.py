@@ -184,10 +184,11 @@ def test_passes(machine, kind, itself):
         rule = rule_of(rows, candidates, itself, general, general)
         scores, weights = torch.rand(rows, candidates) * 2 - 1, torch.linspace(-0.5, 1, rows)
         *found, _, _ = passes(machine, kind, rule, scores, 5.0, -1.0, weights)
-        exact = Plain(rule, kind, torch.tensor(5.0).double(), torch.tensor(-1.0).double(), itself)
+        exact = Plain(rule, kind, torch.tensor(5.0).double(), torch.tensor(-1.0).double())
         values, counts, numbers = (torch.empty(s, dtype=torch.float64) for s in ((rows,), (rows,), (4, rows)))
         exact.forward(scores.double(), 0, values, counts, numbers)
-        h, sums = exact.backward(scores.double(), 0, numbers, weights.double(), own=False)
+        columns = (numbers, weights.double()) if itself else None
+        h, sums = exact.backward(scores.double(), 0, numbers, weights.double(), False, columns)
         for x, y in zip(found, (values, counts, numbers, h, sums), strict=True):
             torch.testing.assert_close(x.double(), y, rtol=3e-5, atol=3e-6)
 

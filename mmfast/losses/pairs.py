@@ -80,14 +80,18 @@ class Pairs(NamedTuple):
         kept = kept and kept._replace(mask=mask)
         return Pairs(self.call, query, key, negatives, targets, ids, weights, self.cosine, kept)
 
-    def turned(self) -> Pairs:
-        """Keys for queries."""
-        return self._replace(query=self.key, key=self.query)
-
     def loss(
-        self, scale: Tensor, bias: Tensor | None = None, kind: str = "out", added: Tensor | None = None
+        self,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        kind: str = "out",
+        added: Tensor | None = None,
+        sides: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """With components, of the gathered ones; to the losses of rows (B,) something may be ``added``."""
+        """With components, of the gathered ones; to the losses of rows (B,) something may be ``added``.
+
+        sides: the mean of that and of the same with keys for queries.
+        """
         key, ids = self.key, self.ids
         candidates = key if self.negatives is None else joined(key, self.negatives)
         place = torch.arange(len(candidates), device=key.device)
@@ -99,7 +103,18 @@ class Pairs(NamedTuple):
         if kept is not None:
             query, candidates, labels, ids, valid = kept.beside(query, candidates, labels, ids)
         found = self.call.evaluated(
-            query, candidates, labels, ids, valid, self.weights, scale, bias, kind, self.cosine, added=added
+            query,
+            candidates,
+            labels,
+            ids,
+            valid,
+            self.weights,
+            scale,
+            bias,
+            kind,
+            self.cosine,
+            added=added,
+            sides=sides,
         )
         if kept is not None:
             kept.feed(key, None, None if ids is None else ids[0], None, self.cosine)
@@ -146,9 +161,4 @@ def evaluate_pairs(
         return pairs, factor, None if bias is None else call.scalar("bias", bias, rows)
 
     pairs, factor, added = sharing.checked(checked)
-    pairs = pairs.gathered()
-    found = pairs.loss(factor, added, kind)
-    if not both_sides:
-        return found
-    other = pairs.turned().loss(factor, added, kind)
-    return (found[0] + other[0]) / 2, (found[1] + other[1]) / 2
+    return pairs.gathered().loss(factor, added, kind, sides=both_sides)

@@ -88,21 +88,40 @@ class Call:
             return loss, torch.stack((loss.sum(), anchors, pairs))
 
     def evaluated(
-        self, q, k, labels, ids, valid, weights, scale, bias, kind, cosine, itself=False, added=None
+        self,
+        q,
+        k,
+        labels,
+        ids,
+        valid,
+        weights,
+        scale,
+        bias,
+        kind,
+        cosine,
+        itself=False,
+        added=None,
+        sides=False,
     ) -> tuple[Tensor, Tensor]:
-        """The loss of rows, see :func:`similarity`, and its components; ``added`` (B,): to the losses of the rows."""
+        """The loss of rows, see :func:`similarity`, and its components; ``added`` (B,): to the losses of the rows.
+
+        sides: the mean of those of the rows and of the candidates as rows, see :func:`similarity_total`."""
         rest = labels, ids, valid, scale, bias, kind, cosine, itself
         valid = None if valid is None else valid[0]
         if self.reduction == "none" or (self.reduction == "mean" and self.over == "pairs"):
             # The weights of the rows are not known beforehand, or there are none.
             values, counts = similarity(q, k, *rest)
+            if sides:
+                turned = (None if pair is None else pair[::-1] for pair in rest[:3])
+                values = (values + similarity(k, q, *turned, *rest[3:])[0]) / 2
             return self.reduced(values if added is None else values + added, counts, valid, weights)
         like = scale.detach()
         plain = weights is None and self.reduction == "mean"
         # What the mean is over is known beforehand, or of what the rows have to say.
         size = max(1, len(q)) if plain and self.over == "all" and valid is None else 1
         each = like.new_full((len(q),), 1 / size) if weights is None else weights
-        loss, counts = similarity_total(q, k, each, *rest)
+        loss, counts = similarity_total(q, k, each, *rest, sides)
+        loss = loss / 2 if sides else loss
         loss = loss if added is None else loss + (added * each).sum()
         with torch.no_grad():
             anchors, pairs = (counts > 0).sum(dtype=like.dtype), counts.sum()

@@ -184,14 +184,15 @@ def test_kernels_write_only_their_outputs(backend, kind, itself, dtype, turns, m
     for _, candidates in itertools.product(turns(), (3, 19, 64)):
         buffers.clear()
         rule = rule_of(candidates, candidates, itself, True, True)
-        bound = passes_for(kind, backend)(rule, kind, torch.tensor(2.0, dtype=dtype), None, itself)
+        bound = passes_for(kind, backend)(rule, kind, torch.tensor(2.0, dtype=dtype), None)
         values, counts, rows = guarded(candidates), guarded(candidates), guarded(4, candidates)
         scores = guarded(candidates, candidates)
         scores.copy_(torch.randn(scores.shape))
         kept = scores.clone()
         bound.forward(scores, 0, values, counts, rows)
         assert torch.equal(scores, kept)
-        h, _ = bound.backward(scores, 0, rows, torch.ones(candidates, dtype=dtype), own=True)
+        weights = torch.ones(candidates, dtype=dtype)
+        h, _ = bound.backward(scores, 0, rows, weights, True, (rows, weights) if itself else None)
         assert h is scores and not torch.equal(h, kept)
         assert (counts != 7.5).all()
         for buffer in buffers:

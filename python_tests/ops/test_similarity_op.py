@@ -68,6 +68,24 @@ def test_a_weighted_sum_with_its_gradient_is_that_of_the_losses_of_rows(kind, it
         assert torch.equal(alone, grads[-1])
 
 
+@pytest.mark.parametrize("kind", passes.KINDS)
+def test_a_sum_of_both_sides(kind, monkeypatch):
+    for with_ids, with_valid, strip, cosine in itertools.product((0, 1), (0, 1), (2**19, 20), (True, False)):
+        monkeypatch.setattr(op, "STRIP", strip)
+        q, k, labels, ids, valid, scale, bias = case(9, 9, 5, kind, False, with_ids, with_valid)
+        wanted = [x for x in (q, k, scale, bias) if x is not None]
+        weights, pairs = torch.rand(9, **DOUBLE), (labels, ids, valid)
+        total, _ = similarity_total(q, k, weights, *pairs, scale, bias, kind, cosine, sides=True)
+        turned = (None if x is None else x[::-1] for x in pairs)
+        values = reference.similarity(q, k, *pairs, scale, bias, kind, cosine)
+        values = values + reference.similarity(k, q, *turned, scale, bias, kind, cosine)
+        torch.testing.assert_close(total, (weights * values).sum(), rtol=1e-10, atol=1e-11)
+        grads = torch.autograd.grad(total, wanted, torch.tensor(-2.5, **DOUBLE))
+        exact = torch.autograd.grad(values, wanted, -2.5 * weights, materialize_grads=True)
+        for grad, want in zip(grads, exact, strict=True):
+            torch.testing.assert_close(grad, want, rtol=1e-9, atol=1e-10)
+
+
 def test_a_recorded_gradient_of_a_sum_refuses_a_derivative():
     q, k, labels, ids, valid, scale, bias = case(6, 5, 3, "out", True, False, False)
     total, _ = similarity_total(q, k, torch.ones(6, **DOUBLE), labels, ids, valid, scale, bias, "out", True)
@@ -107,18 +125,23 @@ def test_gradcheck(kind, itself):
     assert torch.autograd.gradcheck(function, inputs)
 
 
+def inputs_of_op(candidates, itself):
+    q, k, labels, ids, valid, scale, bias = case(6, candidates, 3, "out", itself, True, True, torch.float32)
+    pairs = [x for own, other in (labels, ids, valid) for x in (own, None if itself else other)]
+    return [None if x is None else x.detach() for x in (q, k, *pairs, scale, bias)]
+
+
 @pytest.mark.parametrize("itself", [True, False], ids=["self", "pair"])
 def test_opcheck(itself):
-    q, k, labels, ids, valid, scale, bias = case(6, 5, 3, "out", itself, True, True, torch.float32)
-    pairs = [x for own, other in (labels, ids, valid) for x in (own, None if itself else other)]
-    detached = [None if x is None else x.detach() for x in (q, k, *pairs, scale, bias)]
+    detached, ops = inputs_of_op(5, itself), torch.ops.mmfast
     arguments = (*detached, "out", True, itself, True)
-    ops = torch.ops.mmfast
     torch.library.opcheck(ops.similarity_forward, arguments)
     _, _, rows, kept = ops.similarity_forward(*arguments)
     for needs in ([True, not itself, True, False], [False, False, True, False]):
         given = (torch.ones(6), *detached, rows, kept, "out", True, itself, needs)
         torch.library.opcheck(ops.similarity_backward, given)
-    for needs in ([True, not itself, True, False], [False, False, False, False]):
-        given = (*detached[:2], torch.rand(6), *detached[2:], "out", True, itself, needs)
-        torch.library.opcheck(ops.similarity_total, given)
+    for sides in {False, not itself}:
+        q, k, *rest = inputs_of_op(6 if sides else 5, itself)
+        for needs in ([True, not itself, True, False], [False, False, False, False]):
+            given = (q, k, torch.rand(6), *rest, "out", True, itself, sides, needs)
+            torch.library.opcheck(ops.similarity_total, given)

@@ -17,9 +17,8 @@ CPU_KINDS = KINDS[:5]
 class Plain:
     """The passes in PyTorch, for any device."""
 
-    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None, both: bool):
-        """both: the candidates are the rows, so that each derivative has a second part, as a column's."""
-        self.rule, self.kind, self.scale, self.bias, self.both = rule, kind, scale, bias, both
+    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
+        self.rule, self.kind, self.scale, self.bias = rule, kind, scale, bias
 
     def _logits(self, scores: Tensor) -> Tensor:
         logits = scores * self.scale
@@ -31,9 +30,10 @@ class Plain:
         found = passes.forward_rows(self._logits(scores), self.rule, start, self.kind)
         values[at], counts[at], rows[:, at] = found
 
-    def backward(self, scores, start, rows, weights, own):
+    def backward(self, scores, start, rows, weights, own, columns=None):
         """H (n, C), see :func:`passes.backward_rows`, and its sums by row (n,); of rows (4, B) and weights (B,) of
-        all rows. ``own``: the scores are the caller's, and may be overwritten."""
+        all rows, plus that of the candidates as rows, of ``columns``: their rows (4, C) and weights (C,).
+        ``own``: the scores are the caller's, and may be overwritten."""
         at = slice(start, start + len(scores))
         h = passes.backward_rows(
             self._logits(scores),
@@ -42,8 +42,7 @@ class Plain:
             self.kind,
             rows[:, at],
             weights[at],
-            rows if self.both else None,
-            weights if self.both else None,
+            *(columns or (None, None)),
         )
         return h, h.sum(1)
 
@@ -71,9 +70,8 @@ def _codes(pair: tuple[Tensor, Tensor], wide: bool) -> tuple[Tensor, Tensor]:
 class Cpu:
     """The passes in C++, for CPU tensors: csrc/cpu/similarity.cpp."""
 
-    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None, both: bool):
+    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
         wide = scale.dtype == torch.float64
-        self.both = both
         pairs = [_codes(rule.labels, wide), (None, None), (None, None)]
         if rule.ids is not None:
             pairs[1] = _codes(rule.ids, wide)
@@ -105,7 +103,7 @@ class Cpu:
             torch.get_num_threads(),
         )
 
-    def backward(self, scores, start, rows, weights, own):
+    def backward(self, scores, start, rows, weights, own, columns=None):
         h, sums = scores if own else torch.empty_like(scores), scores.new_empty(scores.shape[0])
         offset = start * rows.element_size()
         backends._C.similarity_backward_rows(
@@ -116,7 +114,7 @@ class Cpu:
             rows.data_ptr() + offset,
             rows.stride(0),
             weights.data_ptr() + offset,
-            *((rows.data_ptr(), weights.data_ptr()) if self.both else (0, 0)),
+            *map(_address, columns or (None, None)),
             h.data_ptr(),
             sums.data_ptr(),
             torch.get_num_threads(),
@@ -127,8 +125,7 @@ class Cpu:
 class Cuda:
     """The passes in CUDA: csrc/cuda/similarity.cu."""
 
-    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None, both: bool):
-        self.both = both
+    def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
         pairs = [
             (None, None) if pair is None else tuple(x.contiguous() for x in pair)
             for pair in (rule.labels, rule.ids, rule.valid)
@@ -158,7 +155,7 @@ class Cuda:
             rows.stride(0),
         )
 
-    def backward(self, scores, start, rows, weights, own):
+    def backward(self, scores, start, rows, weights, own, columns=None):
         h, sums = scores if own else torch.empty_like(scores), scores.new_empty(scores.shape[0])
         offset = start * rows.element_size()
         call_cuda(
@@ -172,7 +169,7 @@ class Cuda:
             rows.data_ptr() + offset,
             rows.stride(0),
             weights.data_ptr() + offset,
-            *((rows.data_ptr(), weights.data_ptr()) if self.both else (0, 0)),
+            *map(_address, columns or (None, None)),
             h.data_ptr(),
             sums.data_ptr(),
         )

@@ -74,7 +74,7 @@ def _forward(
     n, candidates = unit.shape[0], other.shape[0]
     values, counts, rows = unit.new_empty(n), unit.new_empty(n), unit.new_empty(4, n)
     kept = unit.new_empty((n, candidates) if keep else (0, 0))
-    run = passes_for(kind, backend)(rule, kind, scale, bias, k is None)
+    run = passes_for(kind, backend)(rule, kind, scale, bias)
     for start, stop, place in places(unit, candidates, kept):
         run.forward(product(unit[start:stop], other, out=place), start, values, counts, rows)
     return values, counts, rows, kept
@@ -125,10 +125,11 @@ def _backward(
     grad_q = torch.empty_like(own.unit) if need_q or need_scale else None
     grad_k = torch.zeros_like(other.unit) if need_k else None
     of_scale, of_bias = own.unit.new_zeros(()), own.unit.new_zeros(())
-    run = passes_for(kind, backend)(rule, kind, scale, bias, k is None)
+    run = passes_for(kind, backend)(rule, kind, scale, bias)
     for start, stop, place in places(own.unit, other.unit.shape[0], kept):
         scores = place if kept.numel() else product(own.unit[start:stop], other.unit, out=place)
-        h, sums = run.backward(scores, start, rows, weights, own=not kept.numel())
+        columns = (rows, weights) if both else None
+        h, sums = run.backward(scores, start, rows, weights, not kept.numel(), columns)
         if need_bias:
             of_bias += sums.sum() / (2 if both else 1)
         if grad_q is not None:
