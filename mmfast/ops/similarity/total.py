@@ -47,8 +47,10 @@ def _total(
     values, counts, rows = (unit.new_empty(shape) for shape in ((n,), (n,), (4, n)))
     among, parts = k is None, places(unit, other.unit.shape[0])
     at_once = len(parts) == 1
-    grad_q = torch.zeros_like(unit) if need_q or need_scale else None
-    grad_k = torch.zeros_like(other.unit) if need_k else None
+    # One strip fills them, several add to them.
+    room = torch.empty_like if at_once else torch.zeros_like
+    grad_q = room(unit) if need_q or need_scale else None
+    grad_k = room(other.unit) if need_k else None
     if among:
         grad_k = None if at_once else grad_q
     of_scale, of_bias = unit.new_zeros(()), unit.new_zeros(())
@@ -65,7 +67,7 @@ def _total(
                 scores = product(other.unit[start:stop], unit, out=place)
                 turned.forward(scores, start, column_values, column_counts, column_rows)
     for start, stop, place in parts:
-        scores = product(unit[start:stop], other.unit, out=place)
+        scores = product(unit if at_once else unit[start:stop], other.unit, out=place)
         run.forward(scores, start, values, counts, rows)
         if sides and at_once:
             turned.forward(scores.t().contiguous(), 0, column_values, column_counts, column_rows)
@@ -74,6 +76,12 @@ def _total(
         h, sums = run.backward(scores, start, rows, weights, True, columns)
         if need_bias:
             of_bias += sums.sum() / (2 if among and at_once else 1)
+        if at_once:
+            if grad_q is not None:
+                torch.mm(h, other.unit, out=grad_q)
+            if grad_k is not None:
+                torch.mm(h.t(), unit, out=grad_k)
+            continue
         if grad_q is not None:
             torch.addmm(grad_q[start:stop], h, other.unit, out=grad_q[start:stop])
         if grad_k is not None:
