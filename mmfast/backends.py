@@ -29,7 +29,7 @@ from mmfast.errors import UserError
 from mmfast.version import __version__
 
 NAMES = ("cpu", "cuda", "triton", "reference")
-OPS = ("augment_draw", "augment_apply", "barlow_twins", "similarity")
+OPS = ("augment_draw", "augment_apply", "barlow_twins", "similarity", "recurrent")
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 try:

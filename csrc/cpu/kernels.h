@@ -4,6 +4,7 @@
 // Pointers are addresses of dense host memory; `threads` is the number of threads to use at most.
 #include "../augment.h"
 #include "../barlow_twins.h"
+#include "../recurrent.h"
 #include "../similarity.h"
 #include "../triplets.h"
 
@@ -112,5 +113,13 @@ void triplet_strip(bool wide, const mmfast::TripletStrip& strip, const void* sco
 void triplet_hardest(bool wide, const mmfast::TripletStrip& strip, const void* scores, void* near, void* far,
                      int32_t* places, int64_t* numbers, int64_t stride, void* scratch, int64_t bytes,
                      int threads);
+
+// recurrent.cpp, recurrent_backward.cpp: `dtype` of the inputs and outputs. False if memory ran out.
+int64_t recurrent_width(bool wide, int64_t units);
+bool recurrent_forward(int dtype, int cell, const mmfast::RecurrentStream* streams, int count,
+                       int64_t samples, int64_t units, int threads);
+// Gradients of what is null in a stream are not made.
+bool recurrent_backward(int dtype, int cell, const mmfast::RecurrentStream* streams, int count,
+                        int64_t samples, int64_t units, int threads);
 
 }  // namespace MMFAST_NS

@@ -15,7 +15,7 @@ from mmfast.errors import UserError
 from mmfast.models.encoders.base import Encoder, Steps
 from mmfast.models.layers.attention import Attention, SymmetricAttention
 from mmfast.models.layers.masking import ModalityMasking
-from mmfast.models.layers.recurrent import MaskedLSTM
+from mmfast.models.layers.recurrent import MaskedLSTM, together
 
 # bidirectional -> (merge of the modality encoders, merge of the fusion LSTM)
 DIRECTIONS = {False: (None, None), "fusion": (None, "cat"), True: ("sum", "cat")}
@@ -115,7 +115,8 @@ class M3Encoder(Encoder):
     ) -> dict[str, Steps]:
         """Modality -> steps of size ``hidden`` on one time axis; arguments and errors as of :meth:`Encoder.steps`."""
         steps = self.steps(values, lengths, padding)
-        encoded = {name: self.recurrent[name](x, n) for name, (x, n) in steps.items()}
+        layers = [self.recurrent[name] for name in steps]
+        encoded = dict(zip(steps, together(layers, list(steps.values())), strict=True))
         for name, layer in self.attention.items():
             n = steps[name].lengths
             encoded[name] = layer(encoded[name], encoded[name], n, n)
