@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmfast import backends
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
 from mmfast.ops.products import matmul, product
 from mmfast.ops.similarity.checks import refuse_weights
@@ -119,6 +120,8 @@ def _row_weights(weights: Sequence[Tensor], like: Tensor, pairs: int) -> list[Te
 
 
 def _forward(views, weights, *settings_and_names):
+    # Serves what may be served by the reference alone.
+    backends.choose("pkt", views[0].device)
     *settings, names = settings_and_names
     settings = Settings(*settings)
     eps, taught, rows = settings.eps, settings.taught, views[0].shape[0]

@@ -34,7 +34,7 @@ def _rule(labels, ids, valid) -> Rule:
 
 def _engine(rule: Rule, kind: str) -> passes.Plain:
     # Exponentials are PyTorch's.
-    native = kind != "smooth" and backends.choose(OP, rule.labels[0].device) == "cpu"
+    native = backends.choose(OP, rule.labels[0].device) == "cpu" and kind != "smooth"
     return (Cpu if native else passes.Plain)(rule)
 
 
