@@ -189,6 +189,24 @@ def test_gradients_are_final(name):
 
 
 @EVERY
+def test_batched_gradients_are_multiples_or_refused_by_name(name):
+    row, (a, b, labels) = LOSSES[name], data(8, 4)
+    a.requires_grad_()
+    loss = row.call(row.make().double(), a, b, labels)
+    above = torch.tensor([1.0, -2.5], dtype=torch.float64)
+
+    def batched():
+        return torch.autograd.grad(loss, a, above, is_grads_batched=True, retain_graph=True)[0]
+
+    if name == "VICRegLoss":
+        with pytest.raises(NotImplementedError, match=r"^vicreg: .* is_grads_batched"):
+            batched()
+    else:
+        (grad,) = torch.autograd.grad(loss, a, retain_graph=True)
+        near(batched().unbind(), [grad, -2.5 * grad], 1e-12)
+
+
+@EVERY
 @pytest.mark.parametrize("rows, columns", [(200, 8), (8, 200)], ids=["many rows", "many columns"])
 def test_what_is_saved(name, rows, columns):
     row, (a, b, labels) = LOSSES[name], data(rows, columns, torch.float32)

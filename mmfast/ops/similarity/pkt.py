@@ -286,7 +286,12 @@ def pkt(views: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str]
 
 
 def _gradients(settings, count, upstream, scalars, *tensors):
-    return tuple(_backward_op(upstream, tensors[:count], tensors[count:], scalars, *settings))
+    views, weights = tensors[:count], tensors[count:]
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream):
+        # Of ``is_grads_batched``, which maps PyTorch's own operations alone: all are multiples of one gradient.
+        grads = _backward_op(scalars.new_ones(()), views, weights, scalars, *settings)
+        return tuple((upstream * grad).to(grad.dtype) for grad in grads)
+    return tuple(_backward_op(upstream, views, weights, scalars, *settings))
 
 
 class _FinalGradient(torch.autograd.Function):
