@@ -39,6 +39,7 @@ OPS = {
     "similarity": ("cpu",),
     "triplets": ("cpu",),
     "pkt": (),
+    "vicreg": (),
 }
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 

@@ -214,6 +214,7 @@ def test_an_op_without_kernels_of_a_backend_is_not_served_by_another(monkeypatch
         "similarity": lambda: mmfast.SupConLoss()(z, labels),
         "triplets": lambda: mmfast.TripletMarginLoss()(z, labels),
         "pkt": lambda: mmfast.PKTLoss()({"a": z, "b": z}),
+        "vicreg": lambda: mmfast.VICRegLoss()(z, z),
     }
     calls["triplets "] = lambda: mmfast.SmoothTripletLoss()(z, labels)
     for op, call in calls.items():
@@ -359,7 +360,7 @@ def test_info_tells_versions_build_and_backends(native):
     assert facts["native"]["built"] and facts["native"]["compiler"]
     assert facts["instruction sets"] == native.isas()
     used = {name: row["uses"] for name, row in facts["ops"].items() if name.endswith("(cpu)")}
-    assert used.pop("pkt (cpu)") == "reference"
+    assert used.pop("pkt (cpu)") == used.pop("vicreg (cpu)") == "reference"
     assert set(used.values()) == {"cpu"} and "triplets (cpu)" in used
     assert (
         facts["ops"]["similarity (cpu)"]["triton"] == "similarity has no triton kernels (only cpu, reference)"

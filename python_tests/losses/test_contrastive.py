@@ -373,11 +373,56 @@ def test_rows_that_are_not_finite_are_named(wrong):
     z = Z.clone()
     z[2, 1] = wrong
     with pytest.raises(
-        UserError, match=r"similarity: z must be finite, got 1 NaN or infinite .* row 2, column 1"
+        UserError, match=r"^sup_con: z must be finite, got 1 NaN or infinite .* row 2, column 1"
     ):
         F.sup_con(z, L)
-    with pytest.raises(UserError, match=r"similarity: key must be finite"):
-        F.info_nce(Z, z)
+    for call, words in (
+        (lambda: F.info_nce(Z, z), "info_nce: key must .* row 2"),
+        (lambda: F.info_nce(Z, Z, z), "info_nce: negatives must .* row 2"),
+        (lambda: F.nt_xent(Z, z), "nt_xent: z_b must .* row 2"),
+        (lambda: F.sup_con(torch.stack((Z, z), 1), L), r"sup_con: z\[:, 1\] must .* row 2"),
+        (lambda: F.n_pair(z, Z), "n_pair: query must .* row 2"),
+    ):
+        with pytest.raises(UserError, match=f"^{words}"):
+            call()
+    kept = torch.tensor([True, True, False, True])
+    assert F.nt_xent(Z, z, valid=kept).isfinite()
+    z[1, 0] = wrong
+    with pytest.raises(UserError, match=r"^nt_xent: z_b must be finite, got 1 NaN .* row 1, column 0"):
+        F.nt_xent(Z, z, valid=kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_that_overflow_are_told_of(dtype):
+    large, labels = 1e30 * Z.to(dtype), L
+    assert F.sup_con(large, labels).isfinite()
+    for call, op in (
+        (lambda: F.n_pair(large, large), "n_pair: query"),
+        (lambda: F.sup_con(large, labels, normalise=False), "sup_con: z"),
+        (lambda: F.clip(Z.to(dtype), large * large.sign(), normalise=False, temperature=1e-20), "clip: key"),
+        (lambda: F.soft_nearest_neighbour(large, labels), "soft_nearest_neighbour: z"),
+        (lambda: F.pairwise_hinge(large, large, normalise=False), "pairwise_hinge: query"),
+        (lambda: F.nt_xent(large, large, normalise=False, reduction="none"), "nt_xent: z_a"),
+    ):
+        with pytest.raises(
+            UserError, match=f"^{op} must have lengths within the range of torch.float32, got"
+        ):
+            call()
+
+
+def test_scalars_that_are_not_finite_are_refused():
+    for call, words in (
+        (
+            lambda: F.clip(Z, Z, logit_scale=torch.tensor(math.nan)),
+            "clip: logit_scale must be finite, got nan",
+        ),
+        (lambda: F.siglip(Z, Z, torch.tensor(math.inf)), "siglip: scale must be finite, got inf"),
+        (lambda: F.siglip(Z, Z, bias=torch.tensor(math.nan)), "siglip: bias must be finite, got nan"),
+        (lambda: F.sup_con(Z, L, 1e-40), "sup_con: temperature must have a reciprocal within the range of"),
+        (lambda: F.sup_con(Z, L, torch.tensor(1e-40)), "sup_con: temperature must have a reciprocal within"),
+    ):
+        with pytest.raises(UserError, match=f"^{words}"):
+            call()
 
 
 def test_variants_are_documented():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import check_views, compute_dtype, not_finite, too_large
 from mmfast.ops.barlow_twins.definition import Definition, Setting
@@ -59,6 +60,9 @@ def vicreg(
     try:
         check_ordinary(views, _again(op))
         check_views(views, 2 if group is None else 0, corresponding=True, op=op)
+        if not torch.compiler.is_compiling():
+            # Serves what may be served by the reference alone.
+            backends.choose("vicreg", next(iter(views.values())).device)
     except (TypeError, ValueError, NotImplementedError) as error:
         problem = error
     if group is None and problem is not None:
