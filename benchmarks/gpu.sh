@@ -69,7 +69,7 @@ tests=("$python" -m pytest -p no:cacheprovider -q --tb=short)
 # A test that takes a minute says where it is.
 every=(env MMFAST_ROTATION=all OMP_NUM_THREADS=2 "${tests[@]}" -W ignore -o faulthandler_timeout=60)
 "$python" -c 'import xdist' 2>/dev/null && every+=(-n 8)
-part gpu 150 "${every[@]}" python_tests/{test_gpu,test_backends,ops/test_augment}.py
+part gpu 150 "${every[@]}" python_tests/{test_gpu,test_gpu_similarity,test_backends,ops/test_augment}.py
 part loss 90 "${every[@]}" python_tests/ops/test_{barlow_twins,products}.py
 part benchmarks 160 "$python" -W ignore benchmarks/gpu.py --out "$out/results.json" --seconds 130
 

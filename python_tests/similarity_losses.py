@@ -48,7 +48,8 @@ def of_modalities(loss, a, b, labels):
 
 
 def by_confidence(loss, a, b, labels):
-    w = torch.linspace(0, 1, len(a), dtype=a.dtype if a.dtype.itemsize > 2 else torch.float32)
+    dtype = a.dtype if a.dtype.itemsize > 2 else torch.float32
+    w = torch.linspace(0, 1, len(a), dtype=dtype, device=a.device)
     return loss({"a": a, "b": b}, {"a": w, "b": w.flip(0)})
 
 

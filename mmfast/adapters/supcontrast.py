@@ -11,7 +11,7 @@ from mmfast.checks import check_number
 from mmfast.errors import UserError
 from mmfast.losses.similarity import Call, Found, SimilarityLoss, Variant, among_themselves, choice, nothing
 from mmfast.ops.barlow_twins.checks import check_dense, compute_dtype
-from mmfast.ops.similarity.checks import check_integers, check_rows, refuse_not_finite
+from mmfast.ops.similarity.checks import check_labels, check_rows, refuse_not_finite
 from mmfast.ops.similarity.shared import Sharing, by_view
 from mmfast.ops.similarity.statistics import Compared
 
@@ -96,9 +96,7 @@ class SupConLoss(SimilarityLoss):
 
 def _check_labels(labels: Any, features: Tensor) -> Tensor:
     check_dense(OP, "labels", labels)
-    if labels.dtype == torch.bool:
-        labels = labels.long()
-    return check_integers(OP, "labels", labels.flatten(), ("features", features))
+    return check_labels(OP, "labels", labels.flatten(), ("features", features))
 
 
 def _check_mask(mask: Any, features: Tensor) -> Tensor:

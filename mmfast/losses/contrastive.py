@@ -136,7 +136,7 @@ def nt_xent(
         z_a, z_b: (B, D) float32, float64, bfloat16 or float16 (computed in float32), of one device. Without ``z_b``
             the rows of ``z_a`` are told apart by ``labels`` or ``ids``.
         temperature: above 0; a number, or a scalar tensor that gets its gradient.
-        labels: (B,) integers: rows of equal ones are positives of each other.
+        labels: (B,) integers or bools: rows of equal ones are positives of each other.
         ids: (B,) integers: whose view a row is. Without labels, rows of equal ids are positives; with them,
             neither positives nor negatives (duplicates of one sample).
         valid: (B,) bool: rows of False are not read, and nobody's candidates.

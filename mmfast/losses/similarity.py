@@ -13,6 +13,7 @@ from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype, too_large
 from mmfast.ops.similarity.checks import (
     check_integers,
+    check_labels,
     check_scalar,
     check_valid,
     check_weights,
@@ -125,7 +126,7 @@ class Call:
 
     def vectors(self, rows: tuple[str, Tensor], labels, ids, valid, weights) -> list[Tensor | None]:
         given = (
-            ("labels", labels, check_integers),
+            ("labels", labels, check_labels),
             ("ids", ids, check_integers),
             ("valid", valid, check_valid),
             ("weights", weights, check_weights),

@@ -44,6 +44,11 @@ CALLS = {
         {"t": a, "v": b}, {"t": weights, "v": torch.full_like(weights, 0.5)}, preset="released", **o
     ),
     "hinge": lambda a, b, labels, weights, t, **o: F.pairwise_hinge(a, b, weights=weights, **o),
+    "hardest": lambda a, b, labels, weights, t, **o: F.pairwise_hinge(a, b, hardest=True, ids=labels, **o),
+    "neighbours": lambda a, b, labels, weights, t, **o: F.soft_nearest_neighbour(
+        a, labels, t, weights=weights, valid=weights > 0.2, **o
+    ),
+    "in": lambda a, b, labels, weights, t, **o: F.sup_con(a, labels, t, variant="in", over="pairs", **o),
     "n_pair": lambda a, b, labels, weights, t, **o: F.n_pair(a, b, l2=0.1, **o),
     "dcl": lambda a, b, labels, weights, t, **o: F.nt_xent(a, b, t, variant="dcl", **o),
     "siglip": lambda a, b, labels, weights, t, **o: F.siglip(a, b, t, bias=-t, **o),

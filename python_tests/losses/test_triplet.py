@@ -1,9 +1,12 @@
 """Triplet losses: gradients against the definition, edge cases, precision, memory, refusals."""
 
+import itertools
+
 import pytest
 import torch
 from triplet_help import DOUBLE, X, Y, Z
 
+from mmfast import backends
 from mmfast.backends import backend
 from mmfast.errors import UserError
 from mmfast.losses.triplet import (
@@ -60,6 +63,28 @@ def test_definition(options, score, monkeypatch):
     ids, valid = torch.arange(17) // 2, torch.arange(17) % 5 != 2
     z, labels = drawn(17, 5, 4)
     compared(z, labels, score, options, ids=ids, valid=valid)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+@pytest.mark.parametrize("columns", [1, 4])
+def test_few_rows_and_one_column(rows, columns):
+    """The op itself, which knows no least number of rows."""
+    # Of one column cosines are ties, which division by these lengths leaves exact.
+    z = torch.tensor([2.0, -4.0, 1.0, 0.5])[:rows, None].double()
+    z = z if columns == 1 else drawn(rows, columns, 2)[0]
+    for score, options, labels in itertools.product(
+        SCORES, ALL, (torch.zeros(3).long(), torch.arange(3), torch.arange(3) // 2)
+    ):
+        if options.lone and score == "dot":
+            continue
+        for name in ("cpu", "reference"):
+            if not backends.why_not(name, "cpu"):
+                with backend(name):
+                    if rows:
+                        compared(z, labels[:rows], score, options)
+                    else:
+                        values, counts = op.triplets(z, labels[:0], None, None, score, options)
+                        assert values.shape == (0,) and counts.shape == (6, 0)
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -278,8 +303,9 @@ def test_operator_and_compilation():
     z, labels = drawn(8, 3, 3)
     ids, valid = torch.arange(8), torch.arange(8) != 3
     z.requires_grad_()
-    for kind in ("all", "batch_hard"):
-        settings = kind, 0.3, False, False, False, "euclidean"
+    every = [(kind, SCORES[i % len(SCORES)]) for i, kind in enumerate(KINDS)] + [("batch_hard", "cosine")]
+    for kind, score in every:
+        settings = kind, 0.3, False, False, False, score
         torch.library.opcheck(op._forward_op, (z.detach(), labels, ids, valid, *settings))
         _, _, places, slopes = op._forward_op(z.detach(), labels, ids, valid, *settings)
         weights = torch.rand(8, **DOUBLE)

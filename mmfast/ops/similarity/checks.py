@@ -46,15 +46,17 @@ def _check_device(op: str, name: str, x: Tensor, other: str, first: Tensor) -> N
         raise UserError(f"{op}: {name} must be on the device of {other} ({first.device}), got {x.device}")
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
 def check_integers(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
     """(B,) integers as int64, one for each of the rows (their name, and they)."""
     check_dense(op, name, x)
-    if x.dtype not in _INTEGERS:
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
     return _check_vector(op, name, x, rows).long()
+
+
+def check_labels(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
+    """The same, of two classes perhaps: bools."""
+    return check_integers(op, name, x.long() if isinstance(x, Tensor) and x.dtype == torch.bool else x, rows)
 
 
 def check_valid(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
