@@ -149,10 +149,17 @@ class DCLLoss(SimilarityLoss):
         loss, components, compared = _nt_xent(out0, out1, self.temperature, *options)
         if self.weight_fn is not None:
             a, b = (unit_rows(z, True) for z in (out0, out1))
-            one, other = (self.weight_fn(*pair).detach() for pair in ((a, b), (b, a)))
+            one, other = (self._weights(*pair) for pair in ((a, b), (b, a)))
             loss = loss + ((1 - (one + other) / 2) * (a * b).sum(1)).mean() / self.temperature
             components = torch.cat((loss.detach()[None], components[1:]))
         return self._kept((loss, components, compared))
+
+    def _weights(self, a: Tensor, b: Tensor) -> Tensor:
+        weights = self.weight_fn(a, b)
+        if not isinstance(weights, Tensor) or weights.shape not in ((), (len(a),)):
+            found = tuple(weights.shape) if isinstance(weights, Tensor) else told(weights)
+            raise UserError(f"{self._op}: weight_fn must give a tensor ({len(a)},), got {found}")
+        return weights.detach()
 
 
 class DCLWLoss(DCLLoss):

@@ -104,6 +104,8 @@ def _check_mask(mask: Any, features: Tensor) -> Tensor:
     samples = len(features)
     if mask.shape != (samples, samples):
         raise UserError(f"{OP}: mask must have shape ({samples}, {samples}), got {tuple(mask.shape)}")
+    if not mask.isfinite().all():
+        raise UserError(f"{OP}: mask must be finite, got NaN or infinity")
     return mask.to(features.device)
 
 

@@ -157,7 +157,8 @@ def nt_xent(
 
     Raises:
         ValueError: shapes or devices that do not match, fewer than 2 rows, options that are none; on the CPU also
-            rows with NaN or infinity, a temperature that is not above 0, negative weights.
+            rows with NaN or infinity, or so long that inner products overflow, a temperature that is not above 0,
+            negative weights.
         TypeError: other dtypes, options of another type.
     """
     sharing = stats, grad_convention, group
@@ -264,6 +265,7 @@ class NTXentLoss(SimilarityLoss):
     >>> loss(z_a, z_b).backward()
     >>> loss(z, labels=labels).backward()
     >>> loss.last.anchors
+    >>> loss.last.accuracy  # of the scores, computed when it is read
 
     A ``torch.nn.Parameter`` for the temperature is learnt. With a ``queue`` its rows are candidates, too; of the
     batch it takes those of ``enqueue_mask`` (B,), or all.
