@@ -61,7 +61,7 @@ def vicreg(
         check_ordinary(views, _again(op))
         check_views(views, 2 if group is None else 0, corresponding=True, op=op)
         if not torch.compiler.is_compiling():
-            # Serves what may be served by the reference alone.
+            # Plain PyTorch: another backend that is forced is refused.
             backends.choose("vicreg", next(iter(views.values())).device)
     except (TypeError, ValueError, NotImplementedError) as error:
         problem = error

@@ -120,7 +120,7 @@ def _row_weights(weights: Sequence[Tensor], like: Tensor, pairs: int) -> list[Te
 
 
 def _forward(views, weights, *settings_and_names):
-    # Serves what may be served by the reference alone.
+    # Plain PyTorch: another backend that is forced is refused.
     backends.choose("pkt", views[0].device)
     *settings, names = settings_and_names
     settings = Settings(*settings)
