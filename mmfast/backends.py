@@ -5,7 +5,8 @@ cuda       ``mmfast._C``, CUDA kernels on CUDA tensors, where the package was bu
 triton     ``mmfast.triton``, the same kernels in Triton on CUDA tensors, where it was not
 reference  plain PyTorch, on any device; always there, and the oracle of the tests
 
-On CUDA tensors cuda goes before triton before reference, on CPU tensors cpu before reference.
+On CUDA tensors cuda goes before triton before reference, on CPU tensors cpu before reference, among those that have
+kernels of the op (``OPS``).
 """
 
 from __future__ import annotations
@@ -29,7 +30,18 @@ from mmfast.errors import UserError
 from mmfast.version import __version__
 
 NAMES = ("cpu", "cuda", "triton", "reference")
-OPS = ("augment_draw", "augment_apply", "barlow_twins", "similarity", "recurrent")
+_ALL = ("cpu", "cuda", "triton")
+# Of which ops a backend other than the reference has kernels.
+OPS = {
+    "augment_draw": _ALL,
+    "augment_apply": _ALL,
+    "barlow_twins": _ALL,
+    "similarity": ("cpu", "cuda"),
+    "triplets": ("cpu",),
+    "pkt": (),
+    "vicreg": (),
+    "recurrent": ("cpu",),
+}
 _AUTOMATIC = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 try:
@@ -161,8 +173,10 @@ _WHY_NOT = {
 }
 
 
-def why_not(name: str, device: torch.device | str) -> str:
-    """Why a backend cannot serve tensors on ``device``; empty if it can."""
+def why_not(name: str, device: torch.device | str, op: str | None = None) -> str:
+    """Why a backend cannot serve tensors on ``device``, or an op of them; empty if it can."""
+    if op is not None and name not in (*OPS[op], "reference"):
+        return f"{op} has no {name} kernels (only {', '.join((*OPS[op], 'reference'))})"
     return _WHY_NOT[name](torch.device(device))
 
 
@@ -208,22 +222,34 @@ def backend(name: str):
             _forced = tuple(other for other in _forced if other is not mine)
 
 
-def _automatic(device: torch.device) -> str:
+def _automatic(op: str, device: torch.device) -> str:
     for name in _AUTOMATIC.get(device.type, ()):
-        if not _WHY_NOT[name](device):
+        if name in OPS[op] and not _WHY_NOT[name](device):
             return name
     return "reference"
 
 
+def asked() -> str | None:
+    """The backend that was asked for, if any."""
+    forced = _forced
+    return forced[-1][0] if forced else os.environ.get("MMFAST_BACKEND")
+
+
 def choose(op: str, device: torch.device) -> str:
     """The backend that serves ``op`` for tensors on ``device``."""
-    forced = _forced
-    wanted = forced[-1][0] if forced else os.environ.get("MMFAST_BACKEND")
+    wanted = asked()
     if wanted is None:
-        return _automatic(device)
-    if reason := why_not(_check(wanted, "MMFAST_BACKEND"), device):
+        return _automatic(op, device)
+    if reason := why_not(_check(wanted, "MMFAST_BACKEND"), device, op):
         raise UserError(f"{op}: the {wanted} backend was asked for, but {reason}")
     return wanted
+
+
+def _used(op: str, device: torch.device) -> str:
+    try:
+        return choose(op, device)
+    except UserError as error:
+        return f"none ({error})"
 
 
 def info() -> dict:
@@ -253,8 +279,8 @@ def info() -> dict:
     for op in OPS:
         # device_count() asks the driver's management library; is_available() would initialise the driver.
         for device in ["cpu"] + ["cuda"] * (torch.cuda.device_count() > 0):
-            row = {"uses": choose(op, torch.device(device))}
-            row |= {name: why_not(name, device) or "available" for name in NAMES}
+            row = {"uses": _used(op, torch.device(device))}
+            row |= {name: why_not(name, device, op) or "available" for name in NAMES}
             facts["ops"][f"{op} ({device})"] = row
     return facts
 

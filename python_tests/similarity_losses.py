@@ -24,6 +24,14 @@ class Row(NamedTuple):
     whole: bool = True
     """is a function of rows alone, not of their places in the batch, and its gradient is its derivative"""
 
+    @property
+    def says(self) -> str:
+        """The loss and its first argument, as errors name them."""
+        name = type(self.make()).__name__
+        if name == "SupConLoss" and self.views == 2:
+            return r"sup_con: z\[:, 0\]"
+        return SAYS[name]
+
 
 def by_labels(loss, a, b, labels):
     return loss(a, labels)
@@ -40,9 +48,26 @@ def of_modalities(loss, a, b, labels):
 
 
 def by_confidence(loss, a, b, labels):
-    w = torch.linspace(0, 1, len(a), dtype=a.dtype if a.dtype.itemsize > 2 else torch.float32)
+    dtype = a.dtype if a.dtype.itemsize > 2 else torch.float32
+    w = torch.linspace(0, 1, len(a), dtype=dtype, device=a.device)
     return loss({"a": a, "b": b}, {"a": w, "b": w.flip(0)})
 
+
+SAYS = {
+    "NTXentLoss": "nt_xent: z_a",
+    "SupConLoss": "sup_con: z",
+    "SoftNearestNeighbourLoss": "soft_nearest_neighbour: z",
+    "InfoNCELoss": "info_nce: query",
+    "ClipLoss": "clip: query",
+    "SigLipLoss": "siglip: query",
+    "PairwiseHingeLoss": "pairwise_hinge: query",
+    "NPairLoss": "n_pair: query",
+    "TripletMarginLoss": "triplet_margin: z",
+    "SmoothTripletLoss": "smooth_triplet: z",
+    "PKTLoss": "pkt: a",
+    "DirectedPKTLoss": "directed_pkt: a",
+    "VICRegLoss": "vicreg: z_a",
+}
 
 LOSSES = {
     "NTXentLoss": Row(mmfast.NTXentLoss),

@@ -206,6 +206,27 @@ def test_forcing_a_gpu_backend_on_cpu_tensors_says_what_it_needs(monkeypatch):
                 mmfast.SeqAug(p=1)(torch.zeros(2, 3, 4))
 
 
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_an_op_without_kernels_of_a_backend_is_not_served_by_another(monkeypatch, name):
+    available(monkeypatch, "cuda", "triton")
+    z, labels = torch.randn(4, 3), torch.tensor([0, 0, 1, 1])
+    calls = {
+        "triplets": lambda: mmfast.TripletMarginLoss()(z, labels),
+        "pkt": lambda: mmfast.PKTLoss()({"a": z, "b": z}),
+        "vicreg": lambda: mmfast.VICRegLoss()(z, z),
+    }
+    calls["triplets "] = lambda: mmfast.SmoothTripletLoss()(z, labels)
+    for op, call in calls.items():
+        assert backends.choose(op.strip(), CUDA) == "reference"
+        wanted = f"{op.strip()}: the {name} backend was asked for, but {op.strip()} has no {name} kernels"
+        with mmfast.backend(name), pytest.raises(mmfast.UserError, match=wanted):
+            call()
+        with mmfast.backend("reference"):
+            assert call().isfinite()
+    with mmfast.backend(name):
+        assert mmfast.info()["ops"]["pkt (cpu)"]["uses"].startswith(f"none (pkt: the {name} backend")
+
+
 @pytest.mark.skipif(
     not hasattr(backends._C, "cuda_capability") or backends.emulated() or torch.cuda.is_available(),
     reason="CUDA kernels and no GPU to run them on: not the case here",
@@ -337,7 +358,10 @@ def test_info_tells_versions_build_and_backends(native):
     assert facts["torch"] == torch.__version__
     assert facts["native"]["built"] and facts["native"]["compiler"]
     assert facts["instruction sets"] == native.isas()
-    assert {row["uses"] for name, row in facts["ops"].items() if name.endswith("(cpu)")} == {"cpu"}
+    used = {name: row["uses"] for name, row in facts["ops"].items() if name.endswith("(cpu)")}
+    assert used.pop("pkt (cpu)") == used.pop("vicreg (cpu)") == "reference"
+    assert set(used.values()) == {"cpu"} and "triplets (cpu)" in used
+    assert facts["ops"]["triplets (cpu)"]["triton"] == "triplets has no triton kernels (only cpu, reference)"
     assert facts["cuda"]["built"] or facts["cuda"]["reason"]
 
 

@@ -5,11 +5,19 @@ import torch
 from similarity_losses import LOSSES
 from targets import KERNELS, on
 
+import mmfast
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TARGETS = [pair for pair in KERNELS if pair[1] == "cuda"] or [("cuda", "cuda")]
 on_gpu = pytest.mark.parametrize("target", TARGETS, ids="-".join)
 EVERY = pytest.mark.parametrize("name", LOSSES)
+# Of which only PyTorch's form serves a GPU.
+PLAIN = [name for name in LOSSES if any(word in name for word in ("Triplet", "PKT", "VICReg"))]
 ROUNDING = {torch.float32: 3e-5, torch.float64: 1e-10, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def serving(target, name):
+    return on(("reference", "cuda") if name in PLAIN else target)
 
 
 def results(name, a, b, labels):
@@ -34,7 +42,7 @@ def data(rows, columns, dtype, device="cuda"):
 def test_loss_and_gradients_against_fp64(target, name, dtype):
     for rows, columns in ((17, 5), (65, 130), (600, 33)):
         given = data(rows, columns, dtype)
-        with on(target):
+        with serving(target, name):
             found = results(name, *given)
         exact = results(name, *(x.cpu().double() if x.is_floating_point() else x.cpu() for x in given))
         for x, y in zip(found, exact, strict=True):
@@ -44,7 +52,7 @@ def test_loss_and_gradients_against_fp64(target, name, dtype):
 @on_gpu
 @EVERY
 def test_repeats_change_no_bit(target, name):
-    with on(target):
+    with serving(target, name):
         first, second = (results(name, *data(300, 64, torch.float32)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
@@ -60,7 +68,7 @@ def test_nothing_waits_and_graphs_replay(target, name):
         value = row.call(loss, *views, labels)
         return value, *torch.autograd.grad(value, views[: row.views])
 
-    with on(target):
+    with serving(target, name):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -80,9 +88,39 @@ def test_nothing_waits_and_graphs_replay(target, name):
 
 
 @on_gpu
-@pytest.mark.parametrize("name", [name for name in LOSSES if "PKT" not in name])
-def test_rows_that_are_not_finite_give_nan(target, name):
+@EVERY
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_makes_loss_and_gradients_nan(target, name, wrong):
     a, b, labels = data(20, 16, torch.float32)
-    a[3, 5] = float("nan")
-    with on(target):
-        assert LOSSES[name].call(LOSSES[name].make().to("cuda"), a, b, labels).isnan()
+    a[3, 5] = wrong
+    with serving(target, name):
+        value, grad, *_ = results(name, a, b, labels)
+    assert value.isnan() and grad.isnan().any()
+
+
+@on_gpu
+@EVERY
+def test_statistics_are_those_of_the_cpu_and_nothing_waits(target, name):
+    found = []
+    for device in ("cuda", "cpu"):
+        row, given = LOSSES[name], data(70, 40, torch.float32, device)
+        loss = row.make().to(device)
+        with serving(target, name) if device == "cuda" else on(("cpu", "cpu")):
+            row.call(loss, *given)
+            if not hasattr(getattr(loss, "last", None), "accuracy"):
+                return
+            torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+            try:
+                last = loss.last
+                read = torch.stack((last.mean_positive, last.mean_negative, last.accuracy, last.zero_rows))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found.append(read.cpu())
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-3)
+
+
+@on_gpu
+def test_losses_without_kernels_say_so(target):
+    a, _, labels = data(20, 16, torch.float32)
+    with on(target), pytest.raises(mmfast.UserError, match=f"{target[0]} backend was asked for"):
+        mmfast.TripletMarginLoss()(a, labels)

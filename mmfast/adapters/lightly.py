@@ -13,17 +13,17 @@ from mmfast.checks import check_bool, check_integer, check_number, told
 from mmfast.errors import UserError
 from mmfast.losses import vicreg
 from mmfast.losses.barlow_twins import Options, TwoViewLoss, evaluate_barlow_twins
-from mmfast.losses.contrastive import _nt_xent, _positions
+from mmfast.losses.contrastive import _nt_xent, _positions, check_two_views
 from mmfast.losses.pairs import evaluate_pairs
-from mmfast.losses.queue import EmbeddingQueue
+from mmfast.losses.queue import NO_QUEUE, EmbeddingQueue
 from mmfast.losses.similarity import Call, SimilarityLoss, Variant, among_themselves
-from mmfast.ops.similarity.checks import check_rows
 from mmfast.ops.similarity.rows import joined, unit_rows
 from mmfast.ops.similarity.shared import Sharing
 
 OP = "lightly.BarlowTwinsLoss"
 NT_XENT = "lightly.NTXentLoss"
 VICREG = "lightly.VICRegLoss"
+NAMES = ("out0", "out1")
 
 
 def _check_gathering(op: str, gather_distributed: bool) -> None:
@@ -92,27 +92,24 @@ class NTXentLoss(SimilarityLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views' embeddings (B, D)."""
-        rows = "out0", check_rows(NT_XENT, "out0", out0)
-        if len(check_rows(NT_XENT, "out1", out1, rows)) != len(out0):
-            raise UserError(
-                f"{NT_XENT}: out1 must have the {len(out0)} rows of out0, got {tuple(out1.shape)}"
-            )
+        check_two_views(NT_XENT, NAMES, out0, out1)
         sharing = "global" if self.gather_distributed else None, "true", None
         if self.bank is not None:
             return self._against_bank(out0, out1, Sharing(NT_XENT, *sharing))
         sharing = Sharing(NT_XENT, *sharing)
-        call = Call(NT_XENT, "mean", "anchors", sharing)
+        call = Call(NT_XENT, "mean", "anchors", sharing).of({"out0": out0, "out1": out1})
         place = _positions(sharing, len(out0), out0.device)
         vectors = [None, torch.cat((place, place)), None, None]
         z = joined(out0, out1)
-        scale = call.scale(self.temperature, rows)
+        scale = call.scale(self.temperature, ("out0", out0))
         return self._kept(among_themselves(call, z, vectors, scale, Variant("out"), True))
 
     def _against_bank(self, out0: Tensor, out1: Tensor, sharing: Sharing) -> Tensor:
         # Of one id: nobody is another's negative in the batch.
         ids = torch.zeros(len(out0), dtype=torch.int64, device=out0.device)
         feeding = self.bank, None, False
-        found = evaluate_pairs(NT_XENT, out0, out1, temperature=self.temperature, ids=ids, feeding=feeding)
+        options = {"temperature": self.temperature, "ids": ids, "feeding": feeding}
+        found = evaluate_pairs(NT_XENT, out0, out1, views={"out0": out0, "out1": out1}, **options)
         if out0.requires_grad:
             (every,), _ = sharing.gather([out1.detach()], [], {})
             self.bank.enqueue(every)
@@ -146,15 +143,23 @@ class DCLLoss(SimilarityLoss):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """The loss of two views' embeddings (B, D)."""
+        check_two_views(self._op, NAMES, out0, out1)
         sharing = "global" if self.gather_distributed else None, "true", None
-        options = None, None, None, None, True, "dcl", "mean", None, sharing
-        loss, components = _nt_xent(out0, out1, self.temperature, *options)
+        options = None, None, None, None, True, "dcl", "mean", None, sharing, NO_QUEUE, self._op, NAMES
+        loss, components, compared = _nt_xent(out0, out1, self.temperature, *options)
         if self.weight_fn is not None:
             a, b = (unit_rows(z, True) for z in (out0, out1))
-            one, other = (self.weight_fn(*pair).detach() for pair in ((a, b), (b, a)))
+            one, other = (self._weights(*pair) for pair in ((a, b), (b, a)))
             loss = loss + ((1 - (one + other) / 2) * (a * b).sum(1)).mean() / self.temperature
             components = torch.cat((loss.detach()[None], components[1:]))
-        return self._kept((loss, components))
+        return self._kept((loss, components, compared))
+
+    def _weights(self, a: Tensor, b: Tensor) -> Tensor:
+        weights = self.weight_fn(a, b)
+        if not isinstance(weights, Tensor) or weights.shape not in ((), (len(a),)):
+            found = tuple(weights.shape) if isinstance(weights, Tensor) else told(weights)
+            raise UserError(f"{self._op}: weight_fn must give a tensor ({len(a)},), got {found}")
+        return weights.detach()
 
 
 class DCLWLoss(DCLLoss):

@@ -12,8 +12,9 @@ from torch.nn.functional import logsigmoid
 from mmfast.checks import check_bool, check_integer
 from mmfast.errors import UserError
 from mmfast.losses.pairs import evaluate_pairs
-from mmfast.losses.similarity import SimilarityLoss
-from mmfast.ops.similarity.checks import check_rows, check_scalar
+from mmfast.losses.similarity import Found, SimilarityLoss, nothing
+from mmfast.ops.similarity.checks import check_rows, check_scalar, refuse_not_finite
+from mmfast.ops.similarity.statistics import Compared
 
 CLIP, SIGLIP = "open_clip.ClipLoss", "open_clip.SigLipLoss"
 EXCHANGES = ("bidir", "shift", "reduce", "gather")
@@ -48,6 +49,14 @@ class _Paired(SimilarityLoss):
 
     def _scalar(self, name: str, x: Any, image: Tensor) -> Tensor:
         return check_scalar(self._op, name, x, ("image_features", image))
+
+    def _alone(self, loss: Tensor, image: Tensor, text: Tensor) -> Found:
+        """Of one row, which counts and has a positive."""
+        refuse_not_finite(self._op, {"image_features": image, "text_features": text})
+        place = torch.zeros(1, dtype=torch.int64, device=image.device)
+        one = torch.ones_like(loss.detach())
+        compared = Compared(image, text, (place, place), None, None, "dot", both=self._op == CLIP)
+        return loss, torch.stack((loss.detach(), one, one)), compared
 
     def _found(self, loss: Tensor, output_dict: bool) -> Tensor | dict[str, Tensor]:
         return {"contrastive_loss": loss} if check_bool(self._op, "output_dict", output_dict) else loss
@@ -102,8 +111,10 @@ class ClipLoss(_Paired):
         scale = self._scalar("logit_scale", logit_scale, image_features)
         bias = None if logit_bias is None else self._scalar("logit_bias", logit_bias, image_features)
         if self.world_size == 1 and len(image_features) == 1:
-            found = (image_features * text_features).sum() * 0 * scale
-            found = found, torch.stack((found.detach(), torch.ones_like(scale), torch.ones_like(scale)))
+            scalars = [scale] if bias is None else [scale, bias]
+            found = self._alone(
+                nothing(image_features, text_features, *scalars), image_features, text_features
+            )
             return self._found(self._kept(found), output_dict)
         sharing = None, "true", None
         if self.world_size > 1:
@@ -113,6 +124,7 @@ class ClipLoss(_Paired):
                 scale = _times(scale, self.world_size)
                 bias = None if bias is None else _times(bias, self.world_size)
         options = {"scale": ("logit_scale", scale), "bias": bias, "normalise": False, "both_sides": True}
+        options["views"] = {"image_features": image_features, "text_features": text_features}
         found = evaluate_pairs(CLIP, image_features, text_features, sharing=sharing, **options)
         return self._found(self._kept(found), output_dict)
 
@@ -164,10 +176,10 @@ class SigLipLoss(_Paired):
         bias = self._scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image_features)
         if self.world_size == 1 and len(image_features) == 1:
             products = image_features.to(scale.dtype) * text_features.to(scale.dtype)
-            found = -logsigmoid(products.sum() * scale + bias)
-            found = found, torch.stack((found.detach(), torch.ones_like(scale), torch.ones_like(scale)))
+            found = self._alone(-logsigmoid(products.sum() * scale + bias), image_features, text_features)
         else:
             sharing = "global" if self.world_size > 1 else None, "true", None
             options = {"scale": ("logit_scale", scale), "bias": bias, "normalise": False, "kind": "sigmoid"}
+            options["views"] = {"image_features": image_features, "text_features": text_features}
             found = evaluate_pairs(SIGLIP, image_features, text_features, sharing=sharing, **options)
         return self._found(self._kept(found), output_dict)

@@ -13,8 +13,9 @@ from torch import Tensor
 from mmfast.checks import check_number
 from mmfast.errors import UserError
 from mmfast.losses.pairs import evaluate_pairs
+from mmfast.losses.similarity import nothing
 from mmfast.losses.triplet import _Call
-from mmfast.ops.similarity.checks import check_integers, check_rows
+from mmfast.ops.similarity.checks import check_integers, check_rows, refuse_not_finite
 from mmfast.ops.similarity.rows import joined
 from mmfast.ops.similarity.shared import Sharing
 from mmfast.ops.similarity.triplet_passes import Options
@@ -36,6 +37,7 @@ def multiple_negatives_ranking(embeddings: Sequence[Tensor], scale: float = 20.0
     rows = "embeddings[0]", check_rows(RANKING, "embeddings[0]", embeddings[0])
     for i, x in enumerate(embeddings[1:], 1):
         check_rows(RANKING, f"embeddings[{i}]", x, rows)
+    views = {f"embeddings[{i}]": x for i, x in enumerate(embeddings)}
     anchors, positives, *negatives = embeddings
     if len(positives) != len(anchors):
         raise UserError(
@@ -43,9 +45,10 @@ def multiple_negatives_ranking(embeddings: Sequence[Tensor], scale: float = 20.0
             f"got {tuple(positives.shape)}"
         )
     if len(anchors) == 1 and not negatives:
-        return (anchors * positives).sum() * 0
+        refuse_not_finite(RANKING, views)
+        return nothing(anchors, positives)
     negatives = joined(*negatives) if negatives else None
-    return evaluate_pairs(RANKING, anchors, positives, negatives, temperature=1 / scale)[0]
+    return evaluate_pairs(RANKING, anchors, positives, negatives, temperature=1 / scale, views=views)[0]
 
 
 def batch_hard_triplet(labels: Tensor, embeddings: Tensor, margin: float = 5) -> Tensor:
@@ -85,5 +88,7 @@ def _triplets(name, labels, embeddings, margin, kind, over, soft=False, lone=Fal
     labels = check_integers(op, "labels", labels, ("embeddings", z))
     options = Options(kind, check_number(op, "margin", margin, 0), False, soft, lone)
     if len(z) < 2:
-        return z.sum() * 0
-    return _Call(op, options, "euclidean", over, "mean", Sharing(op, None))(z, labels, None, None, None)[0]
+        refuse_not_finite(op, {"embeddings": z})
+        return nothing(z)
+    call = _Call(op, options, "euclidean", over, "mean", Sharing(op, None), "embeddings")
+    return call(z, labels, None, None, None)[0]

@@ -36,7 +36,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     """
     check_rows(SIMCLR, "z", z)
     indexes = check_integers(SIMCLR, "indexes", indexes, ("z", z))
-    call = Call(SIMCLR, "mean", "anchors", Sharing(SIMCLR, "global"))
+    call = Call(SIMCLR, "mean", "anchors", Sharing(SIMCLR, "global")).of({"z": z})
     scale = call.scale(temperature, ("z", z))
     return among_themselves(call, z, [indexes, None, None, None], scale, Variant("sum"), True)[0]
 

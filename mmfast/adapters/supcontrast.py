@@ -9,10 +9,11 @@ from torch import Tensor
 
 from mmfast.checks import check_number
 from mmfast.errors import UserError
-from mmfast.losses.similarity import Call, SimilarityLoss, Variant, among_themselves, choice
+from mmfast.losses.similarity import Call, Found, SimilarityLoss, Variant, among_themselves, choice, nothing
 from mmfast.ops.barlow_twins.checks import check_dense, compute_dtype
-from mmfast.ops.similarity.checks import check_integers, check_rows
-from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.checks import check_labels, check_rows, refuse_not_finite
+from mmfast.ops.similarity.shared import Sharing, by_view
+from mmfast.ops.similarity.statistics import Compared
 
 OP = "supcontrast.SupConLoss"
 MODES = ("all", "one")
@@ -60,19 +61,22 @@ class SupConLoss(SimilarityLoss):
         else:
             labels = _check_labels(labels, features)
         if len(z) < 2:
-            return self._kept((z.sum() * 0, torch.zeros(3, dtype=compute_dtype(z), device=z.device)))
+            refuse_not_finite(OP, {"features": z})
+            facts = torch.zeros(3, dtype=compute_dtype(z), device=z.device)
+            return self._kept((nothing(z), facts, Compared(z, None, (labels, labels), None, None, "dot")))
         weights = None
         if self.contrast_mode == "one":
             weights = torch.zeros(samples, views, dtype=compute_dtype(z), device=z.device)
             weights[:, 0] = 1
             weights = weights.flatten()
-        call = Call(OP, "mean", "all", Sharing(OP, None))
+        call = Call(OP, "mean", "all", Sharing(OP, None)).of({"features": features})
         vectors = [labels.repeat_interleave(views), None, None, weights]
         variant = Variant("out", "all", self.base_temperature)
         scale = call.scale(self.temperature, ("features", z))
         return self._kept(among_themselves(call, z, vectors, scale, variant, False))
 
-    def _with_mask(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_mask(self, features: Tensor, mask: Tensor) -> Found:
+        refuse_not_finite(OP, dict(by_view({"features": features})))
         samples, views = features.shape[:2]
         z = features.transpose(0, 1).flatten(0, 1).to(compute_dtype(features))
         anchors = z if self.contrast_mode == "all" else z[:samples]
@@ -86,14 +90,13 @@ class SupConLoss(SimilarityLoss):
         has = count.abs() >= 1e-6
         means = (positives * (of_all - logits)).sum(1) / torch.where(has, count, 1)
         loss = means.mean() * (self.temperature / self.base_temperature)
-        return loss, torch.stack((loss.detach(), has.sum().to(z.dtype), (positives != 0).sum().to(z.dtype)))
+        facts = loss.detach(), has.sum().to(z.dtype), (positives != 0).sum().to(z.dtype)
+        return loss, torch.stack(facts), None
 
 
 def _check_labels(labels: Any, features: Tensor) -> Tensor:
     check_dense(OP, "labels", labels)
-    if labels.dtype == torch.bool:
-        labels = labels.long()
-    return check_integers(OP, "labels", labels.flatten(), ("features", features))
+    return check_labels(OP, "labels", labels.flatten(), ("features", features))
 
 
 def _check_mask(mask: Any, features: Tensor) -> Tensor:
@@ -101,6 +104,8 @@ def _check_mask(mask: Any, features: Tensor) -> Tensor:
     samples = len(features)
     if mask.shape != (samples, samples):
         raise UserError(f"{OP}: mask must have shape ({samples}, {samples}), got {tuple(mask.shape)}")
+    if not mask.isfinite().all():
+        raise UserError(f"{OP}: mask must be finite, got NaN or infinity")
     return mask.to(features.device)
 
 

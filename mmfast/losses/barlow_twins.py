@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
+from mmfast import backends
 from mmfast.checks import check_bool, check_number
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import OP, check_views, unusable
@@ -149,6 +150,8 @@ def evaluate_barlow_twins(
         if op == OP:
             return _two_views(z_a, z_b, *definition, gram=gram)
         check_views(views, corresponding=True, op=op)
+        # A backend that cannot serve says so here: below, what is refused is a value.
+        backends.choose("barlow_twins", z_a.device)
         try:
             return _two_views(z_a, z_b, *definition, gram=gram)
         except UserError:

@@ -30,14 +30,11 @@ SUP_CON_VARIANTS = {
 }
 
 
-def _views(op: str, z_a: Any, z_b: Any) -> Tensor:
-    z_a = check_rows(op, "z_a", z_a)
-    if z_b is None:
-        return z_a
-    z_b = check_rows(op, "z_b", z_b, ("z_a", z_a))
-    if len(z_b) != len(z_a):
-        raise UserError(f"{op}: z_b must have the {len(z_a)} rows of z_a, got {tuple(z_b.shape)}")
-    return joined(z_a, z_b)
+def check_two_views(op: str, names: tuple[str, str], z_a: Any, z_b: Any) -> None:
+    first, second = names
+    check_rows(op, first, z_a)
+    if len(check_rows(op, second, z_b, (first, z_a))) != len(z_a):
+        raise UserError(f"{op}: {second} must have the {len(z_a)} rows of {first}, got {tuple(z_b.shape)}")
 
 
 def _twice(x: Tensor | None) -> Tensor | None:
@@ -58,16 +55,23 @@ def _nt_xent(
     over,
     sharing,
     feeding=NO_QUEUE,
+    op="nt_xent",
+    names=("z_a", "z_b"),
 ):
-    op, sharing = "nt_xent", Sharing("nt_xent", *sharing)
+    """op, names: who asks, and what the views are called there, in errors."""
+    sharing = Sharing(op, *sharing)
 
     def checked():
         chosen = choice(op, "variant", variant, NT_XENT_VARIANTS)
         call = Call(op, reduction, over or chosen.over, sharing)
         cosine = check_bool(op, "normalise", normalise)
-        z = _views(op, z_a, z_b)
-        vectors = call.vectors(("z_a", z_a), labels, ids, valid, weights)
-        kept = memory(op, feeding, ("z_a", z_a), labels is not None or ids is not None)
+        rows = names[0], check_rows(op, names[0], z_a)
+        if z_b is not None:
+            check_two_views(op, names, z_a, z_b)
+        z = z_a if z_b is None else joined(z_a, z_b)
+        vectors = call.vectors(rows, labels, ids, valid, weights)
+        call.of({name: x for name, x in zip(names, (z_a, z_b), strict=True) if x is not None}, valid)
+        kept = memory(op, feeding, rows, labels is not None or ids is not None)
         if z_b is not None:
             # An id says that two rows are views of one sample: of whole numbers that no other process has.
             if ids is None and labels is None:
@@ -77,8 +81,8 @@ def _nt_xent(
             vectors = [_twice(x) for x in vectors]
             kept = kept and kept._replace(mask=_twice(kept.mask))
         elif labels is None and ids is None:
-            raise UserError(f"{op}: labels must be given for one view (or ids, or z_b), got None")
-        return call, z, vectors, call.scale(temperature, ("z_a", z_a)), chosen, cosine, kept
+            raise UserError(f"{op}: labels must be given for one view (or ids, or {names[1]}), got None")
+        return call, z, vectors, call.scale(temperature, rows), chosen, cosine, kept
 
     return among_themselves(*sharing.checked(checked))
 
@@ -132,7 +136,7 @@ def nt_xent(
         z_a, z_b: (B, D) float32, float64, bfloat16 or float16 (computed in float32), of one device. Without ``z_b``
             the rows of ``z_a`` are told apart by ``labels`` or ``ids``.
         temperature: above 0; a number, or a scalar tensor that gets its gradient.
-        labels: (B,) integers: rows of equal ones are positives of each other.
+        labels: (B,) integers or bools: rows of equal ones are positives of each other.
         ids: (B,) integers: whose view a row is. Without labels, rows of equal ids are positives; with them,
             neither positives nor negatives (duplicates of one sample).
         valid: (B,) bool: rows of False are not read, and nobody's candidates.
@@ -153,7 +157,8 @@ def nt_xent(
 
     Raises:
         ValueError: shapes or devices that do not match, fewer than 2 rows, options that are none; on the CPU also
-            rows with NaN or infinity, a temperature that is not above 0, negative weights.
+            rows with NaN or infinity, or so long that inner products overflow, a temperature that is not above 0,
+            negative weights.
         TypeError: other dtypes, options of another type.
     """
     sharing = stats, grad_convention, group
@@ -186,7 +191,7 @@ def _sup_con(
         if isinstance(z, Tensor) and z.dim() == 3:
             rows, views, first = z.flatten(0, 1), z.shape[1], z[:, 0]
         check_rows(op, "z", rows)
-        vectors = call.vectors(("z", first), labels, ids, valid, weights)
+        vectors = call.of({"z": z}, valid).vectors(("z", first), labels, ids, valid, weights)
         kept = memory(op, feeding, ("z", first), labels is not None or ids is not None)
         if labels is None:
             if ids is None and views == 1:
@@ -260,6 +265,7 @@ class NTXentLoss(SimilarityLoss):
     >>> loss(z_a, z_b).backward()
     >>> loss(z, labels=labels).backward()
     >>> loss.last.anchors
+    >>> loss.last.accuracy  # of the scores, computed when it is read
 
     A ``torch.nn.Parameter`` for the temperature is learnt. With a ``queue`` its rows are candidates, too; of the
     batch it takes those of ``enqueue_mask`` (B,), or all.

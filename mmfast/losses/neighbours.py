@@ -10,10 +10,10 @@ from torch import Tensor
 from mmfast.checks import check_bool
 from mmfast.errors import UserError
 from mmfast.losses.similarity import Call, SimilarityLoss
-from mmfast.ops.barlow_twins.checks import not_finite
-from mmfast.ops.similarity.checks import check_rows
+from mmfast.ops.similarity.checks import check_rows, refuse_not_finite
 from mmfast.ops.similarity.rows import unit_rows
 from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.statistics import Compared
 
 OP = "soft_nearest_neighbour"
 
@@ -27,21 +27,18 @@ def _neighbours(z, labels, temperature, valid, weights, normalise, reduction, ov
         check_rows(OP, "z", z)
         if labels is None:
             raise UserError(f"{OP}: labels must be given, got None")
-        return call, call.vectors(("z", z), labels, None, valid, weights), call.scale(temperature, ("z", z))
+        vectors = call.of({"z": z}, valid).vectors(("z", z), labels, None, valid, weights)
+        # Before there are other columns.
+        refuse_not_finite(OP, {"z": z if valid is None else torch.where(valid[:, None], z, 0)})
+        return call, vectors, call.scale(temperature, ("z", z))
 
     call, vectors, scale = sharing.checked(checked)
     facts = {"normalise": normalise, "reduction": reduction, "over": over}
     (rows,), (labels, _, valid, weights) = sharing.gather([z], vectors, facts)
-    if len(rows) < 2:
-        raise UserError(f"{OP}: z must have at least 2 rows (a contrast needs two), got {tuple(rows.shape)}")
+    call.refuse_one_row(rows)
     if valid is not None:
         rows = rows.where(valid[:, None], torch.zeros((), dtype=rows.dtype, device=rows.device))
-    if rows.is_cpu and not torch.compiler.is_compiling():
-        # Before there are other columns.
-        wrong = not_finite({"z": rows}, OP)
-        if wrong is not None:
-            raise wrong
-    x = unit_rows(rows, normalise)
+    x = unit = unit_rows(rows, normalise)
     # Distances are those of rows relative to any point, and lose least near the middle.
     count = len(x) if valid is None else valid.sum().clamp(min=1)
     x = x - (x.detach().sum(0) / count)
@@ -51,7 +48,8 @@ def _neighbours(z, labels, temperature, valid, weights, normalise, reduction, ov
     # -|x - y|^2 but for |x|^2, which a difference of logarithms of sums over y does not have.
     query, key = torch.cat((2 * x, -torch.ones_like(squares)), 1), torch.cat((x, squares), 1)
     pairs = (labels, labels), None, None if valid is None else (valid, valid)
-    return call.evaluated(query, key, *pairs, weights, scale, None, "sum", False, itself=True)
+    loss, components, _ = call.evaluated(query, key, *pairs, weights, scale, None, "sum", False, itself=True)
+    return loss, components, Compared(unit, None, *pairs, "sqeuclidean")
 
 
 def soft_nearest_neighbour(

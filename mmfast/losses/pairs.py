@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from mmfast.checks import check_bool
 from mmfast.errors import UserError
 from mmfast.losses.queue import NO_QUEUE, Memory, memory
-from mmfast.losses.similarity import Call
+from mmfast.losses.similarity import Call, Found
 from mmfast.ops.similarity.checks import check_integers, check_rows
 from mmfast.ops.similarity.rows import joined
 from mmfast.ops.similarity.shared import Sharing
@@ -41,6 +42,8 @@ class Pairs(NamedTuple):
             )
         if negatives is not None:
             check_rows(op, "negatives", negatives, rows)
+        views = {"query": query, "key": key} | ({} if negatives is None else {"negatives": negatives})
+        call.views = call.views or views
         _, ids, _, weights = call.vectors(rows, None, ids, None, weights)
         if targets is not None:
             if ids is not None:
@@ -74,9 +77,7 @@ class Pairs(NamedTuple):
         if negatives is not None:
             ((negatives,), _) = sharing.gather([negatives], [], {})
         if kept is None and len(key) + (0 if negatives is None else len(negatives)) < 2:
-            raise UserError(
-                f"{self.call.op}: key must have at least 2 rows (a contrast needs two), got {tuple(key.shape)}"
-            )
+            self.call.refuse_one_row(key, list(self.call.views)[1])
         kept = kept and kept._replace(mask=mask)
         return Pairs(self.call, query, key, negatives, targets, ids, weights, self.cosine, kept)
 
@@ -87,7 +88,7 @@ class Pairs(NamedTuple):
         kind: str = "out",
         added: Tensor | None = None,
         sides: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Found:
         """With components, of the gathered ones; to the losses of rows (B,) something may be ``added``.
 
         sides: the mean of that and of the same with keys for queries.
@@ -148,12 +149,16 @@ def evaluate_pairs(
     kind: str = "out",
     both_sides: bool = False,
     feeding: tuple = NO_QUEUE,
-) -> tuple[Tensor, Tensor]:
-    """The loss and its components. scale: its name and value, in the place of 1 / temperature. op: who asks."""
+    views: Mapping[str, Tensor] | None = None,
+) -> Found:
+    """The loss and its components. scale: its name and value, in the place of 1 / temperature.
+
+    op, views: who asks, and query, key, negatives as they are called there, in errors.
+    """
     sharing = Sharing(op, *sharing)
 
     def checked():
-        call = Call(op, reduction, "all", sharing)
+        call = Call(op, reduction, "all", sharing).of(views or {})
         pairs = Pairs.checked(call, query, key, negatives, targets, ids, weights, normalise)
         pairs = pairs._replace(memory=memory(op, feeding, ("key", key)))
         rows = "query", query

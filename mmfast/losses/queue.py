@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mmfast.checks import check_bool, check_integer, told
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype
-from mmfast.ops.similarity.checks import check_integers, check_rows, check_valid
+from mmfast.ops.similarity.checks import check_integers, check_rows, check_valid, refuse_not_finite
 from mmfast.ops.similarity.rows import rows_of
 
 # A label and an id that no row has.
@@ -73,6 +73,8 @@ class EmbeddingQueue(nn.Module):
         op = "EmbeddingQueue.enqueue"
         self.check(op, "rows", check_rows(op, "rows", rows))
         named = "rows", rows
+        mask = None if mask is None else check_valid(op, "mask", mask, named)
+        refuse_not_finite(op, {"rows": rows if mask is None else torch.where(mask[:, None], rows, 0)})
         labels, ids = (
             torch.full((len(rows),), NOBODY, device=rows.device)
             if x is None
@@ -81,7 +83,6 @@ class EmbeddingQueue(nn.Module):
         )
         new = rows_of(rows, check_bool(op, "normalise", normalise)).unit.to(self.rows.dtype)
         if mask is not None:
-            mask = check_valid(op, "mask", mask, named)
             order, total = mask.cumsum(0) - 1, mask.sum()
             taken = mask & (order >= total - self.size)
             # What is not taken goes to a slot behind the last.

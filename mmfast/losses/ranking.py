@@ -10,10 +10,10 @@ from torch import Tensor
 from mmfast.checks import check_bool, check_number
 from mmfast.losses.pairs import Pairs
 from mmfast.losses.similarity import Call, SimilarityLoss
-from mmfast.ops.barlow_twins.checks import not_finite
-from mmfast.ops.similarity.checks import check_scalar
+from mmfast.ops.similarity.checks import check_scalar, refuse_not_finite
 from mmfast.ops.similarity.rows import rows_of, unit_rows
 from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.statistics import Compared
 
 
 def _check_margin(op: str, margin: Any) -> float:
@@ -27,15 +27,13 @@ def _pairwise_hinge(query, key, margin, ids, weights, normalise, hardest, reduct
         kind = "top" if check_bool(op, "hardest", hardest) else "relu"
         call = Call(op, reduction, "all", sharing)
         least = _check_margin(op, margin)
-        return Pairs.checked(call, query, key, None, None, ids, weights, normalise), least, kind
+        pairs = Pairs.checked(call, query, key, None, None, ids, weights, normalise)
+        # Before a column is added.
+        refuse_not_finite(op, call.views)
+        return pairs, least, kind
 
     pairs, least, kind = sharing.checked(checked)
     pairs = pairs.gathered()
-    if pairs.query.is_cpu and not torch.compiler.is_compiling():
-        # Before a column is added.
-        wrong = not_finite({"query": pairs.query, "key": pairs.key}, op)
-        if wrong is not None:
-            raise wrong
     one, other = (unit_rows(x, pairs.cosine) for x in (pairs.query, pairs.key))
     # What a score must fall short of the own one by is a column more, which the keys multiply by 1.
     level = least - (one * other).sum(1, keepdim=True)
@@ -47,7 +45,18 @@ def _pairwise_hinge(query, key, margin, ids, weights, normalise, hardest, reduct
         )
         for a, b in ((one, other), (other, one))
     ]
-    return found[0][0] + found[1][0], torch.cat((found[0][1][:1] + found[1][1][:1], found[0][1][1:]))
+    compared = found[0][2]
+    compared = Compared(
+        pairs.query,
+        pairs.key,
+        compared.labels,
+        compared.ids,
+        None,
+        "cosine" if pairs.cosine else "dot",
+        both=True,
+    )
+    components = torch.cat((found[0][1][:1] + found[1][1][:1], found[0][1][1:]))
+    return found[0][0] + found[1][0], components, compared
 
 
 def pairwise_hinge(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -9,26 +10,75 @@ from torch import Tensor, nn
 
 from mmfast.checks import told
 from mmfast.errors import UserError
+from mmfast.ops.barlow_twins.checks import compute_dtype, too_large
 from mmfast.ops.similarity.checks import (
     check_integers,
+    check_labels,
     check_scalar,
     check_valid,
     check_weights,
 )
 from mmfast.ops.similarity.op import similarity
 from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.statistics import Compared, Statistics
 from mmfast.ops.similarity.total import similarity_total
 from mmfast.wording import one_of
 
 
-class ContrastiveComponents(NamedTuple):
-    """Of the latest call of a contrastive loss: detached scalars."""
+class ReadsScores:
+    """Components of a call that also tell of its scores: these are computed when they are read, from the embeddings
+    of the call, by as many products as a forward pass has, once. Weights play no part in them."""
 
+    compared: Compared | None = None
+
+    def _statistics(self) -> Statistics:
+        if self.compared is None:
+            raise AttributeError("scores can not be read of losses of tuples of indices or masks")
+        return self.compared.statistics()
+
+    @property
+    def mean_positive(self) -> Tensor:
+        """mean score (cosine, inner product or negative distance) of a row and a positive; NaN without any"""
+        return self._statistics().mean_positive
+
+    @property
+    def mean_negative(self) -> Tensor:
+        """mean score of a row and a negative; NaN without any"""
+        return self._statistics().mean_negative
+
+    @property
+    def accuracy(self) -> Tensor:
+        """share of the rows with positives that have one nearer than all negatives, of both sides"""
+        return self._statistics().accuracy
+
+    @property
+    def zero_rows(self) -> Tensor:
+        """rows and candidates without direction, shorter than 1e-12"""
+        return self._statistics().zero_rows
+
+
+class _Components(NamedTuple):
     loss: Tensor
     anchors: Tensor
     """rows that count: those with a positive"""
     positive_pairs: Tensor
     """pairs of an anchor and one of its positives"""
+
+
+class ContrastiveComponents(_Components, ReadsScores):
+    """Of the latest call of a contrastive loss: detached scalars, already computed; and those of its scores.
+
+    loss; anchors: rows that count, those with a positive; positive_pairs: of an anchor and one of its positives.
+    """
+
+
+# The loss, its components (), and what can be read of its scores.
+Found = tuple[Tensor, Tensor, Compared | None]
+
+
+def nothing(*given: Tensor) -> Tensor:
+    """0 in the compute type, whose gradient by each of them is 0, also of half types that a sum overflows."""
+    return torch.stack([(x.to(compute_dtype(x)) * 0).sum() for x in given]).sum()
 
 
 class Variant(NamedTuple):
@@ -55,12 +105,28 @@ class Call:
 
     def __init__(self, op: str, reduction: str, over: str, sharing: Sharing):
         self.op, self.sharing = op, sharing
+        self.views: Mapping[str, Tensor] = {}
+        """this process's embeddings, by the names that who asks knows"""
+        self.valid: Tensor | None = None
+        """(B,) of the rows of the views"""
         self.reduction = choice(op, "reduction", reduction, REDUCTIONS)
         self.over = choice(op, "over", over, OVER)
 
+    def of(self, views: Mapping[str, Tensor], valid: Tensor | None = None) -> Call:
+        """The same, which knows whose call it is."""
+        self.views, self.valid = views, valid
+        return self
+
+    def refuse_one_row(self, rows: Tensor, name: str | None = None) -> None:
+        if len(rows) < 2:
+            name = next(iter(self.views)) if name is None else name
+            raise UserError(
+                f"{self.op}: {name} must have at least 2 rows (a contrast needs two), got {tuple(rows.shape)}"
+            )
+
     def vectors(self, rows: tuple[str, Tensor], labels, ids, valid, weights) -> list[Tensor | None]:
         given = (
-            ("labels", labels, check_integers),
+            ("labels", labels, check_labels),
             ("ids", ids, check_integers),
             ("valid", valid, check_valid),
             ("weights", weights, check_weights),
@@ -102,10 +168,34 @@ class Call:
         itself=False,
         added=None,
         sides=False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Found:
         """The loss of rows, see :func:`similarity`, and its components; ``added`` (B,): to the losses of the rows.
 
-        sides: the mean of those of the rows and of the candidates as rows, see :func:`similarity_total`."""
+        sides: the mean of those of the rows and of the candidates as rows, see :func:`similarity_total`.
+        """
+
+        def found():
+            loss, components = self._evaluated(
+                q, k, labels, ids, valid, weights, scale, bias, kind, cosine, itself, added, sides
+            )
+            # Lengths are 1 but for inner products, which may overflow.
+            watched = not cosine and loss.device.type == "cpu" and not torch.compiler.is_compiling()
+            if watched and not bool(loss.detach().isfinite().all()):
+                raise too_large({"z": q}, self.op)
+            return loss, components
+
+        score = "cosine" if cosine else "dot"
+        compared = Compared(q, k, labels, ids, valid, score, itself)
+        compared.both = sides
+        return *self.named(found), compared
+
+    def named(self, call) -> Any:
+        """What ``call`` gives of the views; see :meth:`Sharing.named`."""
+        return self.sharing.named(self.views, self.valid, call)
+
+    def _evaluated(
+        self, q, k, labels, ids, valid, weights, scale, bias, kind, cosine, itself, added, sides
+    ) -> tuple[Tensor, Tensor]:
         rest = labels, ids, valid, scale, bias, kind, cosine, itself
         valid = None if valid is None else valid[0]
         if self.reduction == "none" or (self.reduction == "mean" and self.over == "pairs"):
@@ -147,12 +237,16 @@ class Call:
     def scale(self, temperature: Any, rows: tuple[str, Tensor]) -> Tensor:
         """1 / temperature, of which each process has its share."""
         temperature = check_scalar(self.op, "temperature", temperature, rows, positive=True)
-        return self.sharing.scalar(temperature).reciprocal()
+        scale = self.sharing.scalar(temperature).reciprocal()
+        if scale.device.type == "cpu" and not torch.compiler.is_compiling() and not scale.detach().isfinite():
+            raise UserError(
+                f"{self.op}: temperature must have a reciprocal within the range of {scale.dtype}, "
+                f"got {float(temperature.detach())}"
+            )
+        return scale
 
 
-def among_themselves(
-    call: Call, z, vectors, scale, variant: Variant, cosine: bool, memory=None
-) -> tuple[Tensor, Tensor]:
+def among_themselves(call: Call, z, vectors, scale, variant: Variant, cosine: bool, memory=None) -> Found:
     """The loss, and its components, of rows that are each other's candidates, beside those of a memory.
 
     vectors: labels, ids, valid, weights.
@@ -161,30 +255,32 @@ def among_themselves(
     facts["queue"] = 0 if memory is None else memory.queue.size
     mask = None if memory is None else memory.mask
     (z,), (labels, ids, valid, weights, mask) = call.sharing.gather([z], [*vectors, mask], facts)
-    if len(z) < 2 and memory is None:
-        raise UserError(
-            f"{call.op}: z must have at least 2 rows (a contrast needs two), got {tuple(z.shape)}"
-        )
+    if memory is None:
+        call.refuse_one_row(z)
     own, others = (ids, None) if labels is None else (labels, ids)
     pairs = (None if x is None else (x, x) for x in (own, others, valid))
     rows = (z, None, *pairs) if memory is None else memory.beside(z, z, *pairs)
-    loss, components = call.evaluated(*rows, weights, scale, None, variant.kind, cosine, itself=True)
+    loss, components, compared = call.evaluated(
+        *rows, weights, scale, None, variant.kind, cosine, itself=True
+    )
     if memory is not None:
         memory._replace(mask=mask).feed(z, own, others, valid, cosine)
     if variant.base_temperature is not None:
         factor = 1 / scale / variant.base_temperature
         loss = loss * factor
         components = torch.stack((components[0] * factor.detach(), *components[1:]))
-    return loss, components
+    return loss, components, compared
 
 
 class SimilarityLoss(nn.Module):
     """A loss that keeps the components of its latest call; options are attributes, which may be set at any time.
 
-    A scalar Parameter among them is learnt.
+    A scalar Parameter among them is learnt. Until the next call the embeddings are held, for what is read of scores.
     """
 
     _last: Tensor | None = None
+    _compared: Compared | None = None
+    _components: type = ContrastiveComponents
 
     def _take(self, **options: Any) -> None:
         for name, value in options.items():
@@ -199,13 +295,17 @@ class SimilarityLoss(nn.Module):
         return self.stats, self.grad_convention, self.group
 
     @property
-    def last(self) -> ContrastiveComponents | None:
-        """Components of the latest call (None before the first), already computed, without its graph."""
-        return None if self._last is None else ContrastiveComponents(*self._last.unbind())
+    def last(self) -> Any:
+        """Components of the latest call (None before the first), without its graph."""
+        if self._last is None:
+            return None
+        components = self._components(*self._last.unbind())
+        components.compared = self._compared
+        return components
 
-    def _kept(self, found: tuple[Tensor, Tensor]) -> Tensor:
-        self._last = found[1]
-        return found[0]
+    def _kept(self, found: tuple) -> Tensor:
+        loss, self._last, self._compared = found
+        return loss
 
     def extra_repr(self) -> str:
         shown = ((name, getattr(self, name)) for name in self._names if name != "group")

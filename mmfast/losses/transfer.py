@@ -104,9 +104,9 @@ def pkt(
                 named[name] = check_weights("pkt", name, weights[teacher, student], _first(seen))
         return seen, chosen, options, named
 
-    seen, chosen, options, named = sharing.checked(checked)
-    seen, named = _gathered(sharing, seen, named, {"pairs": chosen, "options": options})
-    return _loss("pkt", seen, chosen, named, options)
+    own, chosen, options, named = sharing.checked(checked)
+    seen, named = _gathered(sharing, own, named, {"pairs": chosen, "options": options})
+    return sharing.named(own, None, lambda: _loss("pkt", seen, chosen, named, options))
 
 
 def directed_pkt(
@@ -164,9 +164,9 @@ def directed_pkt(
         levels = {m: check_weights(op, f"confidence[{m!r}]", confidence[m], _first(seen)) for m in seen}
         return seen, resolved["level"], options, levels
 
-    seen, of, options, levels = sharing.checked(checked)
+    own, of, options, levels = sharing.checked(checked)
     facts = {"options": options, "level": of, "orientation": orientation}
-    seen, levels = _gathered(sharing, seen, levels, facts)
+    seen, levels = _gathered(sharing, own, levels, facts)
     pairs, named = [], {}
     for larger, smaller in permutations(seen, 2):
         w, other = levels[larger], levels[smaller]
@@ -176,7 +176,7 @@ def directed_pkt(
             g = g.mean().expand(len(g))
         pairs.append((smaller, larger) if orientation == "student" else (larger, smaller))
         named[f"confidence[{larger!r}] above [{smaller!r}]"] = g
-    return _loss(op, seen, pairs, named, options)
+    return sharing.named(own, None, lambda: _loss(op, seen, pairs, named, options))
 
 
 class PKTLoss(nn.Module):

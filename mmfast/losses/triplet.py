@@ -9,17 +9,16 @@ from torch import Tensor
 
 from mmfast.checks import check_bool, check_integer, check_number
 from mmfast.errors import UserError
-from mmfast.losses.similarity import REDUCTIONS, Call, SimilarityLoss, choice
+from mmfast.losses.similarity import REDUCTIONS, Call, Found, ReadsScores, SimilarityLoss, choice
 from mmfast.ops.similarity import triplet_passes as passes
 from mmfast.ops.similarity.checks import check_rows
 from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.statistics import Compared
 from mmfast.ops.similarity.triplet import triplets
 from mmfast.ops.similarity.triplet_scores import OF_ITSELF, SCORES
 
 
-class TripletComponents(NamedTuple):
-    """Of the latest call of a triplet loss: detached scalars. A batch-hard anchor has one triplet."""
-
+class _Components(NamedTuple):
     loss: Tensor
     anchors: Tensor
     """rows that count: those with a positive and a negative"""
@@ -29,6 +28,15 @@ class TripletComponents(NamedTuple):
     """triplets whose negative is farther than the positive, but not by the margin"""
     hard: Tensor
     """triplets whose negative is nearer than the positive"""
+
+
+class TripletComponents(_Components, ReadsScores):
+    """Of the latest call of a triplet loss: detached scalars, already computed; and those of its scores.
+
+    loss; anchors: rows that count, those with a positive and a negative; easy, semihard, hard: triplets whose
+    negative is farther than the positive by the margin or more, farther but not by the margin, and nearer. A
+    batch-hard anchor has one triplet.
+    """
 
 
 MININGS = ("all", "semihard", "hard", "batch_hard", "semihard_nearest")
@@ -43,7 +51,10 @@ OVER = ("nonzero", "triplets", "positives", "anchors", "all")
 class _Call:
     """One call: its options, looked at, and its reduction."""
 
-    def __init__(self, op: str, options: passes.Options, score: str, over: str, reduction: str, sharing):
+    def __init__(
+        self, op: str, options: passes.Options, score: str, over: str, reduction: str, sharing, name="z"
+    ):
+        self.name = name
         self.op, self.options, self.score = op, options, choice(op, "score", score, SCORES)
         if options.lone and score not in OF_ITSELF:
             raise UserError(f"{op}: score must be a cosine or a distance for anchors 'st', got {score!r}")
@@ -51,24 +62,22 @@ class _Call:
         # What it says about ``over`` is for other losses.
         self.call = Call(op, choice(op, "reduction", reduction, REDUCTIONS), "all", sharing)
 
-    def __call__(self, z, labels, ids, valid, weights) -> tuple[Tensor, Tensor]:
-        op, call, options = self.op, self.call, self.options
+    def __call__(self, z, labels, ids, valid, weights) -> Found:
+        op, call, options, name = self.op, self.call, self.options, self.name
 
         def checked():
-            check_rows(op, "z", z)
+            check_rows(op, name, z)
             if labels is None:
                 raise UserError(f"{op}: labels must be given, got None")
-            return call.vectors(("z", z), labels, ids, valid, weights)
+            return call.of({name: z}, valid).vectors((name, z), labels, ids, valid, weights)
 
         vectors = call.sharing.checked(checked)
         facts = options._asdict() | {"score": self.score, "reduction": call.reduction, "over": self.over}
         (rows,), (labels, ids, valid, weights) = call.sharing.gather([z], vectors, facts)
-        if len(rows) < 2:
-            raise UserError(
-                f"{op}: z must have at least 2 rows (a contrast needs two), got {tuple(rows.shape)}"
-            )
-        values, counts = triplets(rows, labels, ids, valid, self.score, options)
-        return self._reduced(values, counts, valid, weights)
+        call.refuse_one_row(rows)
+        values, counts = call.named(lambda: triplets(rows, labels, ids, valid, self.score, options))
+        pairs = (None if x is None else (x, x) for x in (labels, ids, valid))
+        return *self._reduced(values, counts, valid, weights), Compared(rows, None, *pairs, self.score)
 
     def _reduced(self, values, counts, valid, weights) -> tuple[Tensor, Tensor]:
         terms, easy, semihard, hard, positives, negatives = counts
@@ -249,17 +258,13 @@ def smooth_triplet(
 
 class _TripletLoss(SimilarityLoss):
     op: str
+    _components = TripletComponents
 
     def _options(self, sharing: Sharing) -> _Call:
         raise NotImplementedError
 
     def _checked(self) -> None:
         self._options(Sharing(self.op, *self._sharing()))
-
-    @property
-    def last(self) -> TripletComponents | None:
-        """Components of the latest call (None before the first), already computed, without its graph."""
-        return None if self._last is None else TripletComponents(*self._last.unbind())
 
     def forward(
         self,

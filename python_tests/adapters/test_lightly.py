@@ -106,6 +106,10 @@ def test_gathering_needs_torch_distributed(monkeypatch):
 
 A = torch.ones(3, 4)
 INVALID = [
+    (lambda: DCLLoss(weight_fn=lambda a, b: a)(torch.ones(3, 4), torch.ones(3, 4)),
+     "lightly.DCLLoss: weight_fn must give a tensor (3,), got (3, 4)"),
+    (lambda: DCLLoss(weight_fn=lambda a, b: 1.0)(torch.ones(3, 4), torch.ones(3, 4)),
+     "lightly.DCLLoss: weight_fn must give a tensor (3,), got 1.0"),
     (lambda: NTXentLoss(0.0), "lightly.NTXentLoss: temperature must be finite and above 0, got 0.0"),
     (lambda: NTXentLoss(-0.5), "lightly.NTXentLoss: temperature must be finite and above 0, got -0.5"),
     (lambda: NTXentLoss(memory_bank_size=64),

@@ -137,6 +137,7 @@ INVALID = [
     (lambda: SupConLoss()(X, Y[:3], SAME), OP + "mask must be None with labels, got both"),
     (lambda: SupConLoss()(X, Y), OP + "labels must have shape (3,), one for each row of features, got (8,)"),
     (lambda: SupConLoss()(X, mask=SAME), OP + "mask must have shape (3, 3), got (8, 8)"),
+    (lambda: SupConLoss()(X, mask=torch.full((3, 3), torch.nan)), OP + "mask must be finite, got NaN or infinity"),
     (lambda: SupConLoss(contrast_mode="two"), OP + "contrast_mode must be one of all, one, got 'two'"),
     (lambda: SupConLoss(0), OP + "temperature must be finite and above 0, got 0"),
     (lambda: SupConLoss(base_temperature=-1), OP + "base_temperature must be finite and above 0, got -1"),

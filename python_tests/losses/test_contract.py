@@ -91,6 +91,42 @@ def test_upstream_and_two_calls_before_one_backward_pass(name):
 
 
 @EVERY
+def test_scaled_parts_add_up_to_the_gradient(name):
+    row, (a, b, labels) = LOSSES[name], data(12, 5, torch.float32)
+    loss, x = row.make(), a.clone().requires_grad_()
+    (whole,) = torch.autograd.grad(row.call(loss, x, b, labels), x)
+    for _ in range(8):
+        (row.call(loss, x, b, labels) / 8).backward()
+    near([x.grad], [whole], 1e-6)
+
+
+LABELS = {
+    "int8": lambda y: y.to(torch.int8),
+    "strided": lambda y: torch.stack((y.int(), y.int()), 1)[:, 1],
+    "unsigned": lambda y: y.to(torch.uint16),
+    "large": lambda y: torch.tensor([-(2**63) + 1, 2**63 - 1, 0, 2**32, 2**40])[y],
+    "bools": lambda y: y > 1,
+}
+
+
+@EVERY
+@pytest.mark.parametrize("kind", LABELS)
+def test_labels_of_any_integers(name, kind):
+    a, b, labels = data(12, 4)
+    plain = LABELS[kind](labels).long() if kind == "bools" else labels
+    for found, want in zip(
+        results(name, a, b, LABELS[kind](labels)), results(name, a, b, plain), strict=True
+    ):
+        assert torch.equal(found, want)
+
+
+def test_every_public_loss_is_in_the_table():
+    others = {"BarlowTwinsLoss", "MultiViewBarlowTwinsLoss"}
+    public = {name for name in mmfast.__all__ if name.endswith("Loss")}
+    assert public - others == {name.split()[0] for name in LOSSES}
+
+
+@EVERY
 def test_layouts_and_repeats_change_no_bit(name):
     a, b, labels = data(20, 16, torch.float32)
     expected = results(name, a, b, labels)
@@ -143,8 +179,9 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(name):
 
 
 @EVERY
-def test_rows_of_zeros_get_no_gradient(name):
-    a, b, labels = data(12, 4, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_of_zeros_get_no_gradient(name, dtype):
+    a, b, labels = data(12, 4, dtype)
     a[3] = 0
     value, grad, *_ = results(name, a, b, labels)
     assert value.isfinite() and grad.isfinite().all()
@@ -164,7 +201,9 @@ def test_all_rows_equal(name):
 def test_what_is_not_finite_is_refused(name, wrong):
     row, (a, b, labels) = LOSSES[name], data(8, 4, torch.float32)
     a[2, 1] = wrong
-    with pytest.raises(UserError, match=r"must be finite, got 1 NaN or infinite .* in row \d+, column 1"):
+    with pytest.raises(
+        UserError, match=rf"^{row.says} must be finite, got 1 NaN or infinite .* row 2, column 1"
+    ):
         row.call(row.make(), a, b, labels)
 
 
@@ -186,6 +225,24 @@ def test_gradients_are_final(name):
     (grad,) = torch.autograd.grad(row.call(row.make(), a, b, labels), a, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{row.op}: the gradient must not be differentiated again"):
         grad.sum().backward()
+
+
+@EVERY
+def test_batched_gradients_are_multiples_or_refused_by_name(name):
+    row, (a, b, labels) = LOSSES[name], data(8, 4)
+    a.requires_grad_()
+    loss = row.call(row.make().double(), a, b, labels)
+    above = torch.tensor([1.0, -2.5], dtype=torch.float64)
+
+    def batched():
+        return torch.autograd.grad(loss, a, above, is_grads_batched=True, retain_graph=True)[0]
+
+    if name == "VICRegLoss":
+        with pytest.raises(NotImplementedError, match=r"^vicreg: .* is_grads_batched"):
+            batched()
+    else:
+        (grad,) = torch.autograd.grad(loss, a, retain_graph=True)
+        near(batched().unbind(), [grad, -2.5 * grad], 1e-12)
 
 
 @EVERY

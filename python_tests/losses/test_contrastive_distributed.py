@@ -5,6 +5,7 @@ import torch
 from ranks import Ranks
 
 from mmfast import functional as F
+from mmfast.losses.contrastive import SupConLoss
 from mmfast.losses.transfer import directed_pkt, pkt
 
 ROWS = [5, 2, 0, 4]
@@ -43,6 +44,11 @@ CALLS = {
         {"t": a, "v": b}, {"t": weights, "v": torch.full_like(weights, 0.5)}, preset="released", **o
     ),
     "hinge": lambda a, b, labels, weights, t, **o: F.pairwise_hinge(a, b, weights=weights, **o),
+    "hardest": lambda a, b, labels, weights, t, **o: F.pairwise_hinge(a, b, hardest=True, ids=labels, **o),
+    "neighbours": lambda a, b, labels, weights, t, **o: F.soft_nearest_neighbour(
+        a, labels, t, weights=weights, valid=weights > 0.2, **o
+    ),
+    "in": lambda a, b, labels, weights, t, **o: F.sup_con(a, labels, t, variant="in", over="pairs", **o),
     "n_pair": lambda a, b, labels, weights, t, **o: F.n_pair(a, b, l2=0.1, **o),
     "dcl": lambda a, b, labels, weights, t, **o: F.nt_xent(a, b, t, variant="dcl", **o),
     "siglip": lambda a, b, labels, weights, t, **o: F.siglip(a, b, t, bias=-t, **o),
@@ -101,6 +107,59 @@ def refused(group):
         except ValueError as error:
             sentences.append(str(error))
     return sentences
+
+
+def not_finite(group):
+    """Of the second process's rows."""
+    rank = torch.distributed.get_rank(group)
+    z, other, labels = torch.ones(3 - rank, 4), torch.ones(3 - rank, 4), torch.arange(3 - rank) % 2
+    if rank == 1:
+        other[1, 2] = torch.nan
+    sentences = []
+    for call in (
+        lambda: F.nt_xent(z, other, group=group),
+        lambda: F.clip(z, other, group=group),
+        lambda: F.pairwise_hinge(z, other, group=group),
+        lambda: F.soft_nearest_neighbour(other, labels, group=group),
+        lambda: F.triplet_margin(other, labels, group=group),
+        lambda: pkt({"a": z, "b": other}, group=group),
+        lambda: F.n_pair(z * 1e30, z * 1e30, group=group),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            sentences.append(str(error))
+    return sentences
+
+
+def test_what_is_not_finite_is_named_as_its_process_knows_it(ranks):
+    words = " must be finite, got 1 NaN or infinite values of 8, the first (nan) in row 1, column 2 (on rank 1 of 2)"
+    names = (
+        "nt_xent: z_b",
+        "clip: key",
+        "pairwise_hinge: key",
+        "soft_nearest_neighbour: z",
+        "triplet_margin: z",
+        "pkt: b",
+    )
+    for sentences in ranks(not_finite, size=2):
+        assert sentences[:-1] == [name + words for name in names]
+        assert sentences[-1].startswith("n_pair: query must have lengths within the range of torch.float32")
+
+
+def statistics(group):
+    start = 0 if group is None else sum(ROWS[: torch.distributed.get_rank(group)])
+    stop = None if group is None else start + ROWS[torch.distributed.get_rank(group)]
+    loss = SupConLoss(group=group)
+    a, _, labels, _ = (x[start:stop] for x in data(2))
+    loss(a, labels)
+    if start:
+        return None
+    return [float(x) for x in (loss.last.mean_positive, loss.last.mean_negative, loss.last.accuracy)]
+
+
+def test_scores_are_those_of_all_rows_and_read_by_one_process_alone(ranks):
+    assert ranks(statistics, size=2)[0] == pytest.approx(statistics(None))
 
 
 def test_what_must_be_equal_is_named(ranks):

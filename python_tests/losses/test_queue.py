@@ -199,6 +199,16 @@ def test_masks_and_rows_that_are_not_valid():
     assert views.queue.labels[:7].tolist() == [0, 0, 1, 1, 1, 1, NOBODY]
 
 
+def test_rows_that_are_not_finite_are_not_taken():
+    queue, mask = EmbeddingQueue(4, 3), torch.tensor([True, False])
+    wrong = torch.tensor([[1.0, 2, 3], [4, torch.nan, 5]])
+    with pytest.raises(UserError, match=r"^EmbeddingQueue.enqueue: rows must be finite, .* row 1, column 1"):
+        queue.enqueue(wrong)
+    assert not queue.filled
+    queue.enqueue(wrong, mask=mask)
+    assert queue.filled == 1 and queue.rows.isfinite().all()
+
+
 def test_half_types_and_float32_queues():
     loss = SupConLoss(queue=EmbeddingQueue(8, 6))
     z = rows(5, 6).to(torch.bfloat16).requires_grad_()

@@ -224,8 +224,8 @@ def test_two_calls_before_one_backward_pass_and_equal_results():
 
 
 AGAIN = (
-    "vicreg: the gradient must not be differentiated again (double backward, forward mode or torch.func "
-    "transforms)"
+    "vicreg: the gradient must not be differentiated again or batched (double backward, forward mode, "
+    "torch.func transforms, is_grads_batched)"
 )
 
 
@@ -241,6 +241,7 @@ def test_second_derivatives_are_refused():
     for call in (
         lambda: torch.func.grad(lambda x: vicreg(x, b))(a),
         lambda: torch.func.jvp(lambda x: vicreg(x, b), (a,), (a,)),
+        lambda: torch.autograd.grad(vicreg(a, b), a, torch.ones(2, **DOUBLE), is_grads_batched=True),
     ):
         with pytest.raises(NotImplementedError) as caught:
             call()

@@ -19,11 +19,13 @@ from mmfast.adapters.pytorch_metric_learning.pairs import (
 from mmfast.adapters.pytorch_metric_learning.reducers import check_reducer, reduced
 from mmfast.checks import check_number
 from mmfast.errors import UserError
-from mmfast.losses.similarity import SimilarityLoss
+from mmfast.losses.similarity import SimilarityLoss, nothing
 from mmfast.ops.barlow_twins.checks import compute_dtype
-from mmfast.ops.similarity.checks import check_integers, check_rows
+from mmfast.ops.similarity.checks import check_integers, check_rows, refuse_not_finite
 from mmfast.ops.similarity.op import similarity
-from mmfast.ops.similarity.own import similarity_without_own
+from mmfast.ops.similarity.own import own_first
+from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.statistics import Compared
 
 
 class PairLoss(SimilarityLoss):
@@ -90,30 +92,37 @@ class PairLoss(SimilarityLoss):
         """k: None for q itself; own: rows of k that are those of q; valid: which rows of k there are, or None."""
         dtype = compute_dtype(q)
         if k is None and len(q) < 2:
-            return self._kept((q.sum() * 0, torch.zeros(3, dtype=dtype, device=q.device)))
+            refuse_not_finite(self._op, {"embeddings": q})
+            facts = torch.zeros(3, dtype=dtype, device=q.device)
+            return self._kept((nothing(q), facts, Compared(q, None, labels, None, None, "cosine")))
         cosine = check_similarity(self._op, self.distance)
         scale = torch.full((), 1 / self.temperature, dtype=dtype, device=q.device)
         there = None
         if valid is not None:
             there = torch.ones(len(q), dtype=torch.bool, device=q.device), valid
-        if k is None or own is None:
-            found = similarity(q, k, labels, None, there, scale, None, self._kind, cosine)
-        else:
-            found = similarity_without_own(q, k, own, labels, None, there, scale, self._kind, cosine)
-        values, counts = found
+        views = {"embeddings": q} | ({} if k is None else {"ref_emb": k})
+        some = _any_negative(*labels, valid)
+        itself, pairs = own is not None, (labels, None, there)
+        if k is not None and itself:
+            k, *pairs = own_first(q, k, own, *pairs)
+        values, counts = Sharing(self._op, None).named(
+            views, None, lambda: similarity(q, k, *pairs, scale, None, self._kind, cosine, itself)
+        )
+        compared = Compared(q, k, *pairs, "cosine" if cosine else "dot", itself)
         # Without any negative both losses are 0.
-        values = torch.where(_any_negative(*labels, valid), values, 0)
+        values = torch.where(some, values, 0)
         with torch.no_grad():
             facts = (counts > 0).to(dtype).sum(), counts.sum()
         if self._name() == "DoNothingReducer":
             rows = torch.arange(len(q), device=q.device)
-            self._last = torch.stack((values.detach().sum(), *facts))
+            self._kept((values, torch.stack((values.detach().sum(), *facts)), compared))
             return dictionary(values, rows, "element")
         of_pairs = self._kind == "negatives"
         loss = reduced(self._name(), values, counts if of_pairs else torch.ones_like(values))
-        return self._kept((loss, torch.stack((loss.detach(), *facts))))
+        return self._kept((loss, torch.stack((loss.detach(), *facts)), compared))
 
     def _of_indices(self, indices: tuple[Tensor, ...], q: Tensor, k: Tensor | None) -> Any:
+        refuse_not_finite(self._op, {"embeddings": q} | ({} if k is None else {"ref_emb": k}))
         cosine = check_similarity(self._op, self.distance)
         score = "cosine" if cosine else "dot"
         logits = scores(q, q if k is None else k, score) / self.temperature
@@ -125,14 +134,14 @@ class PairLoss(SimilarityLoss):
         with torch.no_grad():
             facts = logits.new_tensor([len(indices[0].unique()), len(indices[0])])
         if self._name() == "DoNothingReducer":
-            self._last = torch.cat((losses.detach().sum()[None], facts))
+            self._kept((losses, torch.cat((losses.detach().sum()[None], facts)), None))
             if not len(indices[0]):
                 return {"loss": {"losses": 0, "indices": None, "reduction_type": "already_reduced"}}
             if self._kind == "negatives":
                 return dictionary(losses, indices[:2], "pos_pair")
             return dictionary(losses, torch.arange(len(q), device=q.device), "element")
         loss = reduced(self._name(), losses, torch.ones_like(losses))
-        return self._kept((loss, torch.cat((loss.detach()[None], facts))))
+        return self._kept((loss, torch.cat((loss.detach()[None], facts)), None))
 
 
 def dictionary(losses: Tensor, indices: Any, kind: str) -> dict[str, dict[str, Any]]:

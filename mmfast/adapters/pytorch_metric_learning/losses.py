@@ -16,7 +16,9 @@ from mmfast.checks import check_bool, check_integer
 from mmfast.errors import UserError
 from mmfast.losses.queue import EmbeddingQueue
 from mmfast.ops.barlow_twins.checks import compute_dtype
-from mmfast.ops.similarity.checks import check_rows, check_valid
+from mmfast.ops.similarity.checks import check_rows, check_valid, refuse_not_finite
+from mmfast.ops.similarity.rows import joined
+from mmfast.ops.similarity.shared import Sharing
 
 
 class NTXentLoss(PairLoss):
@@ -77,9 +79,13 @@ class SelfSupervisedLoss(nn.Module):
                 f"{op}: ref_emb must have the {len(embeddings)} rows of embeddings, got {tuple(ref_emb.shape)}"
             )
         labels = torch.arange(len(embeddings), device=embeddings.device)
-        if self.symmetric:
-            return self.loss(torch.cat((embeddings, ref_emb)), torch.cat((labels, labels)))
-        return self.loss(embeddings, labels, ref_emb=ref_emb, ref_labels=labels.clone())
+
+        def call():
+            if self.symmetric:
+                return self.loss(joined(embeddings, ref_emb), torch.cat((labels, labels)))
+            return self.loss(embeddings, labels, ref_emb=ref_emb, ref_labels=labels.clone())
+
+        return Sharing(op, None).named({"embeddings": embeddings, "ref_emb": ref_emb}, None, call)
 
 
 class CrossBatchMemory(nn.Module):
@@ -118,6 +124,8 @@ class CrossBatchMemory(nn.Module):
         rows = "embeddings", check_rows(op, "embeddings", embeddings)
         queue.check(op, *rows)
         labels = check_labels(op, "labels", labels, rows)
+        # Before they are in the queue.
+        refuse_not_finite(op, {"embeddings": embeddings})
         if indices_tuple is not None:
             raise UserError(f"{op}: indices_tuple must be None, got {type(indices_tuple).__name__}")
         if self.loss._name() == "DoNothingReducer" and self.loss._kind == "negatives":

@@ -17,6 +17,8 @@ from mmfast.losses.similarity import SimilarityLoss
 from mmfast.ops.barlow_twins.checks import compute_dtype
 from mmfast.ops.similarity.checks import check_rows
 from mmfast.ops.similarity.op import similarity
+from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.statistics import Compared
 
 OP = PEER + "NPairsLoss"
 
@@ -69,13 +71,16 @@ class NPairsLoss(SimilarityLoss):
         scale = torch.ones((), dtype=compute_dtype(embeddings), device=labels.device)
         q, k = embeddings[anchors], embeddings[positives]
         pairs = (place, place), None, (there, there)
-        values, counts = similarity(q, k, *pairs, scale, None, "out", cosine)
+        values, counts = Sharing(OP, None).named(
+            {"embeddings": embeddings}, None, lambda: similarity(q, k, *pairs, scale, None, "out", cosine)
+        )
+        compared = Compared(q, k, *pairs, "cosine" if cosine else "dot")
         facts = counts.sum().detach()
         if name == "DoNothingReducer":
-            self._last = torch.stack((values.detach().sum(), facts, facts))
+            self._kept((values, torch.stack((values.detach().sum(), facts, facts)), compared))
             return dictionary(values, anchors, "element")
         loss = reduced(name, values, counts)
-        return self._kept((loss, torch.stack((loss.detach(), facts, facts))))
+        return self._kept((loss, torch.stack((loss.detach(), facts, facts)), compared))
 
 
 def _first_of(labels: Tensor) -> Tensor:

@@ -15,9 +15,11 @@ from mmfast.adapters.pytorch_metric_learning.pairs import check_indices, scores
 from mmfast.adapters.pytorch_metric_learning.reducers import check_reducer, reduced
 from mmfast.checks import check_bool, check_number
 from mmfast.errors import UserError
+from mmfast.losses.similarity import nothing
 from mmfast.losses.triplet import _Call, _TripletLoss
-from mmfast.ops.similarity.checks import check_rows
+from mmfast.ops.similarity.checks import check_rows, refuse_not_finite
 from mmfast.ops.similarity.shared import Sharing
+from mmfast.ops.similarity.statistics import Compared
 from mmfast.ops.similarity.triplet_passes import Options
 
 OP = PEER + "TripletMarginLoss"
@@ -85,13 +87,18 @@ class TripletMarginLoss(_TripletLoss):
             if kind is not None:
                 labels = check_labels(OP, "labels", labels, rows)
                 if len(embeddings) < 2:
-                    return self._nothing(embeddings.sum() * 0)
+                    refuse_not_finite(OP, {"embeddings": embeddings})
+                    same = labels, labels
+                    return self._nothing(
+                        nothing(embeddings), Compared(embeddings, None, same, None, None, score)
+                    )
                 options = Options(kind, self.margin, ties=True)
                 over = OVER[name][kind == "batch_hard"]
                 reduction = "sum" if name == "SumReducer" else "mean"
-                call = _Call(OP, options, score, over, reduction, Sharing(OP, None))
+                call = _Call(OP, options, score, over, reduction, Sharing(OP, None), "embeddings")
                 return self._kept(call(embeddings, labels, None, None, None))
         refs = embeddings if ref_emb is None else check_rows(OP, "ref_emb", ref_emb, rows)
+        refuse_not_finite(OP, {"embeddings": embeddings, "ref_emb": refs})
         triplets = self._triplets(embeddings, labels, indices_tuple, ("ref_emb", refs), ref_emb, ref_labels)
         return self._of_triplets(scores(embeddings, refs, score), triplets, name)
 
@@ -133,7 +140,7 @@ class TripletMarginLoss(_TripletLoss):
         a, p, n = triplets
         x = s[a, n] - s[a, p]
         if not len(a):
-            zero = self._nothing(s.sum() * 0)
+            zero = self._nothing(nothing(s))
             if name == "DoNothingReducer":
                 return {"loss": {"losses": 0, "indices": None, "reduction_type": "already_reduced"}}
             return zero
@@ -143,8 +150,8 @@ class TripletMarginLoss(_TripletLoss):
             easy, hard = (x + self.margin <= 0).sum(), (x >= 0).sum()
             numbers = torch.stack((easy, len(x) - easy - hard, hard)).to(s.dtype)
             facts = torch.cat((torch.stack((loss, loss.new_tensor(len(a.unique())))), numbers))
-        self._kept((loss, facts))
+        self._kept((loss, facts, None))
         return dictionary(losses, triplets, "triplet") if name == "DoNothingReducer" else loss
 
-    def _nothing(self, zero: Tensor) -> Tensor:
-        return self._kept((zero, torch.zeros(5, dtype=zero.dtype, device=zero.device)))
+    def _nothing(self, zero: Tensor, compared: Compared | None = None) -> Tensor:
+        return self._kept((zero, torch.zeros(5, dtype=zero.dtype, device=zero.device), compared))

@@ -93,28 +93,33 @@ def compute_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-def unusable(views: Mapping[str, Tensor], op: str = OP) -> UserError:
+def unusable(views: Mapping[str, Tensor], op: str = OP) -> Unusable:
     """Which of the embeddings are not finite, or too large for their variance to be computed."""
     return not_finite(views, op) or too_large(views, op)
 
 
-def not_finite(views: Mapping[str, Tensor], op: str = OP) -> UserError | None:
+class Unusable(UserError):
+    """Embeddings hold NaN or infinity, or are too large for what is made of them."""
+
+
+def not_finite(views: Mapping[str, Tensor], op: str = OP) -> Unusable | None:
     """What to say of the first view that holds NaN or infinity."""
     for name, z in views.items():
         wrong = ~z.isfinite()
         if count := int(wrong.sum()):
             row, column = wrong.nonzero()[0].tolist()
-            return UserError(
+            return Unusable(
                 f"{op}: {name} must be finite, got {count} NaN or infinite values of {z.numel()}, "
                 f"the first ({float(z[row, column])}) in row {row}, column {column}"
             )
     return None
 
 
-def too_large(views: Mapping[str, Tensor], op: str = OP) -> UserError:
+def too_large(views: Mapping[str, Tensor], op: str = OP, what: str = "variances") -> Unusable:
+    """What to say where something made of finite embeddings is not finite: of those with the largest values."""
     largest = {name: float(z.abs().max()) if z.numel() else 0.0 for name, z in views.items()}
     name = max(largest, key=largest.get)
-    return UserError(
-        f"{op}: {name} must have variances within the range of {compute_dtype(views[name])}, "
+    return Unusable(
+        f"{op}: {name} must have {what} within the range of {compute_dtype(views[name])}, "
         f"got values up to {largest[name]:.3g}"
     )

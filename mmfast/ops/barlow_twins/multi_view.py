@@ -200,7 +200,8 @@ def _loss(
         term, summary = _term(n, energy, known, views[a], views[b], setting)
         loss = loss + weight * term
         components.append(summary)
-    return Upstream.apply(ranks, setting.share, loss.to(dtype)), torch.stack(components).to(dtype)
+    loss = Upstream.apply(ranks, setting.share, loss.to(dtype), _ORDINARY)
+    return loss, torch.stack(components).to(dtype)
 
 
 def _rows_of_pairs(present: Tensor | None, ranks: Ranks) -> float | Tensor:
@@ -262,19 +263,22 @@ def _debiased(off: Tensor, n: float, sums: dict[str, Tensor], center: bool) -> T
 
 
 class Upstream(Function):
-    """The loss that every process has; its gradient is that of the sum over processes, or a share of it."""
+    """The loss that every process has; its gradient is that of the sum over processes, or a share of it.
+
+    ``unbatched``: the sentence that refuses a batch of gradients from above.
+    """
 
     @staticmethod
-    def forward(ctx, ranks, share, loss):
-        ctx.ranks, ctx.share = ranks, share
+    def forward(ctx, ranks, share, loss, unbatched):
+        ctx.ranks, ctx.share, ctx.unbatched = ranks, share, unbatched
         return loss.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
         if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream):
-            raise NotImplementedError(_ORDINARY)
-        return None, None, ctx.ranks.sum(upstream) * ctx.share
+            raise NotImplementedError(ctx.unbatched)
+        return None, None, ctx.ranks.sum(upstream) * ctx.share, None
 
 
 class Sum(Function):

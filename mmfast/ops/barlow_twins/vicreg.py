@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import check_views, compute_dtype, not_finite, too_large
 from mmfast.ops.barlow_twins.definition import Definition, Setting
@@ -59,6 +60,9 @@ def vicreg(
     try:
         check_ordinary(views, _again(op))
         check_views(views, 2 if group is None else 0, corresponding=True, op=op)
+        if not torch.compiler.is_compiling():
+            # Plain PyTorch: another backend that is forced is refused.
+            backends.choose("vicreg", next(iter(views.values())).device)
     except (TypeError, ValueError, NotImplementedError) as error:
         problem = error
     if group is None and problem is not None:
@@ -77,7 +81,7 @@ def vicreg(
         gram=gram_is_cheaper(ranks.total, z_a.shape[1]) if gram is None else gram,
     )
     with torch.autocast(z_a.device.type, enabled=False):
-        loss, components = _loss(_Once.apply(z_a, op), _Once.apply(z_b, op), definition, setting, ranks)
+        loss, components = _loss(_Once.apply(z_a, op), _Once.apply(z_b, op), definition, setting, ranks, op)
     # Asking a GPU would wait for it: there the loss becomes NaN.
     if not (torch.compiler.is_compiling() or loss.is_cuda or loss.detach().isfinite()):
         for wrong in (not_finite(views, op), too_large(views, op)):
@@ -102,7 +106,7 @@ def _ranks(op: str, group, views: Mapping[str, Tensor], options, problem: Except
 
 
 def _loss(
-    z_a: Tensor, z_b: Tensor, definition: VICRegDefinition, setting: Setting, ranks: Ranks
+    z_a: Tensor, z_b: Tensor, definition: VICRegDefinition, setting: Setting, ranks: Ranks, op: str
 ) -> tuple[Tensor, Tensor]:
     rows, columns = ranks.total, z_a.shape[1]
     standardised = Standardise.apply(setting, ranks, None, z_a, z_b)
@@ -127,7 +131,7 @@ def _loss(
     loss = definition.invariance * invariance
     loss = loss + definition.variance * variance + definition.covariance * covariance
     components = torch.stack((loss, invariance, variance, covariance)).detach().to(z_a.dtype)
-    return Upstream.apply(ranks, setting.share, loss.to(z_a.dtype)), components
+    return Upstream.apply(ranks, setting.share, loss.to(z_a.dtype), _again(op)), components
 
 
 class _Once(Function):
@@ -164,6 +168,6 @@ class _Final(Function):
 
 def _again(op: str) -> str:
     return (
-        f"{op}: the gradient must not be differentiated again (double backward, forward mode or torch.func "
-        "transforms)"
+        f"{op}: the gradient must not be differentiated again or batched (double backward, forward mode, "
+        "torch.func transforms, is_grads_batched)"
     )

@@ -47,8 +47,8 @@ class _Settings(NamedTuple):
 
 
 def served(device: torch.device) -> bool:
-    """Whether the engine serves tensors on ``device``."""
-    return backends.choose(OP, device) == "cpu"
+    """Whether the engine serves tensors on ``device``; else, or where another backend is asked for, torch does."""
+    return backends.asked() in (None, "cpu") and not backends.why_not("cpu", device, OP)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from mmfast.checks import check_number, told
 from mmfast.errors import UserError
-from mmfast.ops.barlow_twins.checks import check_dense, compute_dtype
+from mmfast.ops.barlow_twins.checks import check_dense, compute_dtype, not_finite
 from mmfast.ops.native import dtype_code
 
 
@@ -32,20 +33,30 @@ def check_rows(op: str, name: str, x: Any, like: tuple[str, Tensor] | None = Non
     return x
 
 
+def refuse_not_finite(op: str, views: Mapping[str, Tensor]) -> None:
+    """Raises for NaN and infinity on the CPU; nobody waits for other devices, and compilers look at no values."""
+    if all(x.device.type == "cpu" for x in views.values()) and not torch.compiler.is_compiling():
+        problem = not_finite(views, op)
+        if problem is not None:
+            raise problem
+
+
 def _check_device(op: str, name: str, x: Tensor, other: str, first: Tensor) -> None:
     if x.device != first.device:
         raise UserError(f"{op}: {name} must be on the device of {other} ({first.device}), got {x.device}")
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
 def check_integers(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
     """(B,) integers as int64, one for each of the rows (their name, and they)."""
     check_dense(op, name, x)
-    if x.dtype not in _INTEGERS:
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be integers, got {x.dtype}")
     return _check_vector(op, name, x, rows).long()
+
+
+def check_labels(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
+    """The same, of two classes perhaps: bools."""
+    return check_integers(op, name, x.long() if isinstance(x, Tensor) and x.dtype == torch.bool else x, rows)
 
 
 def check_valid(op: str, name: str, x: Any, rows: tuple[str, Tensor]) -> Tensor:
@@ -91,6 +102,7 @@ def check_scalar(op: str, name: str, x: Any, rows: tuple[str, Tensor], positive:
     """A number or scalar tensor, such as a learnable temperature, as a tensor () of the compute type."""
     other, first = rows
     dtype = compute_dtype(first)
+    limits, ends = ((0,), "(]") if positive else ((), "[]")
     if isinstance(x, Tensor):
         check_dense(op, name, x)
         if x.numel() != 1 or not x.dtype.is_floating_point:
@@ -98,10 +110,10 @@ def check_scalar(op: str, name: str, x: Any, rows: tuple[str, Tensor], positive:
                 f"{op}: {name} must be a number or a floating scalar tensor, got {x.dtype} {tuple(x.shape)}"
             )
         _check_device(op, name, x, other, first)
-        if positive and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            check_number(op, name, float(x.detach()), 0, ends="(]")
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_number(op, name, float(x.detach()), *limits, ends=ends)
         return x.reshape(()).to(dtype)
     if not isinstance(x, numbers.Real) or isinstance(x, bool):
         raise TypeError(f"{op}: {name} must be a number or a scalar tensor, got {told(x)}")
-    number = check_number(op, name, x, *((0,) if positive else ()), ends="(]" if positive else "[]")
+    number = check_number(op, name, x, *limits, ends=ends)
     return torch.full((), number, dtype=dtype, device=first.device)

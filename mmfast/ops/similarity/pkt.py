@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmfast import backends
 from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
 from mmfast.ops.products import matmul, product
 from mmfast.ops.similarity.checks import refuse_weights
@@ -119,6 +120,8 @@ def _row_weights(weights: Sequence[Tensor], like: Tensor, pairs: int) -> list[Te
 
 
 def _forward(views, weights, *settings_and_names):
+    # Plain PyTorch: another backend that is forced is refused.
+    backends.choose("pkt", views[0].device)
     *settings, names = settings_and_names
     settings = Settings(*settings)
     eps, taught, rows = settings.eps, settings.taught, views[0].shape[0]
@@ -283,7 +286,12 @@ def pkt(views: Sequence[Tensor], weights: Sequence[Tensor], names: Sequence[str]
 
 
 def _gradients(settings, count, upstream, scalars, *tensors):
-    return tuple(_backward_op(upstream, tensors[:count], tensors[count:], scalars, *settings))
+    views, weights = tensors[:count], tensors[count:]
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream):
+        # Of ``is_grads_batched``, which maps PyTorch's own operations alone: all are multiples of one gradient.
+        grads = _backward_op(scalars.new_ones(()), views, weights, scalars, *settings)
+        return tuple((upstream * grad).to(grad.dtype) for grad in grads)
+    return tuple(_backward_op(upstream, views, weights, scalars, *settings))
 
 
 class _FinalGradient(torch.autograd.Function):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmfast.errors import UserError
-from mmfast.ops.collectives import Ranks, agree, check_group, world
+from mmfast.ops.barlow_twins.checks import Unusable, not_finite, too_large
+from mmfast.ops.collectives import Ranks, agree, check_group, raise_together, world
 
 T = TypeVar("T")
 
@@ -43,6 +44,24 @@ class Sharing:
             agree(self.op, self.group, 0, {}, problem)
             raise
 
+    def named(
+        self, views: Mapping[str, Tensor], valid: Tensor | None, call: Callable[[], T], what: str = "lengths"
+    ) -> T:
+        """What ``call`` gives, which computes with the embeddings of all processes.
+
+        Embeddings that it cannot use are refused by all, with the names and rows that who asked knows: ``views`` are
+        this process's, (n, D) or (n, V, D), ``valid`` (n,) says which rows are there. ``what``: of finite embeddings
+        is not finite.
+        """
+        if torch.compiler.is_compiling():
+            return call()
+        try:
+            return call()
+        except Unusable:
+            parts = dict(by_view(views, valid))
+        for problem in (not_finite(parts, self.op), too_large(parts, self.op, what)):
+            raise_together(self.group, problem)
+
     def gather(self, rows: list[Tensor], vectors: list[Tensor | None], facts: dict) -> tuple[list, list]:
         """Rows (n, D) and vectors (n,) of all processes in the order of ranks; None stays None."""
         if self.group is None:
@@ -65,6 +84,14 @@ class Sharing:
             return x
         size = torch.distributed.get_world_size(self.group)
         return x / size + (x - x / size).detach()
+
+
+def by_view(views: Mapping[str, Tensor], valid: Tensor | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Names and (n, D) of embeddings (n, D) or (n, V, D), with zeros for rows that are not valid."""
+    for name, z in views.items():
+        parts = {name: z} if z.dim() == 2 else {f"{name}[:, {v}]": part for v, part in enumerate(z.unbind(1))}
+        for part, x in parts.items():
+            yield part, x if valid is None else torch.where(valid[:, None], x, 0)
 
 
 def _gathered(x: Tensor, ranks: Ranks) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mmfast import backends
-from mmfast.errors import UserError
-from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite
+from mmfast.ops.barlow_twins.checks import compute_dtype, not_finite, too_large
 from mmfast.ops.similarity import triplet_passes as passes
 from mmfast.ops.similarity.op import _without, strips
 from mmfast.ops.similarity.passes import Rule
@@ -34,7 +33,7 @@ def _rule(labels, ids, valid) -> Rule:
 
 def _engine(rule: Rule, kind: str) -> passes.Plain:
     # Exponentials are PyTorch's.
-    native = kind != "smooth" and backends.choose(OP, rule.labels[0].device) == "cpu"
+    native = backends.choose(OP, rule.labels[0].device) == "cpu" and kind != "smooth"
     return (Cpu if native else passes.Plain)(rule)
 
 
@@ -43,7 +42,8 @@ def _forward(z, labels, ids, valid, kind, margin, ties, soft, lone, score):
     scored = Scored.of(z, valid, score)
     rows = len(z)
     if z.device.type == "cpu" and not scored.finite():
-        raise not_finite({"z": _without(z, valid)}, OP) or UserError(f"{OP}: z must have finite lengths")
+        z = {"z": _without(z, valid)}
+        raise not_finite(z, OP) or too_large(z, OP, "lengths")
     pairs = kind == "batch_hard"
     values, slopes = scored.x.new_empty(rows), scored.x.new_empty((2, rows if pairs else 0))
     counts = torch.empty((6, rows), dtype=torch.long, device=z.device)
