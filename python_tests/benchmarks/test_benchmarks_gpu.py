@@ -47,7 +47,7 @@ def rehearsal(tmp_path):
             capture_output=True,
             text=True,
         )
-        lines = [line for line in done.stdout.splitlines() if line.split()[0] in PARTS]
+        lines = [line for line in done.stdout.splitlines() if line.partition(" ")[0] in PARTS]
         return done, lines, log.read_text().splitlines() if log.exists() else []
 
     return run
