@@ -14,7 +14,7 @@ import gpu
 
 SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
 SANITIZERS = ["memcheck", "racecheck", "synccheck", "initcheck"]
-PARTS = ["build", "info", "gpu", "loss", "benchmarks", *SANITIZERS, "triton"]
+PARTS = ["build", "info", "gpu", "loss", "benchmarks", *SANITIZERS, "triton", "similarity"]
 PROGRAMS = ("bash", "env", "cat", "dirname", "realpath", "mkdir", "timeout")
 PROGRAMS += ("tail", "grep", "sort", "uniq", "head", "tee")
 
