@@ -5,7 +5,7 @@
 # What failed is shown at the end, where a cut log still has it.
 # Usage: benchmarks/gpu.sh [FOLDER [PART...]]
 #     logs and results.json go to FOLDER, runs/gpu by default. Without PARTs all are run, in this order:
-#     build info gpu loss benchmarks memcheck racecheck synccheck initcheck triton
+#     build info gpu loss benchmarks memcheck racecheck synccheck initcheck triton similarity
 # Needs nvcc, g++ and Python with torch, triton, numpy, pybind11, setuptools, ninja, pytest, pytest-benchmark, hypothesis; no network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -86,7 +86,8 @@ sanitizer synccheck "${check[@]}" --tool synccheck "${ours[@]}" "${watched[@]}"
 sanitizer initcheck "${alone[@]}" bash -c '"$@" | tee "$0"; ! grep -A 2 Uninitialized "$0" | grep mmfast' \
     "$out/initcheck.all" compute-sanitizer --print-limit 1000 --tool initcheck "${watched[@]}"
 # Last, for it is the longest: more than a hundred kernels are compiled.
-part triton 240 "${every[@]}" python_tests/triton/test_{augment,barlow_twins,similarity}.py
+part triton 240 "${every[@]}" python_tests/triton/test_{augment,barlow_twins}.py
+part similarity 240 "${every[@]}" python_tests/triton/test_similarity.py
 
 [[ -e $out/benchmarks.log ]] && asked benchmarks && cat "$out/benchmarks.log"
 for name in "${failed[@]}"; do explain "$name"; done

@@ -36,7 +36,7 @@ OPS = {
     "augment_draw": _ALL,
     "augment_apply": _ALL,
     "barlow_twins": _ALL,
-    "similarity": ("cpu", "cuda"),
+    "similarity": _ALL,
     "triplets": ("cpu",),
     "pkt": (),
     "vicreg": (),

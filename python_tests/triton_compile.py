@@ -23,7 +23,8 @@ from triton.runtime.jit import create_function_from_signature
 
 from mmfast.ops.augment.plan import MASK_FEATURES, MASK_STEPS, NOISE, RESAMPLE, Step, chains, plan_width
 from mmfast.ops.barlow_twins.definition import Definition
-from mmfast.triton import augment, augment_chain, barlow_twins
+from mmfast.ops.similarity.passes import KINDS, Rule
+from mmfast.triton import augment, augment_chain, barlow_twins, similarity
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 HALF = (torch.bfloat16, torch.float16)
@@ -118,13 +119,43 @@ def barlow_twins_loss(recorder, dtype):
         )  # fmt: skip
 
 
+def similarity_losses(recorder, dtype):
+    name = str(dtype).removeprefix("torch.")
+    rows, columns = 2048, 1000
+    recorder.case = name
+    x, valid = torch.zeros(rows, columns, dtype=dtype), torch.ones(rows, dtype=torch.bool)
+    unit = torch.zeros(rows, columns, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    similarity.units(x, valid, unit, unit[:, :1])
+    similarity.row_gradients(unit, unit, unit[:, :1], unit[0, 0], x, unit[0])
+    if dtype in HALF:
+        return
+    for kind in KINDS:
+        recorder.case = f"{name} {kind}"
+        similarity_passes(kind, unit, rows, True)
+    recorder.case = f"{name} pair"
+    similarity_passes("out", unit, rows, False)
+    recorder.case = f"{name} odd"
+    similarity_passes("out", unit, 201, True)
+
+
+def similarity_passes(kind, like, rows, itself):
+    """Of rows among themselves with all that a rule may say, or with other candidates and without anything."""
+    scores, of_rows, scale = like.new_zeros(rows, rows), like.new_zeros(rows), like[0, 0]
+    pair = (torch.zeros(rows, dtype=torch.int64),) * 2
+    rule = Rule(pair, pair, [x.bool() for x in pair], True) if itself else Rule(pair, None, None, False)
+    passes = similarity.Passes(rule, kind, scale, scale if itself else None)
+    passes.forward(scores, 0, of_rows, of_rows, scores)
+    if kind != "sum":  # whose derivatives are those of "in"
+        passes.backward(scores, 0, scores, of_rows, True, (scores, of_rows) if itself else None)
+
+
 def main():
     recorder = Recorder(int(sys.argv[1]))
     for name, module in sys.modules.items():
         if name.startswith("mmfast.triton.") and hasattr(module, "launch"):
             module.launch = recorder
     for name in sys.argv[2:]:
-        for run in (augmentation, barlow_twins_loss):
+        for run in (augmentation, barlow_twins_loss, similarity_losses):
             run(recorder, getattr(torch, name))
     print(json.dumps(recorder.records))
 

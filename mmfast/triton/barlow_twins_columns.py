@@ -22,16 +22,6 @@ PROGRAMS = 1024  # enough to keep any GPU busy
 
 
 @triton.jit
-def root(x):
-    return tl.sqrt(x) if x.dtype == tl.float64 else tl.sqrt_rn(x)
-
-
-@triton.jit
-def divide(x, y):
-    return x / y if x.dtype == tl.float64 else tl.div_rn(x, y)
-
-
-@triton.jit
 def number(high, low, C: tl.constexpr):
     """A number of the host that was cut into two of fp32."""
     return tl.full((), high, C) + tl.full((), low, C)

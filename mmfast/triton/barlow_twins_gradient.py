@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 
 from mmfast.triton import launch
+from mmfast.triton.arithmetic import divide
 from mmfast.triton.barlow_twins_columns import (
     MERGE,
     ROWS,
     WIDTH,
     Grid,
-    divide,
     merged_sum,
     number,
     objective,

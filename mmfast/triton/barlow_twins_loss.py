@@ -8,12 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.triton import divisor, launch
+from mmfast.triton.arithmetic import divide, root
 from mmfast.triton.barlow_twins_columns import (
     PROGRAMS,
-    divide,
     number,
     objective,
-    root,
     vector_of,
 )
 

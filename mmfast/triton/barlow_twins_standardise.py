@@ -8,16 +8,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfast.triton import launch
+from mmfast.triton.arithmetic import divide, root
 from mmfast.triton.barlow_twins_columns import (
     MERGE,
     ROWS,
     WIDTH,
     Grid,
-    divide,
     merged_sum,
     number,
     parts_of,
-    root,
     scaling_of,
     tile_of,
     vector_of,

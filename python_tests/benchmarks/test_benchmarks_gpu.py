@@ -14,7 +14,7 @@ import gpu
 
 SCRIPT = Path(gpu.__file__).with_name("gpu.sh")
 SANITIZERS = ["memcheck", "racecheck", "synccheck", "initcheck"]
-PARTS = ["build", "info", "gpu", "loss", "benchmarks", *SANITIZERS, "triton"]
+PARTS = ["build", "info", "gpu", "loss", "benchmarks", *SANITIZERS, "triton", "similarity"]
 PROGRAMS = ("bash", "env", "cat", "dirname", "realpath", "mkdir", "timeout")
 PROGRAMS += ("tail", "grep", "sort", "uniq", "head", "tee")
 
@@ -47,7 +47,7 @@ def rehearsal(tmp_path):
             capture_output=True,
             text=True,
         )
-        lines = [line for line in done.stdout.splitlines() if line.split()[0] in PARTS]
+        lines = [line for line in done.stdout.splitlines() if line.partition(" ")[0] in PARTS]
         return done, lines, log.read_text().splitlines() if log.exists() else []
 
     return run

@@ -189,4 +189,8 @@ def passes_for(kind: str, backend: str):
     """The class of the passes of a kind."""
     if backend == "cuda":
         return Cuda
+    if backend == "triton":
+        from mmfast.triton.similarity import Passes
+
+        return Passes
     return Cpu if backend == "cpu" and kind in CPU_KINDS else Plain

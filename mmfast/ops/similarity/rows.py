@@ -30,8 +30,8 @@ def rows_of(x: Tensor, cosine: bool, valid: Tensor | None = None, backend: str =
 
     backend: see ``kernels.backend_of``.
     """
-    if backend in ("cpu", "cuda"):
-        return _native_rows_of(x, cosine, valid, backend)
+    if backend != "reference":
+        return _rows_by_kernel(x, cosine, valid, backend)
     if valid is not None:
         x = x.where(valid[:, None], torch.zeros((), dtype=x.dtype, device=x.device))
     x = x.to(compute_dtype(x)).contiguous()
@@ -51,12 +51,18 @@ def rows_of(x: Tensor, cosine: bool, valid: Tensor | None = None, backend: str =
     return Rows(scaled * inverse, torch.ldexp(torch.ldexp(inverse, -half), half - exponent), finite)
 
 
-def _native_rows_of(x: Tensor, cosine: bool, valid: Tensor | None, backend: str) -> Rows:
+def _rows_by_kernel(x: Tensor, cosine: bool, valid: Tensor | None, backend: str) -> Rows:
     if x.shape[1] > 1 and x.stride(1) != 1:
         x = x.contiguous()
     valid = None if valid is None else valid.contiguous()
     unit = torch.empty(x.shape, dtype=compute_dtype(x), device=x.device)
     inverse = unit.new_empty(x.shape[0], 1)
+    if backend == "triton":
+        from mmfast.triton import similarity
+
+        inverse = inverse if cosine else None
+        similarity.units(x, valid, unit, inverse)
+        return Rows(unit, inverse, True)
     arguments = (
         DTYPE_CODES[x.dtype],
         x.data_ptr(),
@@ -97,8 +103,8 @@ def to_rows(
 
     ``grad`` may be overwritten.
     """
-    if backend in ("cpu", "cuda"):
-        return _native_to_rows(grad, rows, scale, dtype, backend)
+    if backend != "reference":
+        return _back_by_kernel(grad, rows, scale, dtype, backend)
     along = (grad * rows.unit).sum(1, keepdim=True)
     result = grad * scale
     if rows.scale is not None:
@@ -106,11 +112,16 @@ def to_rows(
     return result.to(dtype), along[:, 0]
 
 
-def _native_to_rows(
+def _back_by_kernel(
     grad: Tensor, rows: Rows, scale: Tensor, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
     out = grad if dtype == grad.dtype else torch.empty_like(grad, dtype=dtype)
     dots = grad.new_empty(grad.shape[0])
+    if backend == "triton":
+        from mmfast.triton import similarity
+
+        similarity.row_gradients(grad, rows.unit, rows.scale, scale, out, dots)
+        return out, dots
     arguments = (
         DTYPE_CODES[dtype],
         grad.data_ptr(),
