@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from mmfast.cli.main import main
@@ -41,6 +43,14 @@ def train(command: str, folder: Path, *arguments: str | Path) -> Path:
     """A tiny run that must succeed; returns its folder."""
     assert mmfast(command, *TINY, f"--run.folder={folder}", *arguments) == 0
     return folder
+
+
+@contextlib.contextmanager
+def few_resamples():
+    """Reports of experiments draw few resamples, where their number makes no difference."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmfast.studies.statistics.RESAMPLES", 100)
+        yield
 
 
 def checkpoint(path: Path) -> dict:

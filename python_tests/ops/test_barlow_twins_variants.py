@@ -122,10 +122,11 @@ def test_constant_columns_correlate_with_nothing(variant, gram, backend):
 @pytest.mark.parametrize("dead", ["some", "all"])
 def test_thesis_is_exact_where_its_target_is_met(dead, gram, backend):
     """1 / B, which is nearly nothing: c = 0 of constant columns must not come out of a difference of ones."""
-    z_a, z_b = views(600, 8)
+    rows = 200 if backend == ("triton", "cpu") else 600
+    z_a, z_b = views(rows, 8)
     z_a[:, 3], z_b[:, 5] = 1234.5, 0
     if dead == "all":
-        z_a, z_b = z_a[:1].expand(600, 8), z_b[:1].expand(600, 8)
+        z_a, z_b = z_a[:1].expand(rows, 8), z_b[:1].expand(rows, 8)
     truth = gradients(FORMULAS["thesis"], z_a, z_b)
     ours = gradients(op("thesis", gram), z_a, z_b, dtype=torch.float32)
     assert float(ours[0]) == pytest.approx(float(truth[0]), rel=2e-6)
