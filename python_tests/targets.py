@@ -25,6 +25,13 @@ if INTERPRETED:
 # interpreter is slow, and has tests of its own: it takes part where backends meet the op.
 BACKENDS = pytest.mark.parametrize("backend", TARGETS, ids="-".join, indirect=True)
 ALL_BACKENDS = pytest.mark.parametrize("backend", [*TARGETS, *INTERPRETED], ids="-".join, indirect=True)
+# The same for tests of so many cases that the interpreter's take turns.
+BACKENDS_IN_TURN = pytest.mark.parametrize(
+    "backend",
+    [*TARGETS, *(pytest.param(pair, marks=pytest.mark.rotation) for pair in INTERPRETED)],
+    ids="-".join,
+    indirect=True,
+)
 
 
 @contextlib.contextmanager

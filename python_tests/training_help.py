@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -35,22 +34,21 @@ TINY = [
 
 
 def mmfast(*arguments: str | Path) -> int:
-    """The command line in this process; returns the exit status."""
-    return main([str(argument) for argument in arguments])
+    """The command line in this process; returns the exit status.
+
+    Reports of experiments draw few resamples: they take most of the time of tiny ones, and their number changes
+    nothing but the width of an interval.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if arguments[:1] == ("experiment",):
+            patch.setattr("mmfast.studies.statistics.RESAMPLES", 100)
+        return main([str(argument) for argument in arguments])
 
 
 def train(command: str, folder: Path, *arguments: str | Path) -> Path:
     """A tiny run that must succeed; returns its folder."""
     assert mmfast(command, *TINY, f"--run.folder={folder}", *arguments) == 0
     return folder
-
-
-@contextlib.contextmanager
-def few_resamples():
-    """Reports of experiments draw few resamples, where their number makes no difference."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmfast.studies.statistics.RESAMPLES", 100)
-        yield
 
 
 def checkpoint(path: Path) -> dict:

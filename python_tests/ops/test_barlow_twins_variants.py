@@ -8,7 +8,7 @@ import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
 from barlow_twins_help import FORMS, request_of, settings_of
-from targets import ALL_BACKENDS, BACKENDS
+from targets import ALL_BACKENDS, BACKENDS, BACKENDS_IN_TURN
 
 import mmfast
 from mmfast import functional as F
@@ -60,6 +60,7 @@ def test_the_reference(variant):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.rotation
 @BACKENDS
 @FORMS
 @VARIANTS
@@ -68,7 +69,7 @@ def test_gradcheck(variant, gram, backend):
     assert torch.autograd.gradcheck(op(variant, gram, lambd=0.3), (z_a, z_b))
 
 
-@ALL_BACKENDS
+@BACKENDS_IN_TURN
 @VARIANTS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_embeddings(dtype, variant, backend):
@@ -90,7 +91,7 @@ def test_more_rows_than_one_block(variant, backend):
     assert all(relative_error(x, y) < 4e-6 for x, y in zip(ours, truth, strict=True))
 
 
-@ALL_BACKENDS
+@BACKENDS_IN_TURN
 @FORMS
 @VARIANTS
 def test_constant_columns_correlate_with_nothing(variant, gram, backend):

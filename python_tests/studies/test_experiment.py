@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import RidgeCV
-from training_help import SHARED, TINY, few_resamples, mmfast
+from training_help import SHARED, TINY, mmfast
 
 from mmfast.data import MultimodalData, MultimodalDataset, save, synthetic
 from mmfast.metrics import regression_metrics
@@ -39,8 +39,7 @@ ROWS = ["FS", "SLE", "SSL", "LE", "ridge", "constant"]
 
 
 def experiment(folder: Path, *arguments) -> Path:
-    with few_resamples():
-        assert mmfast("experiment", *TINY, *QUICK, f"--run.folder={folder}", *arguments) == 0
+    assert mmfast("experiment", *TINY, *QUICK, f"--run.folder={folder}", *arguments) == 0
     return folder
 
 
