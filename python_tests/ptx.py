@@ -56,11 +56,12 @@ def unwritten(body):
     known = [set() if number == 0 else everything for number in range(len(found))]
     settled = False
     while not settled:
-        now = [set()]
-        for ahead in before[1:]:
-            paths = [known[number] | written[number] for number in ahead]
-            now.append(set.intersection(*paths) if paths else everything)
-        settled, known = now == known, now
+        settled = True
+        for number, ahead in enumerate(before[1:], 1):
+            paths = [known[one] | written[one] for one in ahead]
+            now = set.intersection(*paths) if paths else everything
+            settled = settled and len(now) == len(known[number])
+            known[number] = now
     bad = []
     for block, have in zip(steps, known, strict=True):
         have = set(have)

@@ -8,16 +8,19 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Processes begin as copies of one that has imported what takes long, and has done nothing else.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "mmfast.functional", "mmfast.cli.train", "mmfast.training.runs"])
+
 
 class Ranks:
     """``size`` processes; a call that takes longer than ``patience`` seconds counts as a hang."""
 
     def __init__(self, size, folder, patience=120):
-        context = mp.get_context("spawn")
         self.size, self.patience = size, patience
-        self.pipes, theirs = zip(*(context.Pipe() for _ in range(size)), strict=True)
+        self.pipes, theirs = zip(*(CONTEXT.Pipe() for _ in range(size)), strict=True)
         arguments = [(rank, size, str(folder / "store"), pipe) for rank, pipe in enumerate(theirs)]
-        self.processes = [context.Process(target=_serve, args=args, daemon=True) for args in arguments]
+        self.processes = [CONTEXT.Process(target=_serve, args=args, daemon=True) for args in arguments]
         for process in self.processes:
             process.start()
 

@@ -71,16 +71,17 @@ def report(tmp_path_factory):
 def ptx(tmp_path_factory):
     """{kernel: its PTX}"""
     folder = tmp_path_factory.mktemp("ptx")
-    bodies = {}
-    for source in SOURCES:
+
+    def entries(source):
         target = folder / f"{source.stem}.ptx"
         nvcc("-arch=compute_90", "-ptx", "-o", target, source)
         text = subprocess.run(
             ["c++filt"], input=target.read_text(), capture_output=True, text=True, check=True
         )
-        for entry in text.stdout.split(".entry ")[1:]:
-            bodies[kernel_name(entry)] = entry
-    return bodies
+        return text.stdout.split(".entry ")[1:]
+
+    with ThreadPoolExecutor(2) as pool:
+        return {kernel_name(entry): entry for found in pool.map(entries, SOURCES) for entry in found}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
+import rotation
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,7 +57,7 @@ BINARISATIONS = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@rotation.examples(150)
 @given(scores)
 def test_f1_and_accuracy_agree_with_scikit_learn(pairs):
     sklearn = pytest.importorskip("sklearn.metrics")
@@ -74,7 +75,7 @@ def test_f1_and_accuracy_agree_with_scikit_learn(pairs):
             assert metrics.f1_as_published(p, y) == pytest.approx(swapped, abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@rotation.examples(100)
 @given(scores)
 def test_ranges_and_perfect_predictions(pairs):
     p, y = split(pairs)

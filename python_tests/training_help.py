@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from mmfast.cli.main import main
@@ -33,8 +34,15 @@ TINY = [
 
 
 def mmfast(*arguments: str | Path) -> int:
-    """The command line in this process; returns the exit status."""
-    return main([str(argument) for argument in arguments])
+    """The command line in this process; returns the exit status.
+
+    Reports of experiments draw few resamples: they take most of the time of tiny ones, and their number changes
+    nothing but the width of an interval.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if arguments[:1] == ("experiment",):
+            patch.setattr("mmfast.studies.statistics.RESAMPLES", 100)
+        return main([str(argument) for argument in arguments])
 
 
 def train(command: str, folder: Path, *arguments: str | Path) -> Path:

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from triton_interpreter import quicken
 
 pytest.importorskip("triton")
 
@@ -12,6 +13,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTERPRETED = DEVICE.type == "cpu"
 if INTERPRETED and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set", allow_module_level=True)
+if INTERPRETED:
+    quicken()
 
 ZONE = 64
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from killed import killed
 from training_help import TINY, assert_same, checkpoint, mmfast
 
 from mmfast.data import save, synthetic
@@ -63,8 +64,8 @@ def program(tmp_path, monkeypatch):
 
 
 def test_it_is_trained_killed_resumed_evaluated_predicted_and_embedded(program, capfd):
-    killed = program("pretrain", *FLAGS, "--run.folder=pre", DIE_AT="5")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = program("pretrain", *FLAGS, "--run.folder=pre", DIE_AT="5")
+    assert done.returncode == -signal.SIGKILL, done.stderr
     resumed = program("pretrain", "--config=pre/config.yaml", "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert mmfast("pretrain", *FLAGS, "--run.folder=whole") == 0
@@ -74,8 +75,7 @@ def test_it_is_trained_killed_resumed_evaluated_predicted_and_embedded(program, 
     assert checkpoint(Path("pre/last.ckpt"))["mmfast"]["config"]["model"]["encoder"] == "pooled.Pooled"
 
     given = [flag for flag in FLAGS if not flag.startswith("--model")] + ["--from=pre/last.ckpt"]
-    killed = program("finetune", *given, "--run.folder=fine", DIE_AT="30")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed(30, ["finetune", *given, "--run.folder=fine"])
     assert mmfast("finetune", *given, "--run.folder=fine", "--resume") == 0
     assert mmfast("finetune", *given, "--run.folder=fine-whole") == 0
     assert_same(*(checkpoint(Path(f"{name}/last.ckpt"))["state_dict"] for name in ("fine", "fine-whole")))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from barlow_twins_formulas import relative_error
 from barlow_twins_help import DTYPES, FORMS, HALF, views
-from targets import ALL_BACKENDS, BACKENDS
+from targets import BACKENDS, BACKENDS_IN_TURN
 from torch.autograd import forward_ad
 
 from mmfast import functional as F
@@ -25,7 +25,7 @@ def plain(loss, z_a, z_b):
     return torch.autograd.grad(loss(z_a, z_b), (z_a, z_b))
 
 
-@ALL_BACKENDS
+@BACKENDS_IN_TURN
 @FORMS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_grad_and_vjp_are_those_of_autograd(dtype, gram, backend):
@@ -66,7 +66,7 @@ def test_the_gradient_of_a_mapped_sum():
     assert torch.equal(total, torch.stack([plain(F.barlow_twins, x, z_b)[0] for x in batch]))
 
 
-@ALL_BACKENDS
+@BACKENDS_IN_TURN
 @FORMS
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_mode_is_the_product_with_the_gradient(dtype, gram, backend):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from barlow_twins_formulas import FORMULAS, gradients, relative_error, views
 from barlow_twins_help import FORMS, request_of, settings_of
-from targets import ALL_BACKENDS, BACKENDS
+from targets import ALL_BACKENDS, BACKENDS, BACKENDS_IN_TURN
 
 import mmfast
 from mmfast import functional as F
@@ -60,6 +60,7 @@ def test_the_reference(variant):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.rotation
 @BACKENDS
 @FORMS
 @VARIANTS
@@ -68,7 +69,7 @@ def test_gradcheck(variant, gram, backend):
     assert torch.autograd.gradcheck(op(variant, gram, lambd=0.3), (z_a, z_b))
 
 
-@ALL_BACKENDS
+@BACKENDS_IN_TURN
 @VARIANTS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_embeddings(dtype, variant, backend):
@@ -90,7 +91,7 @@ def test_more_rows_than_one_block(variant, backend):
     assert all(relative_error(x, y) < 4e-6 for x, y in zip(ours, truth, strict=True))
 
 
-@ALL_BACKENDS
+@BACKENDS_IN_TURN
 @FORMS
 @VARIANTS
 def test_constant_columns_correlate_with_nothing(variant, gram, backend):
@@ -122,10 +123,11 @@ def test_constant_columns_correlate_with_nothing(variant, gram, backend):
 @pytest.mark.parametrize("dead", ["some", "all"])
 def test_thesis_is_exact_where_its_target_is_met(dead, gram, backend):
     """1 / B, which is nearly nothing: c = 0 of constant columns must not come out of a difference of ones."""
-    z_a, z_b = views(600, 8)
+    rows = 200 if backend == ("triton", "cpu") else 600
+    z_a, z_b = views(rows, 8)
     z_a[:, 3], z_b[:, 5] = 1234.5, 0
     if dead == "all":
-        z_a, z_b = z_a[:1].expand(600, 8), z_b[:1].expand(600, 8)
+        z_a, z_b = z_a[:1].expand(rows, 8), z_b[:1].expand(rows, 8)
     truth = gradients(FORMULAS["thesis"], z_a, z_b)
     ours = gradients(op("thesis", gram), z_a, z_b, dtype=torch.float32)
     assert float(ours[0]) == pytest.approx(float(truth[0]), rel=2e-6)

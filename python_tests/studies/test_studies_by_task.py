@@ -100,16 +100,17 @@ def test_an_experiment_of_each_task(task, tmp_path, capsys):
     )
     save(data.as_task("regression") if task == "several" else data, tmp_path / "data.npz")
     folder = tmp_path / "e"
-    quick = [
+    arguments = [
+        "experiment",
+        *TINY,
         "--supervised.epochs=2",
         "--experiment.methods=[FS, SLE]",
         "--experiment.seeds=[0, 1]",
         "--experiment.workers=1",
+        f"--data.path={tmp_path / 'data.npz'}",
+        f"--run.folder={folder}",
     ]
-    assert (
-        mmfast("experiment", *TINY, *quick, f"--data.path={tmp_path / 'data.npz'}", f"--run.folder={folder}")
-        == 0
-    )
+    assert mmfast(*arguments) == 0
     printed = capsys.readouterr().out
     linear, flat = ("ridge", "constant") if task == "several" else ("logistic", "base_rate")
     assert list(json.loads((folder / "results.json").read_text())) == ["FS", "SLE", linear, flat]
@@ -136,10 +137,7 @@ def test_an_experiment_of_each_task(task, tmp_path, capsys):
     )
     assert (folder / "plots/predictions.png").stat().st_size > 5000
     before = (folder / "report.md").read_bytes()
-    assert (
-        mmfast("experiment", *TINY, *quick, f"--data.path={tmp_path / 'data.npz'}", f"--run.folder={folder}")
-        == 0
-    )
+    assert mmfast(*arguments) == 0
     assert (folder / "report.md").read_bytes()[:500] == before[:500]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from killed import killed
 from training_help import TINY, assert_same, checkpoint, mmfast
 
 from mmfast.training.checkpoint import LastCheckpoint
@@ -101,28 +99,12 @@ def test_a_finished_stage_is_not_repeated_and_a_finished_method_neither(whole, t
     assert_same_outcome(folder, whole)
 
 
-KILLED = """
-import os, signal, sys
-from mmfast.cli.main import main
-from mmfast.training.module import StageModule
-step = StageModule.training_step
-def deadly(self, batch, batch_idx):
-    if (self.stage.name, self.global_step) == ({stage!r}, {at}):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, batch_idx)
-StageModule.training_step = deadly
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 # Within the warm-up and the cosine, with an average; before, at and after the encoder thaws at step 8.
 @pytest.mark.parametrize("stage, at", [("pre", 1), ("pre", 7), ("tune", 6), ("tune", 8), ("tune", 13)])
 def test_sigkill_in_any_stage_then_resume_is_bit_identical(stage, at, whole, tmp_path):
     path, folder = method(tmp_path), tmp_path / "run"
     arguments = ["train", str(path), *TINY, f"--run.folder={folder}"]
-    code = KILLED.format(stage=stage, at=at)
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed(at, arguments, stage)
     assert not (folder / "result.json").exists()
     run(path, folder, "--resume")
     assert_same_outcome(folder, whole)

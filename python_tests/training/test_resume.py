@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from killed import killed
 from training_help import TINY, assert_same, checkpoint, mmfast, train
 
 from mmfast import files
@@ -18,20 +16,6 @@ from mmfast.training.module import RAW, SCHEDULE, StageModule
 
 # Steps of the whole run: 57 // 16 batches in 4 epochs; ceil(29 / 8) in 6.
 STEPS = {"pretrain": 12, "finetune": 24}
-
-# Kills itself in the middle of a training step, as a machine that goes down would.
-KILLED = """
-import os, signal, sys
-from mmfast.cli.main import main
-from mmfast.training.module import StageModule
-step = StageModule.training_step
-def deadly(self, batch, batch_idx):
-    if self.global_step == {at}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, batch_idx)
-StageModule.training_step = deadly
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +56,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_sigkill_at_a_random_step_then_resume_is_bit_identical(command, whole, tmp_path):
     at = random.SystemRandom().randrange(1, STEPS[command])
     print("killed at step", at)  # shown when the test fails
-    code = KILLED.format(at=at)
     arguments = [command, *TINY, f"--run.folder={tmp_path}", *options(command, whole)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed(at, arguments)
     assert not (tmp_path / "result.json").exists()
     train(command, tmp_path, *options(command, whole), "--resume")
     assert_same_run(tmp_path, whole[command])

@@ -36,12 +36,16 @@ class Files(dict):
 
 
 class Place(NamedTuple):
-    """What one writer has written: the folder, what is read in it, with which options, and the bytes of its files."""
+    """What one writer has written: the folder, what is read in it, with which options, and its files.
+
+    Those are bytes, and of what holds arrays by keys, also its kind and those.
+    """
 
     folder: Path
     source: Path
     options: list[dict[str, Any]]
     files: Files
+    held: Files
     out: Path
     terminal: int
 
@@ -78,7 +82,9 @@ def place(request, tmp_path_factory, terminal) -> Iterator[Place]:
     if request.param[0].needs:
         pytest.importorskip(request.param[0].needs)
     folder, out, here = (tmp_path_factory.mktemp(name) for name in ("layout", "out", "here"))
-    made = Place(folder, *write(request.param, folder), out / "x.mmfast", terminal)
+    source, options, files = write(request.param, folder)
+    held = Files((path, found) for path, content in files.items() if (found := spoil_tree.parse(content)))
+    made = Place(folder, source, options, files, held, out / "x.mmfast", terminal)
     before, peak = Path.cwd(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     os.chdir(here)
     yield made
@@ -189,12 +195,11 @@ def test_faults_are_found(tmp_path, monkeypatch, terminal, kind):
 @rotation.examples(200)
 @given(data=st.data())
 def test_other_values_shapes_and_keys_are_read_or_refused(place, data):
-    held = [path for path, content in place.files.items() if spoil_tree.parse(content)]
-    if not held:
+    if not place.held:
         pytest.skip("holds no arrays by keys")
-    path = data.draw(st.sampled_from(held))
+    path = data.draw(st.sampled_from(list(place.held)))
     options = data.draw(st.sampled_from(place.options))
-    spoil.replace(path, spoil_tree.file_with(data.draw, place.files[path]))
+    spoil.replace(path, spoil_tree.file_with(data.draw, *place.held[path]))
     try:
         spoil.outcome(place.folder, place.source, options, place.terminal, place.out)
     finally:
