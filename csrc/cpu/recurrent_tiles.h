@@ -146,7 +146,7 @@ void gate_tile(const GateCall<C>& a, int64_t row) {
     V b[4];
     for (int g = 0; g < 4; ++g) b[g] = wide_at<C, W>(w + g * W);
     for (int r = 0; r < R; ++r) {
-      const V v = V{} + z[r * a.z_stride + k];
+      const V v = z[r * a.z_stride + k] - V{};
       for (int g = 0; g < 4; ++g) sums[r][g] += v * b[g];
     }
   }
@@ -203,7 +203,7 @@ void back_tile(const C* a, int64_t stride, int depth, const C* b, C* const* to, 
     V y[N];
     for (int v = 0; v < N; ++v) y[v] = wide_at<C, W>(b + v * W);
     for (int r = 0; r < R; ++r) {
-      const V x = V{} + a[r * stride + k];
+      const V x = a[r * stride + k] - V{};
       for (int v = 0; v < N; ++v) sums[r][v] += x * y[v];
     }
   }
@@ -264,7 +264,7 @@ void outer_tile(const C* d, int64_t d_stride, const C* z, int64_t rows, C* sums,
     V y[N];
     for (int v = 0; v < N; ++v) y[v] = wide_at<C, W>(z + v * W);
     for (int r = 0; r < R; ++r) {
-      const V x = V{} + d[r];
+      const V x = d[r] - V{};
       for (int v = 0; v < N; ++v) s[r][v] += x * y[v];
     }
   }

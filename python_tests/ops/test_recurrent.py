@@ -307,7 +307,7 @@ def test_opcheck(cell):
         torch.library.opcheck(ops.recurrent_backward, arguments, test_utils=tests)
 
 
-def test_full_graph_compilation():
+def test_compile_fullgraph():
     _layer, stream = case("lstm", (5, 4, 3, 6), torch.float32)
 
     def function(x, lengths, w_ih, w_hh):
