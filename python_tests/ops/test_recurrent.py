@@ -111,6 +111,23 @@ def test_values_and_gradients(cell, reverse, dtype, every_isa):
 
 
 @CELLS
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_the_reference(cell, reverse):
+    for shape, initial in itertools.product(SHAPES[:7], (False, True)):
+        layer, stream = case(cell, shape, reverse=reverse, initial=initial, bias=not initial)
+        wanted = [stream.x, *layer.parameters(), *(s for s in stream.initial if s is not None)]
+        results = []
+        for name in ("cpu", "reference"):
+            with backends.backend(name):
+                ((y, finals),) = recurrent([stream], cell)
+            upstream = [torch.cos(torch.arange(x.numel()).view(x.shape) + 0.0) for x in (y, *finals)]
+            grads = torch.autograd.grad(total((y, *finals), upstream), wanted, allow_unused=True)
+            results.append((y, *finals, *grads))
+        for x, e in zip(*results, strict=True):
+            near(x, torch.zeros_like(x) if e is None else e, 1e-12)
+
+
+@CELLS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_inputs_are_computed_in_single_precision(cell, dtype):
     layer, stream = case(cell, (9, 8, 5, 19), torch.float32, initial=True)

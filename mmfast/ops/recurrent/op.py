@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from mmfast import backends
 from mmfast.errors import UserError
 from mmfast.ops.barlow_twins.checks import compute_dtype
+from mmfast.ops.recurrent import reference
 from mmfast.ops.recurrent.kernels import CELLS, run, width
 
 OP = "recurrent"
@@ -196,7 +197,8 @@ _forward_op = torch.ops.mmfast.recurrent_forward.default
 _backward_op = torch.ops.mmfast.recurrent_backward.default
 
 DIFFERENTIATED_AGAIN = (
-    "recurrent: the gradient must not be differentiated again (double backward, forward mode or torch.func)"
+    "recurrent: the gradient must not be differentiated again (double backward, forward mode or torch.func); "
+    "mmfast.ops.recurrent.reference can be"
 )
 
 
@@ -273,12 +275,16 @@ def recurrent(streams: Sequence[Stream], cell: str = "lstm") -> list[tuple[Tenso
     are computed in fp32. Final states are of the type of the computation.
 
     Raises:
-        UserError: for lengths outside [0, L], as all that follows relies on them.
+        UserError: for lengths outside [0, L], as all that follows relies on them; on a CPU.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        raise RuntimeError(DIFFERENTIATED_AGAIN)
     if cell not in CELLS:
         raise UserError(f"{OP}: cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    if not streams:
+        return []
+    if not served(streams[0].x.device):
+        return reference.recurrent(streams, cell)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        raise RuntimeError(DIFFERENTIATED_AGAIN)
     if len(streams) > MOST_STREAMS:
         return recurrent(streams[:MOST_STREAMS], cell) + recurrent(streams[MOST_STREAMS:], cell)
     places: dict[tuple[int, int], int] = {}
