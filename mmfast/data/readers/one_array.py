@@ -29,7 +29,7 @@ def one_array(path: Path, ndim: int | None, shape: str, key: str = "d1") -> np.n
         if len(arrays) > 1:
             raise UserError(f"{path}: must hold {key} alone, found {file.children()}")
         array = arrays[key]
-        if array.is_text or array.node is None:
+        if array.is_text or array.node is None or array.dtype == "bool":
             raise UserError(f"{path}: {key} must hold numbers, got dtype {array.dtype}")
         if len(array.shape) != ndim and ndim is not None:
             raise UserError(f"{path}: {key} must have shape {shape}, got {array.shape}")

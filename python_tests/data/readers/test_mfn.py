@@ -115,6 +115,7 @@ BAD = [
         "labels must have as many columns in every split",
     ),
     (lambda f, o: save(f / "y_train.h5", [b"a"] * 10), "y_train.h5: d1 must hold numbers, got dtype"),
+    (lambda f, o: save(f / "y_train.h5", [True] * 10), "y_train.h5: d1 must hold numbers, got dtype bool"),
     (lambda f, o: save(f / "audio_train.h5", np.ones((9, 5, 4))), "of train must have N ="),
     (lambda f, o: save(f / "audio_train.h5", np.ones((10, 5))), "d1 must have shape (N, L, F), got (10, 5)"),
     (lambda f, o: save(f / "audio_train.h5", np.ones((10, 5, 3))), "features"),
