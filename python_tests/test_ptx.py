@@ -70,7 +70,7 @@ class Machine:
         self.executor, self.folder = executor, folder
         self.memory = executor.Memory(1 << 24)
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019 - one object a module
     def kernel(self, source, name):
         ptx = self.folder / f"{source}.ptx"
         names = re.findall(r"\.entry\s+([\w$]+)\s*\(", ptx.read_text())

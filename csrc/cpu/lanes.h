@@ -173,4 +173,25 @@ MMFAST_HD Numbers<C> softplus(const Numbers<C>& x, Numbers<C>& sigmoid) {
   return select<C>(x > 0, x, Numbers<C>{}) + log_of_one_and<C>(e);
 }
 
+// A number as a type.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// run(a number of the type).
+template <class Run>
+MMFAST_HD auto with_type(int dtype, const Run& run) {
+  switch (dtype) {
+    case kFloat64:
+      return run(double{});
+    case kBFloat16:
+      return run(bfloat16{});
+    case kFloat16:
+      return run(float16{});
+    default:
+      return run(float{});
+  }
+}
+
 }  // namespace MMFAST_NS

@@ -147,7 +147,7 @@ int64_t recurrent_width(bool wide, int64_t units) {
 bool recurrent_forward(int dtype, int cell, const RecurrentStream* streams, int count, int64_t samples,
                        int64_t units, int threads) {
   bool done = false;
-  with_number(dtype, [&](auto number) {
+  with_type(dtype, [&](auto number) {
     done = forward<decltype(number)>(cell, streams, count, samples, units, threads);
   });
   return done;

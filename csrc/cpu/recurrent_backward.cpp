@@ -304,7 +304,7 @@ bool backward(int cell, const RecurrentStream* streams, int count, int64_t sampl
 bool recurrent_backward(int dtype, int cell, const RecurrentStream* streams, int count, int64_t samples,
                         int64_t units, int threads) {
   bool done = false;
-  with_number(dtype, [&](auto number) {
+  with_type(dtype, [&](auto number) {
     done = backward<decltype(number)>(cell, streams, count, samples, units, threads);
   });
   return done;

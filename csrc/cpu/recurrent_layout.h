@@ -47,11 +47,6 @@ int lanes_for(int64_t rest) {
   return lanes;
 }
 
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 // run(the number of lanes as a type).
 template <class C, class Run>
 MMFAST_HD void with_lanes(int lanes, const Run& run) {
@@ -172,21 +167,6 @@ struct Scan {
     return stream.reverse ? length[r] - 1 - p : p;
   }
 };
-
-// run(a number of the type).
-template <class Run>
-MMFAST_HD void with_number(int dtype, const Run& run) {
-  switch (dtype) {
-    case kFloat64:
-      return run(double{});
-    case kBFloat16:
-      return run(bfloat16{});
-    case kFloat16:
-      return run(float16{});
-    default:
-      return run(float{});
-  }
-}
 
 template <class T>
 MMFAST_HD void load_row(const T* from, int64_t n, typename Scalar<T>::compute* to) {

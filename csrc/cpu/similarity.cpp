@@ -316,11 +316,6 @@ void backward_strip(const SimilarityRule& rule, int64_t start, int64_t rows, con
 
 // run(a number of the compute type, the kind, whether there are neither ids nor valid), the latter two as
 // types.
-template <int kValue>
-struct Constant {
-  static constexpr int value = kValue;
-};
-
 template <class C, int kKind, class Run>
 void with_plain(const SimilarityRule& rule, const Run& run) {
   if (rule.ids_q || rule.valid_q)

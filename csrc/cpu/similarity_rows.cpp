@@ -116,21 +116,6 @@ void row_gradients(const void* grad_in, const void* unit_in, const void* inverse
   });
 }
 
-// run(a number of the type).
-template <class Run>
-auto with_type(int dtype, const Run& run) {
-  switch (dtype) {
-    case kFloat64:
-      return run(double{});
-    case kBFloat16:
-      return run(bfloat16{});
-    case kFloat16:
-      return run(float16{});
-    default:
-      return run(float{});
-  }
-}
-
 }  // namespace
 
 bool similarity_units(int dtype, const void* x, int64_t stride, int64_t rows, int64_t columns,

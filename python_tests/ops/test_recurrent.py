@@ -358,5 +358,8 @@ def test_lengths_and_cells_are_checked():
         lengths[3] = wrong
         with pytest.raises(UserError, match=rf"recurrent: lengths must lie in \[0, 4\], got {wrong}"):
             recurrent([stream._replace(lengths=lengths)])
+        compiled = torch.compile(lambda n: recurrent([stream._replace(lengths=n)])[0][0], backend="aot_eager")
+        with pytest.raises(UserError, match=rf"recurrent: lengths must lie in \[0, 4\], got {wrong}"):
+            compiled(lengths)
     with pytest.raises(UserError, match="recurrent: cell must be one of lstm, gru, got 'rnn'"):
         recurrent([stream], "rnn")

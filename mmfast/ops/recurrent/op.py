@@ -52,15 +52,26 @@ def served(device: torch.device) -> bool:
     return backends.asked() in (None, "cpu") and not backends.why_not("cpu", device, OP)
 
 
+def _check_lengths(xs, lengths) -> None:
+    """Here and not before the op, so that compiled calls have it, too: the kernels rely on it."""
+    for x, n in zip(xs, lengths, strict=True):
+        steps = x.shape[1]
+        if not n.numel():
+            continue
+        least, most = n.aminmax()
+        if least < 0 or most > steps:
+            wrong = int(least) if least < 0 else int(most)
+            raise UserError(f"{OP}: lengths must lie in [0, {steps}], got {wrong}")
+
+
 def _dense(x: Tensor) -> Tensor:
-    """With numbers of a step beside each other, and strides that are not negative."""
+    """With the numbers of a step beside each other."""
     return x if x.stride(-1) == 1 or (x.shape[-1] == 1 and x.is_contiguous()) else x.contiguous()
 
 
 def _of_streams(xs, lengths, inputs, weights, biases, initial, reverse, compute):
-    """FIELDS of each stream, and all tensors whose addresses they mean."""
+    """FIELDS of each stream, as tensors whose addresses are meant, and numbers."""
     count = len(reverse)
-    both = 2 if len(initial) == 2 * count else 1
     weights = [w.detach().to(compute).contiguous() for w in weights]
     biases, initial = (
         [None if t is None else t.to(compute).contiguous() for t in ts] for ts in (biases, initial)
@@ -83,13 +94,14 @@ def _of_streams(xs, lengths, inputs, weights, biases, initial, reverse, compute)
                 "b_ih": biases[2 * s],
                 "b_hh": biases[2 * s + 1],
                 "h_0": initial[s],
-                "c_0": initial[count + s] if both == 2 else None,
+                "c_0": initial[count + s] if len(initial) == 2 * count else None,
             }
         )
     return found
 
 
 def _forward(xs, lengths, inputs, weights, biases, initial, reverse, cell):
+    _check_lengths(xs, lengths)
     first, units = xs[0], weights[1].shape[1]
     compute, samples = compute_dtype(first), first.shape[0]
     streams = _of_streams(xs, lengths, inputs, weights, biases, initial, reverse, compute)
@@ -293,7 +305,7 @@ def recurrent(streams: Sequence[Stream], cell: str = "lstm") -> list[tuple[Tenso
         inputs.append(places.setdefault((id(stream.x), id(stream.lengths)), len(places)))
     firsts = [inputs.index(i) for i in range(len(places))]
     xs = [streams[s].x for s in firsts]
-    lengths = [_checked_lengths(streams[s]) for s in firsts]
+    lengths = [streams[s].lengths.to(torch.int64).contiguous() for s in firsts]
     weights = [w for stream in streams for w in stream.weights]
     biases = [b for stream in streams for b in stream.biases]
     initial = [
@@ -304,15 +316,3 @@ def recurrent(streams: Sequence[Stream], cell: str = "lstm") -> list[tuple[Tenso
     found = _Recurrent.apply(settings, counts, *xs, *lengths, *weights, *biases, *initial)
     count = len(streams)
     return [(found[s], tuple(found[count + s :: count])) for s in range(count)]
-
-
-def _checked_lengths(stream: Stream) -> Tensor:
-    lengths, steps = stream.lengths, stream.x.shape[1]
-    lengths = lengths.to(torch.int64).contiguous()
-    if torch.compiler.is_compiling() or not lengths.numel():
-        return lengths
-    least, most = lengths.aminmax()
-    if least < 0 or most > steps:
-        wrong = int(least) if least < 0 else int(most)
-        raise UserError(f"{OP}: lengths must lie in [0, {steps}], got {wrong}")
-    return lengths

@@ -67,7 +67,43 @@ def _codes(pair: tuple[Tensor, Tensor], wide: bool) -> tuple[Tensor, Tensor]:
     return (names, names) if alone else (names[: own.numel()], names[own.numel() :])
 
 
-class Cpu:
+class _Kernels:
+    """The passes by kernels of ``mmfast._C``, which take the same arguments."""
+
+    def _call(self, kernel: str, scores: Tensor, *arguments) -> None:
+        raise NotImplementedError(f"similarity: {type(self).__name__} must call {kernel}")
+
+    def forward(self, scores, start, values, counts, rows):
+        self._call(
+            "forward_rows",
+            scores,
+            start,
+            scores.shape[0],
+            scores.data_ptr(),
+            *(x.data_ptr() + start * x.element_size() for x in (values, counts, rows)),
+            rows.stride(0),
+        )
+
+    def backward(self, scores, start, rows, weights, own, columns=None):
+        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(scores.shape[0])
+        offset = start * rows.element_size()
+        self._call(
+            "backward_rows",
+            scores,
+            start,
+            scores.shape[0],
+            scores.data_ptr(),
+            rows.data_ptr() + offset,
+            rows.stride(0),
+            weights.data_ptr() + offset,
+            *map(_address, columns or (None, None)),
+            h.data_ptr(),
+            sums.data_ptr(),
+        )
+        return h, sums
+
+
+class Cpu(_Kernels):
     """The passes in C++, for CPU tensors: csrc/cpu/similarity.cpp."""
 
     def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
@@ -92,37 +128,11 @@ class Cpu:
             _address(bias),
         )
 
-    def forward(self, scores, start, values, counts, rows):
-        backends._C.similarity_forward_rows(
-            self.native,
-            start,
-            scores.shape[0],
-            scores.data_ptr(),
-            *(x.data_ptr() + start * x.element_size() for x in (values, counts, rows)),
-            rows.stride(0),
-            torch.get_num_threads(),
-        )
-
-    def backward(self, scores, start, rows, weights, own, columns=None):
-        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(scores.shape[0])
-        offset = start * rows.element_size()
-        backends._C.similarity_backward_rows(
-            self.native,
-            start,
-            scores.shape[0],
-            scores.data_ptr(),
-            rows.data_ptr() + offset,
-            rows.stride(0),
-            weights.data_ptr() + offset,
-            *map(_address, columns or (None, None)),
-            h.data_ptr(),
-            sums.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return h, sums
+    def _call(self, kernel: str, scores: Tensor, *arguments) -> None:
+        getattr(backends._C, f"similarity_{kernel}")(self.native, *arguments, torch.get_num_threads())
 
 
-class Cuda:
+class Cuda(_Kernels):
     """The passes in CUDA: csrc/cuda/similarity.cu."""
 
     def __init__(self, rule: Rule, kind: str, scale: Tensor, bias: Tensor | None):
@@ -142,38 +152,9 @@ class Cuda:
             _address(bias),
         )
 
-    def forward(self, scores, start, values, counts, rows):
-        call_cuda(
-            "similarity",
-            backends._C.cuda_similarity_forward_rows,
-            scores.device,
-            self.native,
-            start,
-            scores.shape[0],
-            scores.data_ptr(),
-            *(x.data_ptr() + start * x.element_size() for x in (values, counts, rows)),
-            rows.stride(0),
-        )
-
-    def backward(self, scores, start, rows, weights, own, columns=None):
-        h, sums = scores if own else torch.empty_like(scores), scores.new_empty(scores.shape[0])
-        offset = start * rows.element_size()
-        call_cuda(
-            "similarity",
-            backends._C.cuda_similarity_backward_rows,
-            scores.device,
-            self.native,
-            start,
-            scores.shape[0],
-            scores.data_ptr(),
-            rows.data_ptr() + offset,
-            rows.stride(0),
-            weights.data_ptr() + offset,
-            *map(_address, columns or (None, None)),
-            h.data_ptr(),
-            sums.data_ptr(),
-        )
-        return h, sums
+    def _call(self, kernel: str, scores: Tensor, *arguments) -> None:
+        native = getattr(backends._C, f"cuda_similarity_{kernel}")
+        call_cuda("similarity", native, scores.device, self.native, *arguments)
 
 
 def _address(x: Tensor | None) -> int:
